@@ -1,0 +1,1 @@
+"""One module per system: opens its official client with timeouts, TLS and retries."""
