@@ -207,7 +207,7 @@ class Expiry(Strict):
     mode: Mode = Mode.OBSERVE
     max_count: Annotated[int, Field(ge=1)] = Field(default=10, description="Backups that one run may delete at most.")
     max_percent: Annotated[float, Field(gt=0, le=100)] = Field(
-        34, description="Share of the backups that one run may delete."
+        default=34, description="Share of the backups that one run may delete."
     )
 
 
