@@ -1,0 +1,150 @@
+"""The one container for every stored byte: compressed, encrypted, bound to its place.
+
+Layout: `OPSSEAL1`, a big-endian u32 with the header's length, the header as canonical JSON, AES-256-GCM ciphertext and tag.
+Everything before the ciphertext is the additional authenticated data, so that neither a moved object nor a changed header opens.
+The format is part of docs/reference/repository-format.md.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ops_platform.clients.keys import DataKey
+from ops_platform.errors import CorruptionError
+
+MAGIC = b"OPSSEAL1"
+_LENGTH = struct.Struct(">I")
+_MAX_HEADER = 1 << 16
+# A ranged read of this many bytes holds every header that `seal` writes.
+HEADER_PREFIX = 4096
+_MAX_RAW = 1 << 30
+
+Compression = Literal["zstd", "lz4", "none"]
+
+
+@dataclass(frozen=True)
+class Header:
+    """`place`: the object's key; `raw`: bytes after decompression; `key`: the wrapped data key; `meta`: what the writer noted."""
+
+    place: str
+    comp: Compression
+    raw: int
+    key: str
+    nonce: bytes
+    meta: Mapping[str, Any]
+    size: int
+
+
+@dataclass(frozen=True)
+class Sealed:
+    plain: bytes
+    header: Header
+
+
+def seal(
+    plain: bytes | bytearray | memoryview,
+    *,
+    place: str,
+    data_key: DataKey,
+    compression: Compression = "zstd",
+    level: int = 1,
+    meta: Mapping[str, Any] | None = None,
+) -> bytes:
+    """The stored form of `plain` (any length up to 1 GiB) for the object key `place`."""
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    nonce = os.urandom(12)  # random: far below 2**32 objects are sealed with one data key
+    fields = {
+        "v": 1,
+        "place": place,
+        "comp": compression,
+        "raw": len(plain),
+        "key": data_key.wrapped,
+        "nonce": base64.b64encode(nonce).decode(),
+        "meta": dict(meta or {}),
+    }
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(text) > _MAX_HEADER:
+        raise ValueError("the header of a sealed object is limited to 64 KiB")
+    head = MAGIC + _LENGTH.pack(len(text)) + text
+    return head + AESGCM(data_key.plain).encrypt(nonce, compress(plain, compression, level), head)
+
+
+def read_header(stored: bytes, *, place: str) -> Header:
+    """The header of a sealed object from its first bytes. Not authenticated until the whole is unsealed."""
+    try:
+        if stored[:8] != MAGIC:
+            raise ValueError("it does not begin as a sealed object")
+        (length,) = _LENGTH.unpack_from(stored, 8)
+        if length > _MAX_HEADER or len(stored) < 12 + length:
+            raise ValueError("its header is cut off")
+        fields = json.loads(stored[12 : 12 + length])
+        if fields["v"] != 1 or fields["comp"] not in ("zstd", "lz4", "none") or not 0 <= fields["raw"] <= _MAX_RAW:
+            raise ValueError("its header has unknown values")
+        nonce = base64.b64decode(fields["nonce"], validate=True)
+        header = Header(
+            fields["place"], fields["comp"], fields["raw"], fields["key"], nonce, fields["meta"], 12 + length
+        )
+    except (ValueError, KeyError, TypeError, struct.error) as error:
+        raise CorruptionError(f"not a readable sealed object: {error}", where=place) from error
+    if header.place != place:
+        raise CorruptionError(f"this object belongs at {header.place}: it was moved or swapped", where=place)
+    return header
+
+
+def unseal(stored: bytes, *, place: str, unwrap: Callable[[str], bytes]) -> Sealed:
+    """Open what `seal` wrote. Raises CorruptionError naming the place for anything that is not exactly what was written."""
+    from cryptography.exceptions import InvalidTag
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    header = read_header(stored, place=place)
+    view = memoryview(stored)
+    try:
+        packed = AESGCM(unwrap(header.key)).decrypt(header.nonce, view[header.size :], view[: header.size])
+        plain = decompress(packed, header.comp, header.raw)
+    except InvalidTag as error:
+        raise CorruptionError(
+            "the bytes were changed after they were written (authentication failed)", where=place
+        ) from error
+    except ValueError as error:
+        raise CorruptionError(str(error), where=place) from error
+    if len(plain) != header.raw:
+        raise CorruptionError(f"{len(plain)} bytes came out where {header.raw} went in", where=place)
+    return Sealed(plain, header)
+
+
+def compress(plain: bytes | bytearray | memoryview, compression: Compression, level: int) -> bytes:
+    if compression == "zstd":
+        import zstandard
+
+        return zstandard.ZstdCompressor(level=level).compress(plain)
+    if compression == "lz4":
+        import lz4.frame
+
+        return lz4.frame.compress(plain, compression_level=level, content_checksum=False)
+    return bytes(plain)
+
+
+def decompress(packed: bytes, compression: Compression, raw: int) -> bytes:
+    """Raises ValueError; never makes more than `raw` bytes."""
+    if compression == "zstd":
+        import zstandard
+
+        try:
+            return zstandard.ZstdDecompressor().decompress(packed, max_output_size=raw)
+        except zstandard.ZstdError as error:
+            raise ValueError(f"zstd: {error}") from error
+    if compression == "lz4":
+        import lz4.frame
+
+        try:
+            return lz4.frame.LZ4FrameDecompressor().decompress(packed, max_length=raw)
+        except RuntimeError as error:
+            raise ValueError(f"lz4: {error}") from error
+    return packed
