@@ -1,0 +1,1 @@
+"""Base backups, the WAL archive, the repository, expiry. The face of the room: what others import stands here."""
