@@ -278,7 +278,7 @@ class PostgresServer:
         command = [*self.wrapper, str(self.install.bindir / "postgres"), "-D", str(self.directory)]
         command += [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
+            process: subprocess.Popen[bytes] = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -287,8 +287,9 @@ class PostgresServer:
                 start_new_session=detach,
                 **self.user.popen,
             )
+        self._process = process
         self._wait_ready(wait)
-        return self._process.pid
+        return process.pid
 
     def _wait_ready(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
