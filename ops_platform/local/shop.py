@@ -1,0 +1,28 @@
+"""The operated database of the local stack: a shop, and the role that backs it up with the least rights that do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ops_platform.local.components import Place, admin, ensure_role
+
+SHOP_SQL = Path(__file__).with_name("shop.sql")
+
+_RIGHTS = """
+grant pg_monitor, pg_read_all_data, pg_checkpoint to ops_backup;
+grant execute on function pg_create_restore_point(text), pg_switch_wal() to ops_backup;
+create schema if not exists ops_canary authorization ops_backup;
+"""
+
+
+def prepare_shop(place: Place) -> None:
+    """Database, role and shop; each only where it is missing, so that a killed `up` goes on where it was."""
+    with admin(place, "app-db") as connection:
+        ensure_role(connection, "ops_backup", place.secret("app-db.ops_backup.password"), "replication")
+        if not connection.execute("select 1 from pg_database where datname = 'shop'").fetchone():
+            connection.execute("create database shop")
+    with admin(place, "app-db", "shop") as connection:
+        connection.execute(_RIGHTS)
+        if not connection.execute("select 1 from pg_namespace where nspname = 'shop'").fetchone():
+            with connection.transaction():
+                connection.execute(SHOP_SQL.read_text())
