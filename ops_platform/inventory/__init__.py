@@ -1,5 +1,6 @@
 """What is operated: the typed model of platform.yaml, its loader, references to secrets."""
 
+from ops_platform.inventory.loader import InventoryMistakes, LoadedInventory, json_schema, load
 from ops_platform.inventory.model import (
     BackupPolicy,
     Environment,
@@ -20,7 +21,9 @@ __all__ = [
     "BackupPolicy",
     "Environment",
     "Inventory",
+    "InventoryMistakes",
     "KeyService",
+    "LoadedInventory",
     "Mode",
     "Objectives",
     "PostgresConnection",
@@ -32,6 +35,8 @@ __all__ = [
     "Vault",
     "Verification",
     "format_duration",
+    "json_schema",
+    "load",
     "parse_duration",
     "parse_size",
 ]

@@ -1,0 +1,260 @@
+"""Everything that opens something, from the inventory: lazily, once, closed together. Safe for threads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+from ops_platform.clock import SYSTEM_CLOCK, Clock
+from ops_platform.errors import AccessDeniedError, NotThereError, OpsError, UnreachableError, UsageError
+from ops_platform.inventory.loader import LoadedInventory
+from ops_platform.inventory.model import PostgresConnection, Target, Tls
+from ops_platform.inventory.values import Secret, SecretRef
+
+if TYPE_CHECKING:
+    import psycopg
+    from psycopg.pq.abc import PGconn
+
+    from ops_platform.clients.keys import KeyService
+    from ops_platform.clients.objectstore import ObjectStore
+    from ops_platform.clients.postgres import Login, Member
+    from ops_platform.clients.vault import VaultSession
+
+
+T = TypeVar("T")
+
+
+class Access:
+    """The way to every system that the inventory names."""
+
+    def __init__(self, loaded: LoadedInventory, *, clock: Clock = SYSTEM_CLOCK) -> None:
+        self.loaded = loaded
+        self.inventory = loaded.inventory
+        self.clock = clock
+        self._lock = threading.RLock()
+        self._open: dict[tuple[str, str], Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        with self._lock:
+            opened, self._open = list(self._open.values()), {}
+        for thing in reversed(opened):
+            with contextlib.suppress(OpsError):
+                if close := getattr(thing, "close", None):
+                    close()
+
+    def _once(self, kind: str, name: str, make: Callable[[], T]) -> T:
+        with self._lock:
+            if (kind, name) not in self._open:
+                self._open[kind, name] = make()
+            return self._open[kind, name]
+
+    def path(self, text: str) -> Path:
+        """`{state}` and `{inventory}` expanded; a relative path stands beside platform.yaml."""
+        from ops_platform.local import state_dir
+
+        home = self.loaded.path.parent
+        return home / text.replace("{state}", str(state_dir())).replace("{inventory}", str(home))
+
+    # Secrets
+
+    def secret(self, ref: SecretRef) -> Secret:
+        """The secret's value now: files and variables are read each time, Vault's leases are kept until they end."""
+        if ref.scheme == "env":
+            value = os.environ.get(ref.path)
+            if not value:
+                raise NotThereError("this environment variable is not set", where=str(ref))
+            return Secret(value)
+        if ref.scheme == "file":
+            return self._file_secret(ref)
+        return self._vault_of(ref.path).read(ref.path, ref.field or "value")
+
+    def _file_secret(self, ref: SecretRef) -> Secret:
+        file = self.path(ref.path)
+        try:
+            mode = file.stat().st_mode
+            # Kubernetes mounts secrets world-readable inside the pod; they are links into a `..data` folder there.
+            if (
+                mode & 0o077
+                and "..data" not in str(file.resolve())
+                and not str(file).startswith(("/run/secrets", "/var/run/secrets"))
+            ):
+                raise AccessDeniedError("others may read this secret", where=str(ref), remedy=f"chmod 600 {file}")
+            value = file.read_text().rstrip("\n")
+        except OSError as error:
+            raise NotThereError(f"this secret's file cannot be read: {error.strerror}", where=str(ref)) from None
+        if not value:
+            raise NotThereError("this secret's file is empty", where=str(ref))
+        return Secret(value)
+
+    def _vault_of(self, path: str) -> VaultSession:
+        if not self.inventory.vaults:
+            raise UsageError(
+                "the inventory names no Vault", where=f"vault://{path}", remedy="declare one under `vaults`"
+            )
+        return self.vault(next(iter(self.inventory.vaults)))
+
+    def vault(self, vault_id: str) -> VaultSession:
+        from ops_platform.clients.vault import VaultSession
+
+        server = self.inventory.vaults[vault_id]
+        return self._once(
+            "vault",
+            vault_id,
+            lambda: VaultSession(
+                self.url(server.url),
+                server.auth,
+                self.secret,
+                namespace=server.namespace,
+                ca=str(self.path(server.ca)) if server.ca else None,
+                timeout=server.timeout.total_seconds(),
+                clock=self.clock,
+            ),
+        )
+
+    # Stores and keys
+
+    def store(self, store_id: str) -> ObjectStore:
+        return self._once("store", store_id, lambda: self._make_store(store_id))
+
+    def _make_store(self, store_id: str) -> ObjectStore:
+        from ops_platform.clients.s3 import Lock, S3Settings, S3Store
+
+        store = self.inventory.stores[store_id]
+        lock = store.object_lock
+        settings = S3Settings(
+            endpoint=self.url(store.endpoint),
+            bucket=store.bucket,
+            access_key=self.secret(store.access_key),
+            secret_key=self.secret(store.secret_key),
+            session_token=self.secret(store.session_token) if store.session_token else None,
+            region=store.region,
+            prefix=store.prefix,
+            virtual=store.addressing == "virtual",
+            ca=str(self.path(store.ca)) if store.ca else None,
+            timeout=store.timeout.total_seconds(),
+            lock=Lock(lock.mode, lock.retain) if lock else None,
+        )
+        return S3Store(settings, clock=self.clock)
+
+    def keys(self, key_service_id: str) -> KeyService:
+        return self._once("keys", key_service_id, lambda: self._make_keys(key_service_id))
+
+    def _make_keys(self, key_service_id: str) -> KeyService:
+        from ops_platform.clients.vault import FileKeys, TransitKeys
+
+        service = self.inventory.key_services[key_service_id]
+        if service.kind == "file":
+            return FileKeys(self.path(service.path or ""))
+        return TransitKeys(self.vault(service.vault or ""), mount=service.mount, key=service.key)
+
+    # Databases
+
+    def platform_db(self, *, autocommit: bool = True) -> psycopg.Connection[Any]:
+        """The platform's own database. Raises UsageError where the inventory names none."""
+        from ops_platform.clients.postgres import Login, connect
+
+        database = self.inventory.platform.database
+        if database is None:
+            raise UsageError(
+                "the inventory names no database for the ledger",
+                where=str(self.loaded.path),
+                remedy="declare platform.database",
+            )
+        host, port = self.address(database.host, database.port)
+        mode, ca = self._tls(database.tls, host)
+        return connect(
+            Login(database.dbname, database.user, self.secret(database.password), mode, ca),
+            host,
+            port,
+            autocommit=autocommit,
+        )
+
+    def login(self, connection: PostgresConnection, host: str) -> Login:
+        from ops_platform.clients.postgres import Login
+
+        if connection.credentials:
+            path = connection.credentials.removeprefix("vault://")
+            data = self._vault_of(path).credentials(path)
+            user, password = data["username"], Secret(data["password"])
+        else:
+            user, password = connection.user or "", self.secret(connection.password) if connection.password else None
+        mode, ca = self._tls(connection.tls, host)
+        return Login(connection.dbname, user, password, mode, ca, int(connection.connect_timeout.total_seconds()))
+
+    def members(self, target: Target) -> list[Member]:
+        """Each declared server as it answers now; one that does not answer has its reason."""
+        from ops_platform.clients.postgres import Member, ask_member
+
+        found: list[Member] = []
+        for place in target.connection.hosts:
+            try:
+                host, port = self.address(place.host, place.port)
+                found.append(ask_member(self.login(target.connection, host), host, port))
+            except OpsError as error:
+                found.append(Member(place.host, place.port, error=error.what))
+        return found
+
+    def member(self, target: Target, role: Literal["primary", "standby", "any"] = "primary") -> Member:
+        """A server in that role. Raises UnreachableError with each server's answer where there is none."""
+        members = self.members(target)
+        for member in members:
+            if member.error is None and (role == "any" or member.in_recovery == (role == "standby")):
+                return member
+        said = "; ".join(
+            f"{m.host}:{m.port}: {m.error or ('standby' if m.in_recovery else 'primary')}" for m in members
+        )
+        raise UnreachableError(
+            f"no {'server' if role == 'any' else role} of {target.id} answers: {said}",
+            remedy=f"ops doctor {target.id} looks at each",
+        )
+
+    def postgres(
+        self,
+        target: Target,
+        *,
+        role: Literal["primary", "standby", "any"] = "primary",
+        dbname: str | None = None,
+        autocommit: bool = True,
+        member: Member | None = None,
+    ) -> psycopg.Connection[Any]:
+        from ops_platform.clients.postgres import connect
+
+        at = member or self.member(target, role)
+        return connect(self.login(target.connection, at.host), at.host, at.port, dbname=dbname, autocommit=autocommit)
+
+    def replication(self, target: Target, member: Member | None = None) -> PGconn:
+        from ops_platform.clients.postgres import connect_replication
+
+        at = member or self.member(target, "primary")
+        return connect_replication(self.login(target.connection, at.host), at.host, at.port)
+
+    # Addresses
+
+    def address(self, host: str, port: int) -> tuple[str, int]:
+        from ops_platform.local import endpoint
+
+        if not host.startswith("local://"):
+            return host, port
+        found = endpoint(host.removeprefix("local://"))
+        return found.host, found.port
+
+    def url(self, text: str) -> str:
+        from ops_platform.local import endpoint
+
+        parts = urlsplit(text)
+        return endpoint(parts.netloc).url if parts.scheme == "local" else urlunsplit(parts).rstrip("/")
+
+    def _tls(self, tls: Tls, host: str) -> tuple[str, str | None]:
+        # A unix socket has no TLS, whatever is asked.
+        return ("disable" if host.startswith("/") else tls.mode), (str(self.path(tls.ca)) if tls.ca else None)

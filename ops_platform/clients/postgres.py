@@ -1,0 +1,139 @@
+"""Connections to PostgreSQL: every error named with what to do, passwords only through libpq's parameters in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg import pq
+
+from ops_platform.errors import AccessDeniedError, ConflictError, NotThereError, OpsError, UnreachableError
+from ops_platform.inventory.values import Secret
+
+if TYPE_CHECKING:
+    from psycopg.pq.abc import PGconn
+
+APPLICATION = "ops_platform"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One server of a cluster as it answered, or `error` with the reason why it did not."""
+
+    host: str
+    port: int
+    in_recovery: bool | None = None
+    timeline: int | None = None
+    server_version: int | None = None
+    system_identifier: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Login:
+    """Everything libpq needs but host and port."""
+
+    dbname: str
+    user: str
+    password: Secret | None
+    sslmode: str = "verify-full"
+    sslrootcert: str | None = None
+    connect_timeout: int = 10
+
+    def parameters(self, host: str, port: int, **more: str) -> dict[str, str]:
+        """libpq keywords with the password in clear: pass them on, never print them."""
+        found = {
+            "host": host,
+            "port": str(port),
+            "dbname": self.dbname,
+            "user": self.user,
+            "sslmode": self.sslmode,
+            "connect_timeout": str(max(2, self.connect_timeout)),
+            "application_name": APPLICATION,
+            # A peer that vanished without a word is noticed in about a minute.
+            "keepalives_idle": "20",
+            "keepalives_interval": "10",
+            "keepalives_count": "4",
+            "tcp_user_timeout": "60000",
+        }
+        if self.password is not None:
+            found["password"] = self.password.reveal()
+        if self.sslrootcert:
+            found["sslrootcert"] = self.sslrootcert
+        return found | more
+
+
+def connect(
+    login: Login, host: str, port: int, *, dbname: str | None = None, autocommit: bool = True
+) -> psycopg.Connection[Any]:
+    """An SQL session. Raises the OpsError that fits."""
+    parameters = login.parameters(host, port) | ({"dbname": dbname} if dbname else {})
+    try:
+        return psycopg.connect(_conninfo(parameters), autocommit=autocommit)
+    except psycopg.OperationalError as error:
+        raise connection_error(str(error), f"{host}:{port}", login.user) from None  # the cause may quote parameters
+
+
+def connect_replication(login: Login, host: str, port: int) -> PGconn:
+    """A physical replication session of libpq. The caller finishes it."""
+    parameters = login.parameters(host, port, replication="true", application_name=f"{APPLICATION} replication")
+    conn = pq.PGconn.connect(_conninfo(parameters).encode())
+    if conn.status != pq.ConnStatus.OK:
+        message = conn.error_message.decode(errors="replace")
+        conn.finish()
+        raise connection_error(message, f"{host}:{port}", login.user)
+    return conn
+
+
+def _conninfo(parameters: Mapping[str, str]) -> str:
+    from psycopg.conninfo import make_conninfo
+
+    return make_conninfo("", **dict(parameters))
+
+
+_MEMBER = """
+select pg_is_in_recovery(), current_setting('server_version_num')::int, (select system_identifier from pg_control_system()),
+  case when pg_is_in_recovery()
+       then coalesce((select received_tli from pg_stat_wal_receiver), (select timeline_id from pg_control_checkpoint()))
+       else ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int end
+"""
+
+
+def ask_member(login: Login, host: str, port: int) -> Member:
+    """What a server says of itself. Never raises for a server that cannot be asked: that is in `error`."""
+    try:
+        with connect(login, host, port) as connection:
+            row = connection.execute(_MEMBER).fetchone()
+    except (OpsError, psycopg.Error) as error:
+        return Member(host, port, error=error.what if isinstance(error, OpsError) else str(error).strip())
+    if row is None:
+        return Member(host, port, error="it gave no answer")
+    return Member(host, port, row[0], row[3], row[1], row[2])
+
+
+def connection_error(message: str, where: str, user: str) -> OpsError:
+    """The error that libpq's words stand for."""
+    text = " ".join(message.split()).removeprefix("connection failed: ")
+    cases: tuple[tuple[tuple[str, ...], type[OpsError], str, str], ...] = (
+        (("password authentication failed", "no password supplied"), AccessDeniedError, f"the password of {user} is refused",
+         "check the secret that the inventory references; a rotated one is read at the next connection"),
+        (("must be superuser or replication role", "permission denied to start WAL sender", "must have the REPLICATION"), AccessDeniedError,
+         f"the role {user} may not replicate", f"as a superuser: ALTER ROLE {user} REPLICATION"),
+        (("no pg_hba.conf entry",), AccessDeniedError, f"pg_hba.conf has no line that lets {user} in",
+         "add a line for this host, user and database; for backups also one for the database `replication`"),
+        (("number of requested standby connections exceeds", "max_wal_senders"), ConflictError, "all WAL sender slots are in use",
+         "raise max_wal_senders, or end a replication connection that nobody needs (pg_stat_replication)"),
+        (("too many clients", "remaining connection slots"), ConflictError, "all connections are in use", "raise max_connections"),
+        (("does not exist",), NotThereError, text.rpartition("FATAL: ")[2].strip(), "correct dbname or user in the inventory"),
+        (("certificate", "SSL", "sslmode"), UnreachableError, f"TLS failed: {text}",
+         "set tls.ca to the server's CA, or tls.mode for a server without TLS"),
+        (("starting up", "shutting down", "not yet accepting"), UnreachableError, "the server is starting or stopping", "try again soon"),
+    )  # fmt: skip
+    for needles, kind, what, remedy in cases:
+        if any(needle in message for needle in needles):
+            return kind(what, where=where, remedy=remedy)
+    return UnreachableError(
+        f"PostgreSQL does not answer: {text}", where=where, remedy="check host, port, network and whether it runs"
+    )
