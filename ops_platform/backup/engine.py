@@ -1,0 +1,189 @@
+"""The native repository behind the `BackupEngine` protocol."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ops_platform.backup.archive import Archive, open_target_repository, read_archive, recovery_window
+from ops_platform.backup.fetch import Owner, combine, fetch_backup
+from ops_platform.backup.model import (
+    BackupEngine,
+    BackupInfo,
+    Lsn,
+    Manifest,
+    Progress,
+    RecoveryTarget,
+    RecoveryWindow,
+    RestoredBase,
+    no_progress,
+)
+from ops_platform.backup.repository import Repository
+from ops_platform.backup.walfetch import WalFetchAhead
+from ops_platform.clients.postgres_binaries import need_postgres, run_as
+from ops_platform.clock import SYSTEM_CLOCK, Clock
+from ops_platform.errors import CouldNotVerifyError, UsageError
+
+if TYPE_CHECKING:
+    from ops_platform.clients.access import Access
+    from ops_platform.inventory import Target
+
+
+def open_engine(access: Access, target: Target, *, clock: Clock = SYSTEM_CLOCK) -> BackupEngine:
+    """The engine that the inventory names for the target."""
+    if target.repository.engine == "pgbackrest":
+        from ops_platform.backup.pgbackrest import PgBackRestEngine
+
+        return PgBackRestEngine(target)
+    return NativeEngine(open_target_repository(access, target), target, clock=clock)
+
+
+def span(moments: tuple[datetime, datetime]) -> str:
+    return f"{moments[0]:%Y-%m-%d %H:%M:%S} to {moments[1]:%Y-%m-%d %H:%M:%S} UTC"
+
+
+class NativeEngine:
+    def __init__(self, repository: Repository, target: Target, *, clock: Clock = SYSTEM_CLOCK) -> None:
+        self.repository = repository
+        self.target = target
+        self._clock = clock
+
+    @property
+    def name(self) -> str:
+        return "native"
+
+    def list(self) -> list[BackupInfo]:
+        return self.repository.infos()
+
+    def window(self) -> RecoveryWindow:
+        return self._window(self.list(), read_archive(self.repository))
+
+    def _window(self, backups: list[BackupInfo], archive: Archive | None) -> RecoveryWindow:
+        if archive is None:
+            return RecoveryWindow(None, None, [], [])
+        mine = [backup for backup in backups if backup.system_identifier == archive.system_identifier]
+        holes = [(note.timeline, note.first, note.last) for note in archive.notes]
+        return recovery_window(mine, archive.ranges, archive.lines, archive.segment_size, holes)
+
+    def choose(self, target: RecoveryTarget) -> BackupInfo:
+        backups = [backup for backup in self.list() if backup.error is None]
+        window = self._window(backups, read_archive(self.repository))
+        if not backups or window.earliest is None:
+            raise UsageError(
+                f"nothing of {self.target.id} can be restored: "
+                + ("there is no backup" if not backups else "the WAL of no backup is whole"),
+                remedy=f"ops backup run {self.target.id}; ops wal status {self.target.id}",
+            )
+        if target.kind == "time" and isinstance(target.value, datetime):
+            return self._choose_time(backups, window, target.value)
+        if target.kind == "lsn":
+            wanted = Lsn.parse(str(target.value))
+            before = [backup for backup in backups if backup.end <= wanted]
+            if not before:
+                raise UsageError(f"{wanted} lies before the end of the oldest backup ({backups[0].end})")
+            return before[-1]
+        if target.kind in ("xid", "name"):
+            # A transaction or a restore point may lie anywhere: the oldest backup reaches every one that is still there.
+            return backups[0]
+        return backups[-1]
+
+    def _choose_time(self, backups: list[BackupInfo], window: RecoveryWindow, moment: datetime) -> BackupInfo:
+        if moment > self._clock.now():
+            raise UsageError(
+                f"{moment.isoformat()} lies in the future", remedy=f"the window: {'; '.join(map(span, window.pieces))}"
+            )
+        if not window.holds(moment):
+            gaps = "".join(f"; missing WAL {gap.first} to {gap.last}" for gap in window.gaps)
+            raise UsageError(
+                f"{moment.isoformat()} lies outside of what can be restored",
+                where=self.target.id,
+                remedy=f"the recovery window: {'; '.join(map(span, window.pieces))}{gaps}",
+            )
+        return [backup for backup in backups if backup.ended_at <= moment][-1]
+
+    def fetch_base(
+        self,
+        backup: BackupInfo,
+        into: Path,
+        *,
+        tablespaces: dict[str, Path] | None = None,
+        progress: Progress = no_progress,
+    ) -> RestoredBase:
+        began, user = time.monotonic(), run_as()
+        owner = Owner(user.uid, user.gid) if user.popen else None
+        chain = self.repository.chain(backup.backup_id)
+        if len(chain) == 1:
+            spaces = fetch_backup(
+                self.repository, chain[0], into, tablespaces=tablespaces, owner=owner, progress=progress
+            )
+        else:
+            spaces = self._fetch_chain(chain, into, tablespaces or {}, owner, progress)
+        return RestoredBase(into, spaces, sum(manifest.raw for manifest in chain), time.monotonic() - began)
+
+    def _fetch_chain(
+        self, chain: list[Manifest], into: Path, tablespaces: dict[str, Path], owner: Owner | None, progress: Progress
+    ) -> dict[int, Path]:
+        """Each backup of the chain beside the target directory, then combined into it."""
+        if into.exists() and any(into.iterdir()):
+            raise UsageError(
+                "the directory is not empty", where=str(into), remedy="name another one; nothing is restored over files"
+            )
+        install = need_postgres(chain[-1].major, self.target.sandbox.postgres.values())
+        program = install.tool("pg_combinebackup")
+        if program is None:
+            raise CouldNotVerifyError(
+                f"the PostgreSQL {chain[-1].major} found at {install.bindir} has no pg_combinebackup",
+                remedy=f"install postgresql-client-{chain[-1].major}, or name its bin directory under sandbox.postgres",
+            )
+        parts = into.with_name(f".{into.name}.parts")
+        parts.mkdir(parents=True, exist_ok=True)
+        parts.chmod(0o755)
+        places: list[dict[int, Path]] = []
+        for manifest in chain:
+            mapped = {
+                a.location or "": parts / f"{manifest.backup_id}.ts{a.oid}"
+                for a in manifest.archives
+                if a.oid is not None
+            }
+            if (parts / manifest.backup_id / "PG_VERSION").exists() and not (
+                parts / manifest.backup_id / ".ops_restore"
+            ).exists():
+                places.append({a.oid: mapped[a.location or ""] for a in manifest.archives if a.oid is not None})
+                continue
+            places.append(
+                fetch_backup(
+                    self.repository,
+                    manifest,
+                    parts / manifest.backup_id,
+                    tablespaces=mapped,
+                    owner=owner,
+                    progress=progress,
+                )
+            )
+        locations = {a.oid: a.location or "" for a in chain[-1].archives if a.oid is not None}
+        final = {oid: tablespaces.get(location) or Path(location) for oid, location in locations.items()}
+        progress("combining the chain", 0, None)
+        if into.exists():
+            into.rmdir()
+        combine(
+            program,
+            [parts / manifest.backup_id for manifest in chain],
+            into,
+            {places[-1][oid]: place for oid, place in final.items()},
+            dict(run_as().popen),
+        )
+        shutil.rmtree(parts)
+        return final
+
+    def wal_fetcher(self, backup: BackupInfo, spool: Path) -> WalFetchAhead:
+        size = self.repository.manifest(backup.backup_id).wal_segment_size
+        return WalFetchAhead(self.repository, backup.system_identifier, spool, segment_size=size)
+
+    def expire(self) -> Callable[..., object] | None:
+        from ops_platform.backup.expiry import ExpiryAction
+
+        return ExpiryAction
