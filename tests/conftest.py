@@ -1,0 +1,60 @@
+"""Fixtures: servers shared by a test process, and makers of clusters and platforms that clean up after the test."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from tests.rig import Cluster, Ground, Platform, scratch
+
+
+@pytest.fixture(scope="session")
+def ground() -> Iterator[Ground]:
+    made = Ground()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def new_cluster() -> Iterator[Callable[..., Cluster]]:
+    """Makes clusters that are stopped and removed after the test: `new_cluster(18, {"work_mem": "8MB"})`."""
+    made: list[Cluster] = []
+    directories = []
+
+    def make(major: int = 18, settings: Mapping[str, str] | None = None, initdb: tuple[str, ...] = ()) -> Cluster:
+        directories.append(scratch("ops-pg-test-"))
+        made.append(Cluster(major, directories[-1], settings, initdb))
+        return made[-1]
+
+    yield make
+    for cluster in made:
+        cluster.stop()
+    for directory in directories:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def shared_cluster() -> Iterator[Cluster]:
+    """A PostgreSQL 18 that many tests read and none reconfigures."""
+    directory = scratch("ops-pg-test-")
+    cluster = Cluster(18, directory)
+    yield cluster
+    cluster.stop()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def new_platform(ground: Ground) -> Iterator[Callable[..., Platform]]:
+    """Makes inventories over the ground: `new_platform({"app-db": [cluster]}, extra={…})`."""
+    made: list[Platform] = []
+
+    def make(clusters: Mapping[str, list[Cluster]], **more: Any) -> Platform:
+        made.append(Platform(ground, clusters, **more))
+        return made[-1]
+
+    yield make
+    for platform in made:
+        platform.close()

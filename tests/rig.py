@@ -1,0 +1,237 @@
+"""Real servers for the tests, and inventories that name them.
+
+`Ground` starts an S3 server and a Vault-compatible one once for each test process; `Platform` is one inventory with its targets,
+secrets and an `Access`, in a folder of its own, against those servers and PostgreSQL clusters that the test holds.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ops_platform.backup.archive import open_target_repository
+from ops_platform.backup.repository import Repository
+from ops_platform.clients.access import Access
+from ops_platform.clients.postgres_binaries import PostgresServer, find_postgres, free_port, run_as
+from ops_platform.clients.s3 import S3Store
+from ops_platform.inventory import load
+from ops_platform.inventory.model import Target
+from ops_platform.local.components import COMPONENTS, Place, s3_settings
+from ops_platform.local.stack import Stack, stop
+
+REQUIRED = os.environ.get("OPS_REQUIRE_SERVICES") == "1"
+
+SETTINGS = {
+    "wal_level": "replica",
+    "max_wal_senders": "10",
+    "max_replication_slots": "10",
+    "fsync": "off",
+    "shared_buffers": "32MB",
+    "max_wal_size": "256MB",
+    "autovacuum": "off",
+    "log_line_prefix": "%m [%p] %a ",
+}
+HBA = (
+    "local all all trust\nlocal replication all trust\n"
+    "host all all 127.0.0.1/32 scram-sha-256\nhost replication all 127.0.0.1/32 scram-sha-256\n"
+)
+PASSWORD = "correct horse 'battery' \\staple"
+
+
+def missing(what: str, remedy: str) -> None:
+    """A server that the machine does not have: a failure where everything is required, a skip with its reason elsewhere."""
+    text = f"{what} is not here; {remedy}"
+    if REQUIRED:
+        pytest.fail(text)
+    pytest.skip(text)
+
+
+def scratch(prefix: str = "ops-test-") -> Path:
+    """A folder that the servers' user can pass through, which pytest's own is not."""
+    path = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))
+    path.chmod(0o755)
+    return path
+
+
+class Ground:
+    """The S3 server and the key service, shared by all tests of one process."""
+
+    def __init__(self) -> None:
+        self.directory = scratch()
+        self.stack = Stack(Place(self.directory), {})
+
+    def component(self, name: str) -> None:
+        if self.stack.alive(name) is None:
+            found = next(component for component in COMPONENTS if component.name == name)
+            self.stack.ensure(found, lambda _text: None)
+
+    @property
+    def place(self) -> Place:
+        return self.stack.place
+
+    def store(self, prefix: str, bucket: str = "tests", **settings: Any) -> S3Store:
+        self.component("s3")
+        store = S3Store(replace(s3_settings(self.place, bucket), prefix=prefix, timeout=30.0, retries=5, **settings))
+        store.create_bucket(object_lock=settings.get("lock") is not None)
+        return store
+
+    def close(self) -> None:
+        for name, process in self.stack.running.items():
+            assert stop(process), f"{name} did not stop"
+        shutil.rmtree(self.directory)
+
+
+class Cluster:
+    """A PostgreSQL cluster of a test: superuser over the socket, and the role `ops_backup` over TCP with a password."""
+
+    def __init__(
+        self, major: int, directory: Path, settings: Mapping[str, str] | None = None, initdb: tuple[str, ...] = ()
+    ) -> None:
+        install = find_postgres(major)
+        if install is None:
+            missing(f"PostgreSQL {major}", "make services installs it")
+        assert install is not None
+        run_as().own(directory)
+        self.server = PostgresServer(install, directory / "data", port=free_port())
+        self.server.initdb(options=initdb)
+        extra = {"summarize_wal": "on"} if major >= 17 else {}
+        self.server.configure({**SETTINGS, **extra, **(settings or {})}, hba=HBA)
+        self.server.start()
+        checkpoint = ", pg_checkpoint" if major >= 15 else ""
+        self.sql(f"""
+            create role ops_backup login replication password '{PASSWORD.replace("'", "''")}';
+            grant pg_monitor{", pg_read_all_data" if major >= 14 else ""}{checkpoint} to ops_backup;
+            grant execute on function pg_create_restore_point(text), pg_switch_wal() to ops_backup;
+            create schema ops_canary authorization ops_backup;
+        """)
+
+    @property
+    def port(self) -> int:
+        return self.server.port
+
+    def sql(self, text: str, dbname: str = "postgres", *params: Any) -> Any:
+        """Run it as superuser; the first column of the first row, where there is one."""
+        with self.server.connect(dbname) as connection:
+            cursor = connection.execute(text, params or None)
+            row = cursor.fetchone() if cursor.description else None
+            return row[0] if row else None
+
+    def stop(self) -> None:
+        self.server.stop("immediate")
+
+
+class Platform:
+    """platform.yaml over the ground, written for one test. `target` is the first one; `extra` is merged over its entry."""
+
+    def __init__(
+        self,
+        ground: Ground,
+        clusters: Mapping[str, list[Cluster]],
+        *,
+        extra: Mapping[str, Any] | None = None,
+        store: Mapping[str, Any] | None = None,
+        keys: Mapping[str, Any] | None = None,
+        platform: Mapping[str, Any] | None = None,
+    ) -> None:
+        ground.component("s3")
+        ground.component("vault")
+        self.ground = ground
+        self.home = scratch("ops-home-")
+        self.prefix = uuid.uuid4().hex[:12]
+        (self.home / "password").write_text(PASSWORD)
+        (self.home / "password").chmod(0o600)
+        secrets = ground.place.directory / "secrets"
+        self.body: dict[str, Any] = {
+            "version": 1,
+            "platform": {"name": "tests", "reports": "reports", **(platform or {})},
+            "owners": {"team": {"name": "Team"}},
+            "environments": {"test": {}},
+            "vaults": {
+                "v": {
+                    "url": f"http://127.0.0.1:{ground.place.port('vault')}",
+                    "auth": {
+                        "method": "approle",
+                        "role_id": f"file://{secrets}/vault.role_id",
+                        "secret_id": f"file://{secrets}/vault.secret_id",
+                    },
+                }
+            },
+            "key_services": {
+                "k": {"kind": "vault-transit", "vault": "v", "key": "ops-backup"} if keys is None else dict(keys)
+            },
+            "stores": {
+                "s": {
+                    "endpoint": f"https://127.0.0.1:{ground.place.port('s3')}",
+                    "bucket": "tests",
+                    "prefix": self.prefix,
+                    "access_key": f"file://{secrets}/s3.access_key",
+                    "secret_key": f"file://{secrets}/s3.secret_key",
+                    "ca": f"{secrets}/s3-ca.pem",
+                    **(store or {}),
+                }
+            },
+            "targets": [self._target(name, members, extra or {}) for name, members in clusters.items()],
+        }
+        ground.store("").close()  # makes the bucket
+        self.reload()
+
+    def _target(self, name: str, members: list[Cluster], extra: Mapping[str, Any]) -> dict[str, Any]:
+        entry: dict[str, Any] = {
+            "id": name,
+            "environment": "test",
+            "owner": "team",
+            "classification": "internal",
+            "objectives": {},
+            "connection": {
+                "hosts": [{"host": "127.0.0.1", "port": member.port} for member in members],
+                "user": "ops_backup",
+                "password": f"file://{self.home}/password",
+                "tls": {"mode": "disable"},
+            },
+            "repository": {"store": "s", "keys": "k"},
+            "wal": {"partial_every": "1s"},
+            "backup": {"schedule": {"cron": "15 2 * * *"}, "transfer": {"block_size": "1MiB"}},
+            "sandbox": {"directory": str(self.home)},
+        }
+        return _merged(entry, extra)
+
+    def reload(self) -> None:
+        """Write the file again from `body` and open it."""
+        if hasattr(self, "access"):
+            self.access.close()
+        self.file = self.home / "platform.yaml"
+        self.file.write_text(yaml.safe_dump(self.body, sort_keys=False))
+        self.access = Access(load(self.file))
+
+    @property
+    def target(self) -> Target:
+        return self.access.inventory.targets[0]
+
+    @property
+    def repository(self) -> Repository:
+        return open_target_repository(self.access, self.target)
+
+    @property
+    def env(self) -> dict[str, str]:
+        """For a subprocess that works on this inventory."""
+        return {**os.environ, "OPS_INVENTORY": str(self.file), "OPS_STATE_DIR": str(self.home / "state")}
+
+    def close(self) -> None:
+        self.access.close()
+        shutil.rmtree(self.home, ignore_errors=True)
+
+
+def _merged(entry: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(entry)
+    for key, value in extra.items():
+        out[key] = _merged(out[key], value) if isinstance(value, Mapping) and isinstance(out.get(key), dict) else value
+    return out
