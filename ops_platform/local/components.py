@@ -12,6 +12,7 @@ import secrets
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,14 +116,16 @@ def _vault_client(place: Place, token: str | None = None) -> Any:
 
 
 def _vault_ready(place: Place) -> bool:
+    """It answers and, once initialised, is unsealed and elected: before its election a raft node refuses every write."""
     try:
         client = _vault_client(place)
-        if client.sys.is_initialized() and client.sys.is_sealed() and place.secret_file("vault.unseal_key").exists():
+        if not client.sys.is_initialized():
+            return True
+        if client.sys.is_sealed() and place.secret_file("vault.unseal_key").exists():
             client.sys.submit_unseal_key(place.secret("vault.unseal_key"))
-        client.sys.read_seal_status()
+        return bool(client.sys.read_leader_status()["is_self"])
     except Exception:  # noqa: BLE001 - whatever it is, it is not ready
         return False
-    return True
 
 
 _POLICY = """
@@ -145,8 +148,11 @@ def _vault_finish(place: Place) -> None:
         made = client.sys.initialize(secret_shares=1, secret_threshold=1)
         place.write_secret("vault.unseal_key", made["keys_base64"][0])
         place.write_secret("vault.root_token", made["root_token"])
-    if client.sys.is_sealed():
-        client.sys.submit_unseal_key(place.secret("vault.unseal_key"))
+    deadline = time.monotonic() + 30
+    while not _vault_ready(place):
+        if time.monotonic() > deadline:
+            raise OpsError("the key service did not become active in 30 s", where=str(place.log("vault")))
+        time.sleep(0.05)
     client.token = place.secret("vault.root_token")
     mounts = client.sys.list_mounted_secrets_engines()["data"]
     if "transit/" not in mounts:
