@@ -1,0 +1,121 @@
+"""The receiver seen from outside: Prometheus metrics, health, readiness. No secrets, no data."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, Any
+
+from ops_platform.clock import SYSTEM_CLOCK
+from ops_platform.errors import UsageError
+
+if TYPE_CHECKING:
+    from ops_platform.backup.receiver import Receiver, TargetState
+
+STUCK_AFTER = 180.0  # seconds without a sign of life of a target's thread
+
+# name: (what it is, counter or gauge, how it is read from the state)
+METRICS: dict[str, tuple[str, str, Any]] = {
+    "ops_wal_streaming": ("1 while WAL is being received.", "gauge", lambda s: s.phase == "streaming"),
+    "ops_wal_lag_bytes": ("WAL of the server that is not yet durable in the store.", "gauge", lambda s: s.lag_bytes),
+    "ops_wal_lag_seconds": ("Age of the oldest received bytes that are not yet durable.", "gauge", lambda s: s.lag_seconds),
+    "ops_wal_received_lsn_bytes": ("Position received.", "gauge", lambda s: s.received),
+    "ops_wal_durable_lsn_bytes": ("Position durable in the store.", "gauge", lambda s: s.durable),
+    "ops_wal_timeline": ("Timeline being received.", "gauge", lambda s: s.timeline or 0),
+    "ops_wal_slot_retained_bytes": ("WAL that the slot holds back on the server.", "gauge", lambda s: s.slot_retained or 0),
+    "ops_wal_slot_lost": ("1 when the slot is missing or lost its WAL.", "gauge", lambda s: s.slot_status in ("lost", "missing")),
+    "ops_wal_segments": ("Whole segments stored.", "counter", lambda s: s.segments),
+    "ops_wal_partials": ("Unfinished segments stored.", "counter", lambda s: s.partials),
+    "ops_wal_raw_bytes": ("Bytes of WAL stored in whole segments, before compression.", "counter", lambda s: s.raw_bytes),
+    "ops_wal_gaps": ("Gaps met: WAL that the server no longer had.", "counter", lambda s: s.gaps),
+    "ops_wal_reconnects": ("Connections begun anew.", "counter", lambda s: s.reconnects),
+}  # fmt: skip
+
+
+class _Collector:
+    """Reads the states when it is asked, so that nothing has to be kept up to date."""
+
+    def __init__(self, receiver: Receiver) -> None:
+        self._receiver = receiver
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        for name, (what, kind, read) in METRICS.items():
+            family = (CounterMetricFamily if kind == "counter" else GaugeMetricFamily)(name, what, labels=["target"])
+            for state in self._receiver.states:
+                family.add_metric([state.target_id], float(read(state)))
+            yield family
+
+
+def health(receiver: Receiver, now: float) -> tuple[bool, dict[str, str]]:
+    """Whether every target's thread is alive. A target that waits for its server is healthy: a restart would not help it."""
+    dead = {target_id: "ended" for target_id in receiver.dead()}
+    stuck = {
+        s.target_id: f"no sign of life for {now - s.alive_at:.0f} s"
+        for s in receiver.states
+        if s.phase == "streaming" and s.alive_at and now - s.alive_at > STUCK_AFTER
+    }
+    return not dead and not stuck, stuck | dead
+
+
+def readiness(receiver: Receiver) -> tuple[bool, dict[str, str]]:
+    """Ready when no target is still starting and at least one is streaming."""
+    phases = {state.target_id: _phase(state) for state in receiver.states}
+    states = [state.phase for state in receiver.states]
+    return "starting" not in states and "streaming" in states, phases
+
+
+def _phase(state: TargetState) -> str:
+    return f"{state.phase}: {state.last_error}" if state.last_error else state.phase
+
+
+def serve(receiver: Receiver, host: str, port: int) -> ThreadingHTTPServer:
+    """Serve in a thread of its own until `shutdown`. Raises UsageError for an address that cannot be had."""
+    from prometheus_client import CollectorRegistry, generate_latest
+
+    registry = CollectorRegistry()
+    registry.register(_Collector(receiver))  # type: ignore[arg-type]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/metrics":
+                self._answer(200, generate_latest(registry), "text/plain; version=0.0.4; charset=utf-8")
+                return
+            found = {
+                "/healthz": lambda: health(receiver, SYSTEM_CLOCK.monotonic()),
+                "/readyz": lambda: readiness(receiver),
+            }.get(self.path)
+            if found is None:
+                self._answer(404, b"/metrics, /healthz, /readyz\n", "text/plain")
+                return
+            good, detail = found()
+            self._answer(200 if good else 503, json.dumps(detail, indent=1).encode(), "application/json")
+
+        def _answer(self, status: int, body: bytes, kind: str) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """A scrape every few seconds is no news."""
+
+    class Server(ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        daemon_threads = True
+
+    try:
+        server = Server((host, port), Handler)
+    except OSError as error:
+        raise UsageError(
+            f"--listen: {error.strerror}",
+            where=f"{host}:{port}",
+            remedy="another program has this port, or the address is not ours",
+        ) from None
+    threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
+    return server

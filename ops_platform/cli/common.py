@@ -1,0 +1,129 @@
+"""What the commands share: opening the inventory, JSON beside human output, tables, sizes and durations."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ops_platform.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ops_platform.clients.access import Access
+    from ops_platform.inventory.model import Inventory, Target
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def json_option(function: F) -> F:
+    return click.option(
+        "--json", "as_json", is_flag=True, help="JSON; its schema is in docs/reference/json-output.md."
+    )(function)
+
+
+@contextmanager
+def opened() -> Generator[Access]:
+    """The inventory and everything that it names, closed at the end."""
+    from ops_platform.clients.access import Access
+    from ops_platform.inventory import load
+
+    with Access(load()) as access:
+        yield access
+
+
+def chosen(inventory: Inventory, ids: tuple[str, ...], everything: bool) -> list[Target]:
+    """The targets named, or all. Raises UsageError for neither and for both."""
+    if bool(ids) == everything:
+        raise UsageError("name targets, or give --all", remedy="ops inventory show lists the targets")
+    return list(inventory.targets) if everything else [inventory.target(name) for name in ids]
+
+
+def emit(kind: Any, value: Any) -> None:
+    """Print `value` as JSON of the type `kind`, which is what docs/reference/json-output.md documents."""
+    from pydantic import TypeAdapter
+
+    click.echo(TypeAdapter(kind).dump_json(value, indent=2).decode())
+
+
+def console(*, err: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=err, highlight=False, soft_wrap=False)
+
+
+def complete_targets(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """For the shell: an inventory that cannot be read completes nothing and says nothing."""
+    from ops_platform.errors import OpsError
+    from ops_platform.inventory import load
+
+    try:
+        return [target.id for target in load().inventory.targets if target.id.startswith(incomplete)]
+    except OpsError:
+        return []
+
+
+def parse_moment(text: str, *, option: str) -> datetime:
+    """An ISO 8601 time with its zone. Raises UsageError with an example for one without."""
+    try:
+        moment = datetime.fromisoformat(text.strip())
+    except ValueError:
+        raise UsageError(
+            f"{option}: {text!r} is not a time", remedy=f"write it like {option} '2026-11-23 02:59:59.5+01:00'"
+        ) from None
+    if moment.tzinfo is None:
+        raise UsageError(
+            f"{option}: {text!r} has no zone, and nobody agrees on one at 3 a.m.",
+            remedy=f"write {option} '{text.strip()}+00:00' for UTC, or with the offset that you mean, such as +01:00",
+        )
+    return moment.astimezone(UTC)
+
+
+def size(value: int | float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1024 or unit == "TiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError
+
+
+def ago(moment: datetime | None, now: datetime | None = None) -> str:
+    return "never" if moment is None else f"{span((now or datetime.now(UTC)) - moment)} ago"
+
+
+def span(value: timedelta | float) -> str:
+    """`4 min 12 s`: two units at most."""
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    for length, unit, below, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if seconds >= length:
+            rest = int(seconds % length) // below
+            return f"{int(seconds // length)} {unit}" + (f" {rest} {smaller}" if rest else "")
+    raise AssertionError
+
+
+def stamp(moment: datetime | None) -> str:
+    return "-" if moment is None else f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"
+
+
+def table(rows: list[list[str]], header: list[str]) -> None:
+    """Columns as wide as they need to be; the last one is not cut when the output is no terminal."""
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for name in header:
+        made.add_column(name, overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    if sys.stdout.isatty():
+        console().print(made)
+    else:
+        widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+        for line in [header, *rows]:
+            click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -1,0 +1,83 @@
+"""`ops inventory`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from ops_platform.cli.common import complete_targets, emit, json_option, table
+
+if TYPE_CHECKING:
+    from ops_platform.inventory.model import Schedule
+
+
+@click.group()
+def inventory() -> None:
+    """Check and show platform.yaml; print its JSON Schema."""
+
+
+@inventory.command()
+@json_option
+def check(as_json: bool) -> None:
+    """Read the file and every suite it names; all mistakes at once, each with line, key and the nearest valid key."""
+    from ops_platform.inventory import load
+    from ops_platform.recovery.expectations import load_suite
+
+    loaded = load()
+    suites = {
+        loaded.path.parent / target.backup.verification.expectations.suite
+        for target in loaded.inventory.targets
+        if target.backup.verification.expectations is not None
+    }
+    for suite in sorted(suites):
+        load_suite(suite)
+    if as_json:
+        emit(
+            dict[str, int | str],
+            {"file": str(loaded.path), "targets": len(loaded.inventory.targets), "suites": len(suites)},
+        )
+    else:
+        click.echo(f"{loaded.path}: good; {len(loaded.inventory.targets)} targets, {len(suites)} expectation suites")
+
+
+@inventory.command()
+@click.argument("target", required=False, shell_complete=complete_targets)
+@json_option
+def show(target: str | None, as_json: bool) -> None:
+    """The targets; or one of them, with policies and defaults filled in."""
+    from ops_platform.inventory import load
+    from ops_platform.inventory.model import Target
+
+    found = load().inventory
+    if target is not None:
+        emit(Target, found.target(target))
+    elif as_json:
+        emit(list[Target], found.targets)
+    else:
+        rows = [
+            [
+                t.id,
+                t.environment,
+                t.owner,
+                t.classification.value,
+                t.repository.engine,
+                _when(t.backup.schedule),
+                t.description,
+            ]
+            for t in found.targets
+        ]
+        table(rows, ["target", "environment", "owner", "class", "engine", "backup at", "description"])
+
+
+@inventory.command()
+def schema() -> None:
+    """JSON Schema of platform.yaml, for editors."""
+    from ops_platform.inventory import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=1, ensure_ascii=False))
+
+
+def _when(schedule: Schedule) -> str:
+    return f"{schedule.cron} {schedule.timezone}"

@@ -1,0 +1,85 @@
+"""`ops local`: the embedded stack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from ops_platform.cli.common import emit, json_option, table
+
+
+@click.group()
+def local() -> None:
+    """The embedded stack: real servers as child processes on free loopback ports. For trying, not for earnest.
+
+    It lives in .state/local beside platform.yaml; OPS_STATE_DIR moves it.
+    """
+
+
+@local.command()
+@click.option("--no-supervisor", is_flag=True, help="Do not start the process that restarts what died.")
+def up(no_supervisor: bool) -> None:
+    """Start what is not running; again and again as you like."""
+    from ops_platform.local import stack
+
+    found = stack.up(say=lambda name, text: click.echo(f"{name:13} {text}", err=True), supervise=not no_supervisor)
+    _show(found)
+
+
+@local.command()
+@json_option
+@click.pass_context
+def status(ctx: click.Context, as_json: bool) -> None:
+    """Name, kind, url, pid and readiness of each server. Exit 1 unless all are ready."""
+    from ops_platform.local import stack
+
+    found = stack.status()
+    if as_json:
+        emit(list[stack.Status], found)
+    else:
+        _show(found)
+    ctx.exit(0 if all(item.ready for item in found) else 1)
+
+
+@local.command()
+@click.argument("name")
+@click.option("-n", "--lines", default=40, show_default=True, help="How many of the last lines.")
+def logs(name: str, lines: int) -> None:
+    """The end of a server's log."""
+    from ops_platform.errors import UsageError
+    from ops_platform.local import stack, state_dir
+    from ops_platform.local.components import COMPONENTS
+
+    known = [component.name for component in COMPONENTS] + ["supervisor"]
+    if name not in known:
+        raise UsageError(f"there is no server {name!r} in the local stack", remedy=f"one of {', '.join(known)}")
+    click.echo(stack.log_tail(state_dir() / "logs" / f"{name}.log", lines))
+
+
+@local.command()
+def down() -> None:
+    """Stop everything; the data stays."""
+    from ops_platform.local import stack
+
+    stopped = stack.down()
+    click.echo(f"stopped: {', '.join(stopped)}" if stopped else "nothing was running", err=True)
+
+
+@local.command()
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def reset(yes: bool) -> None:
+    """Stop everything and remove the state directory with all data in it."""
+    from ops_platform.local import stack, state_dir
+
+    if not yes:
+        click.confirm(f"remove {state_dir()} with the local databases, backups and keys?", abort=True)
+    click.echo(f"removed {stack.reset()}", err=True)
+
+
+def _show(found: Sequence[object]) -> None:
+    rows = [
+        [v["name"], v["kind"], v["url"], str(v["pid"] or "-"), "ready" if v["ready"] else "not ready"]
+        for v in map(vars, found)
+    ]
+    table(rows, ["name", "kind", "url", "pid", "state"])

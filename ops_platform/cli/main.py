@@ -1,0 +1,122 @@
+"""`ops`: the command line. Groups are imported only when they are called, so that help answers at once.
+
+Exit codes: 0 good, 1 failed, 2 wrong usage or inventory, 3 could not verify, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+import click
+
+from ops_platform import __version__
+from ops_platform.errors import OpsError
+
+# name: (module, function, what it does)
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "backup": ("ops_platform.cli.backup", "backup", "Take, list, prove and expire backups."),
+    "completion": ("ops_platform.cli.completion", "completion", "Print the completion script of a shell."),
+    "demo": ("ops_platform.cli.demo", "demo", "Back up a real database, damage it, restore it, check it."),
+    "doctor": ("ops_platform.cli.doctor", "doctor", "Look at everything a backup needs, and say what to do."),
+    "init": ("ops_platform.cli.init", "init", "Write a commented platform.yaml by asking a live database."),
+    "inventory": ("ops_platform.cli.inventory", "inventory", "Check and show platform.yaml; its JSON Schema."),
+    "ledger": ("ops_platform.cli.ledger", "ledger", "List and verify the tamper-evident record."),
+    "local": ("ops_platform.cli.local", "local", "The embedded stack: real servers on this machine."),
+    "report": ("ops_platform.cli.report", "report", "Write the HTML report of proofs and coverage."),
+    "restore": ("ops_platform.cli.restore", "restore", "Restore a target to a moment, or some of its tables."),
+    "ui": ("ops_platform.cli.ui", "ui", "Dagster's web UI and daemon over the local stack."),
+    "wal": ("ops_platform.cli.wal", "wal", "Receive WAL into the repository; the state of the archive."),
+}
+
+
+class LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        from importlib import import_module
+
+        module, function, _ = COMMANDS[cmd_name]
+        return getattr(import_module(module), function)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            near = get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "ops --help lists them"
+            raise click.UsageError(f"there is no command {args[0]!r}; {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][2]) for name in sorted(COMMANDS)])
+
+
+EXIT_CODES = "Exit codes: 0 good · 1 failed · 2 usage or inventory · 3 could not verify · 130 interrupted."
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
+@click.option(
+    "-i",
+    "--inventory",
+    type=click.Path(dir_okay=False),
+    help="platform.yaml; else OPS_INVENTORY, else the nearest one from here upwards.",
+)
+@click.version_option(__version__, prog_name="ops")
+def cli(inventory: str | None) -> None:
+    """Backups that prove themselves, safe changes, one tamper-evident record."""
+    if inventory is not None:
+        # For child processes too: whatever this command starts reads the same file.
+        os.environ["OPS_INVENTORY"] = str(os.path.abspath(inventory))  # noqa: PTH100 - Path would cost an import
+
+
+def _terminated(_number: int, _frame: Any) -> NoReturn:
+    """SIGTERM unwinds as Ctrl-C does, so that every `finally` runs: sandboxes and locks go."""
+    raise SystemExit(143)
+
+
+def run() -> NoReturn:
+    """The entry point: errors without a traceback, each with its exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        result = cli.main(prog_name="ops", standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(result if isinstance(result, int) else 0)
+    except OpsError as error:
+        fail(str(error), error.exit_code)
+    except click.UsageError as error:
+        if error.ctx is not None:
+            click.echo(error.ctx.get_usage(), err=True)
+        fail(error.format_message(), 2)
+    except click.ClickException as error:
+        fail(error.format_message(), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        fail("interrupted; what was started has been cleaned up", 130)
+    except BrokenPipeError:
+        # Whoever read our output has gone (`ops … | head`): nothing more to say, and nothing to complain about.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:  # the last line of defence
+        if os.environ.get("OPS_DEBUG"):
+            raise
+        fail(
+            f"unexpected {type(error).__name__}: {error}\n"
+            "  what to do: this is a defect; call again with OPS_DEBUG=1 and report what it prints",
+            1,
+        )
+
+
+def fail(text: str, code: int) -> NoReturn:
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {text}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    run()

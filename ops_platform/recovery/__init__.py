@@ -1,0 +1,5 @@
+"""Restore, and the proof that it works. The face of the room:
+
+`restore.restore` brings a target back to a moment, `verify.verify` restores into a sandbox and looks at the data,
+`records` keeps and reads the scorecards, `model` holds the nouns.
+"""

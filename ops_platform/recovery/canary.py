@@ -1,0 +1,159 @@
+"""The canary: a row before the moment that is restored, a row after it, and what was true of the source in between.
+
+Row A is committed, then the server's clock is read (T), then row B is committed. A restore to T must hold A and must not hold
+B. Row B also makes sure that there is a commit after T, without which PostgreSQL cannot know that T was reached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from ops_platform.backup.archive import open_target_repository, read_archive, slot_state, wait_durable
+from ops_platform.backup.model import Lsn
+from ops_platform.backup.receiver import receive_range
+from ops_platform.clock import Clock
+from ops_platform.errors import CouldNotVerifyError, OpsError
+from ops_platform.recovery.facts import DatabaseFacts, database_facts
+
+if TYPE_CHECKING:
+    from ops_platform.clients.access import Access
+    from ops_platform.inventory import Target
+
+_TABLE = """
+create table if not exists ops_canary.canary (
+    id bigint generated always as identity primary key,
+    verification text not null,
+    mark text not null check (mark in ('A', 'B')),
+    at timestamptz not null default clock_timestamp()
+)"""
+_INSERT = "insert into ops_canary.canary (verification, mark) values (%s, %s) returning id, at"
+_KEPT = "400 days"
+
+
+@dataclass(frozen=True)
+class Canary:
+    """`at`: the moment between the two rows, by the source's clock. `durable_seconds`: until the store held row B."""
+
+    verification_id: str
+    id_a: int
+    id_b: int
+    at: datetime
+    lsn: Lsn
+    durable_seconds: float
+
+
+@dataclass(frozen=True)
+class SourceMoment:
+    """The source at `at`: `facts` by database, or None where the schema changed while we looked."""
+
+    at: datetime
+    facts: dict[str, DatabaseFacts]
+    canary: Canary | None
+    note: str | None = None
+
+
+def take(access: Access, target: Target, verification_id: str, clock: Clock) -> SourceMoment:
+    """Write the canary and note what is true at T. Raises CouldNotVerifyError where the rows cannot be written or archived."""
+    import psycopg
+
+    with contextlib.closing(access.postgres(target, role="primary")) as connection:
+        try:
+            _prepare(connection)
+            before = database_facts(connection)
+            id_a, at_a = _insert(connection, verification_id, "A")
+            moment = _between(connection)
+            id_b, at_b = _insert(connection, verification_id, "B")
+            after = database_facts(connection)
+            lsn, timeline = _position(connection)
+        except psycopg.Error as error:
+            raise CouldNotVerifyError(
+                f"the canary cannot be written: {str(error).strip().splitlines()[0]}",
+                where=f"{target.id}, schema ops_canary",
+                remedy=f"as a superuser in {target.connection.dbname}: CREATE SCHEMA ops_canary AUTHORIZATION "
+                f"{target.connection.user or 'the backup role'}; or set verification.canary: false for a weaker proof",
+            ) from error
+    if not at_a <= moment < at_b:
+        raise CouldNotVerifyError(
+            "the source's clock went back while the canary was written", where=target.id, remedy="look at its NTP, then verify again"
+        )  # fmt: skip
+    seconds = ensure_archived(access, target, lsn, timeline, clock)
+    canary = Canary(verification_id, id_a, id_b, moment, lsn, seconds)
+    same = before.fingerprint == after.fingerprint
+    facts = {target.connection.dbname: before} if same else {}
+    return SourceMoment(moment, facts, canary, None if same else "the schema changed while the canary was written")
+
+
+def observe(access: Access, target: Target, clock: Clock) -> SourceMoment:
+    """Without a row of ours: the source as it is read now. The proof is weaker, because nothing marks the moment."""
+    with contextlib.closing(access.postgres(target, role="primary")) as connection:
+        facts = database_facts(connection)
+        row = connection.execute("select clock_timestamp()").fetchone()
+        lsn, timeline = _position(connection)
+    assert row is not None  # noqa: S101 - a select without a table has a row
+    ensure_archived(access, target, lsn, timeline, clock)
+    return SourceMoment(row[0], {target.connection.dbname: facts}, None)
+
+
+def _prepare(connection: Any) -> None:
+    connection.execute("set synchronous_commit to local")
+    if connection.execute("select to_regclass('ops_canary.canary')").fetchone()[0] is None:
+        connection.execute("create schema if not exists ops_canary")
+        connection.execute(_TABLE)
+    connection.execute(f"delete from ops_canary.canary where at < now() - interval '{_KEPT}'")
+
+
+def _insert(connection: Any, verification_id: str, mark: str) -> tuple[int, datetime]:
+    return connection.execute(_INSERT, [verification_id, mark]).fetchone()
+
+
+def _between(connection: Any) -> datetime:
+    """A moment after A's commit; the clock has moved on when this returns, so that B's commit is later."""
+    moment: datetime = connection.execute("select clock_timestamp()").fetchone()[0]
+    while connection.execute("select clock_timestamp()").fetchone()[0] <= moment:
+        time.sleep(0.001)
+    return moment
+
+
+def _position(connection: Any) -> tuple[Lsn, int]:
+    row = connection.execute(
+        "select pg_current_wal_flush_lsn()::text, ('x' || substr(pg_walfile_name(pg_current_wal_flush_lsn()), 1, 8))::bit(32)::int"
+    ).fetchone()
+    return Lsn.parse(row[0]), row[1]
+
+
+def ensure_archived(access: Access, target: Target, lsn: Lsn, timeline: int, clock: Clock) -> float:
+    """Wait until the store holds the WAL up to `lsn`; the seconds. Where no receiver runs, fetch what is missing ourselves."""
+    if target.repository.engine != "native":
+        return _ask_for_archiving(access, target, clock)
+    began = clock.monotonic()
+    slot = slot_state(access, target)
+    if slot is None or slot.active_pid is None:
+        archive = read_archive(open_target_repository(access, target))
+        ends = [item.end for item in archive.ranges if item.timeline == timeline] if archive else []
+        if ends and max(ends) < lsn:
+            receive_range(access, target, max(ends), lsn, timeline, clock=clock)
+    try:
+        wait_durable(access, target, lsn, timeout=60, clock=clock)
+    except OpsError as error:
+        raise CouldNotVerifyError(error.what, where=error.where, remedy=error.remedy) from error
+    return clock.monotonic() - began
+
+
+def _ask_for_archiving(access: Access, target: Target, clock: Clock) -> float:
+    """For repositories of other tools: switch the segment and wait until PostgreSQL's archiver has handed it on."""
+    began = clock.monotonic()
+    with contextlib.closing(access.postgres(target, role="primary")) as connection:
+        row = connection.execute("select pg_walfile_name(pg_switch_wal())").fetchone()
+        name = row[0] if row else ""
+        while clock.monotonic() - began < 120:
+            done = connection.execute("select last_archived_wal from pg_stat_archiver").fetchone()
+            if done and done[0] is not None and done[0][:24] >= name:
+                return clock.monotonic() - began
+            clock.sleep(0.1)
+    raise CouldNotVerifyError(
+        f"the archiver has not handed on {name} within 120 s", where=target.id, remedy="look at pg_stat_archiver and archive_command"
+    )  # fmt: skip
