@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 import uuid
 from collections.abc import Mapping
@@ -86,7 +87,8 @@ class Ground:
 
     def close(self) -> None:
         for name, process in self.stack.running.items():
-            assert stop(process), f"{name} did not stop"
+            # Asked politely the store takes a quarter of a minute; what it holds is thrown away here.
+            assert stop(process, signal.SIGKILL), f"{name} did not stop"
         shutil.rmtree(self.directory)
 
 
