@@ -17,7 +17,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def run_tool(
-    command: list[str | Path], *, timeout: float = 600, env: Mapping[str, str] | None = None
+    command: Sequence[str | Path], *, timeout: float = 600, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a program as the servers' user. Never raises for its exit code."""
     user = run_as()

@@ -101,7 +101,9 @@ def observe(access: Access, target: Target, clock: Clock) -> SourceMoment:
 def _prepare(connection: Any) -> None:
     connection.execute("set synchronous_commit to local")
     if connection.execute("select to_regclass('ops_canary.canary')").fetchone()[0] is None:
-        connection.execute("create schema if not exists ops_canary")
+        # Asked first: IF NOT EXISTS wants the right to create even where there is nothing to create.
+        if connection.execute("select to_regnamespace('ops_canary')").fetchone()[0] is None:
+            connection.execute("create schema ops_canary")
         connection.execute(_TABLE)
     connection.execute(f"delete from ops_canary.canary where at < now() - interval '{_KEPT}'")
 

@@ -63,6 +63,12 @@ def network_namespace() -> tuple[str, ...]:
     return words if tried.returncode == 0 else ()
 
 
+@functools.cache
+def dies_with_us() -> tuple[str, ...]:
+    """The words that end a program when the thread that started it ends, so that a kill -9 of ours leaves no server behind."""
+    return ("setpriv", "--pdeathsig", "INT", "--") if shutil.which("setpriv") else ()
+
+
 class Sandbox:
     """Over a restored data directory. `work` holds its configuration, socket spool and log, beside the data."""
 
@@ -73,8 +79,9 @@ class Sandbox:
         work.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.user = run_as()
         self.user.own(work)
-        wrapper = list(network_namespace()) if isolate else []
-        self.isolated = bool(wrapper)
+        alone = network_namespace() if isolate else ()
+        self.isolated = bool(alone)
+        wrapper = [*alone, *dies_with_us()]
         self.server = PostgresServer(install, data, log=work / "server.log", wrapper=wrapper)
         self.notes: list[str] = []
         self._superuser: str | None = None

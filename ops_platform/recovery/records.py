@@ -1,0 +1,80 @@
+"""Where scorecards stand: sealed in the target's repository, so that they are read on any machine and made by none without the keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ops_platform.backup.model import BackupInfo, Proof
+from ops_platform.backup.repository import Repository
+from ops_platform.errors import CorruptionError
+from ops_platform.recovery.model import Scorecard, Verdict
+
+if TYPE_CHECKING:
+    from ops_platform.clients.access import Access
+    from ops_platform.inventory import Target
+
+
+def repository_of(access: Access, target: Target) -> Repository | None:
+    """Of a native target its repository; of another engine's the store and keys that the inventory names for its proofs, or None."""
+    where = target.repository
+    if where.store is None or where.keys is None:
+        return None
+    return Repository(access.store(where.store), access.keys(where.keys), target.id)
+
+
+def scorecard_key(target_id: str, verification_id: str) -> str:
+    return f"{target_id}/scorecard/{verification_id}.json"
+
+
+def keep(repository: Repository, card: Scorecard) -> Proof | None:
+    """Store the scorecard and, where a backup was looked at, its proof beside the backup."""
+    key = scorecard_key(card.target_id, card.verification_id)
+    data_key = repository.keys.new_data_key()
+    repository.put_record(key, card.model_dump_json().encode(), data_key)
+    if card.backup_id is None:
+        return None
+    proof = Proof(
+        target_id=card.target_id,
+        backup_id=card.backup_id,
+        verdict=card.verdict.value,
+        verified_at=card.ended_at,
+        recovery_target=card.recovery_target,
+        proven_until=card.newest_commit if card.verdict is Verdict.PASS else None,
+        rpo_seconds=measured(card, "rpo"),
+        rto_seconds=measured(card, "rto"),
+        scorecard=key,
+    )
+    repository.put_proof(proof, card.verification_id, data_key)
+    return proof
+
+
+def measured(card: Scorecard, name: str) -> float | None:
+    return next((o.measured_seconds for o in card.objectives if o.name == name), None)
+
+
+def scorecards(repository: Repository, *, newest: int | None = None) -> list[Scorecard]:
+    """Oldest first; `newest` reads only so many. Raises CorruptionError naming one that cannot be read."""
+    keys = sorted(info.key for info in repository.store.list(f"{repository.target_id}/scorecard/"))
+    found: list[Scorecard] = []
+    for key in keys[-newest:] if newest else keys:
+        try:
+            found.append(Scorecard.model_validate_json(repository.read_record(key)))
+        except ValueError as error:
+            raise CorruptionError("this scorecard cannot be read", where=key) from error
+    return found
+
+
+def last_proof(proofs: Sequence[Proof]) -> Proof | None:
+    """The newest PASS."""
+    return max((p for p in proofs if p.verdict == "PASS"), key=lambda proof: proof.verified_at, default=None)
+
+
+def with_proofs(backups: Sequence[BackupInfo], repository: Repository | None) -> list[BackupInfo]:
+    """Backups of another engine with the proofs that we keep for it."""
+    from dataclasses import replace
+
+    if repository is None:
+        return list(backups)
+    proofs = {proof.backup_id: proof for proof in repository.proofs()}
+    return [replace(b, proof=proofs.get(b.backup_id)) if b.proof is None else b for b in backups]

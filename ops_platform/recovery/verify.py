@@ -1,0 +1,612 @@
+"""The verification of one target: restore into a sandbox to a moment, look at the data, say what was found.
+
+Three verdicts. One failed gate makes FAIL; one gate that could not be checked makes COULD_NOT_VERIFY, which is never shown as a
+pass. The scorecard is stored whatever the verdict, and the sandbox goes whatever happens; that it went is the last gate.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ops_platform import __version__
+from ops_platform.backup.engine import open_engine
+from ops_platform.backup.model import (
+    BackupEngine,
+    BackupInfo,
+    BackupKind,
+    Lsn,
+    Progress,
+    RecoveryTarget,
+    RecoveryWindow,
+    no_progress,
+)
+from ops_platform.clients.postgres_binaries import PgInstall, need_postgres, run_as
+from ops_platform.clients.processes import Process, identify
+from ops_platform.clock import SYSTEM_CLOCK, Clock
+from ops_platform.errors import CorruptionError, CouldNotVerifyError, OpsError, UnreachableError, UsageError
+from ops_platform.recovery import canary, gates, records
+from ops_platform.recovery.canary import SourceMoment
+from ops_platform.recovery.gates import Record
+from ops_platform.recovery.model import Gate, GateStatus, Objective, Scorecard, Step, Verdict
+from ops_platform.recovery.restore import sandbox_tablespaces
+from ops_platform.recovery.sandbox import Sandbox, network_namespace
+
+if TYPE_CHECKING:
+    from ops_platform.clients.access import Access
+    from ops_platform.inventory import Target
+
+Pick = Literal["newest", "oldest", "chain", "random"]
+REPLAY_TIMEOUT = 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is restored, to which moment, and why this one."""
+
+    backup: BackupInfo
+    recovery: RecoveryTarget
+    moment: datetime
+    picked: str
+    newest: bool  # to the canary's moment, so that the source is known as it was then
+
+
+def verdict_of(found: list[Gate]) -> tuple[Verdict, str]:
+    """The verdict over the gates, with the gates that decided it. No gate at all proves nothing."""
+    failed = [gate for gate in found if gate.status is GateStatus.FAILED]
+    unchecked = [gate for gate in found if gate.status is GateStatus.COULD_NOT_CHECK]
+    if failed:
+        return Verdict.FAIL, "; ".join(f"{gate.title}: {gate.result}" for gate in failed)
+    if unchecked:
+        return Verdict.COULD_NOT_VERIFY, "; ".join(f"{gate.title}: {gate.result}" for gate in unchecked)
+    passed = [gate for gate in found if gate.status is GateStatus.PASSED]
+    if not passed:
+        return Verdict.COULD_NOT_VERIFY, "nothing was checked"
+    return Verdict.PASS, f"all {len(passed)} checks passed"
+
+
+class Verification:
+    """One verification from beginning to end. Use `verify`."""
+
+    def __init__(
+        self,
+        access: Access,
+        target: Target,
+        *,
+        pick: Pick | None,
+        at: datetime | None,
+        backup_id: str | None,
+        full: bool,
+        data_docs: Path | None,
+        progress: Progress,
+        clock: Clock,
+    ) -> None:
+        self.access, self.target, self.clock, self.progress = access, target, clock, progress
+        self.policy = target.backup.verification
+        self.pick, self.at, self.backup_id, self.full, self.data_docs = pick, at, backup_id, full, data_docs
+        self.started_at = clock.now()
+        self._began = time.monotonic()
+        self.id = f"{self.started_at:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+        self.record = Record(lambda title: progress(title, 0, None))
+        self.steps: list[Step] = []
+        self.notes: list[str] = []
+        self.engine: BackupEngine = open_engine(access, target, clock=clock)
+        self.choice: Choice | None = None
+        self.moment: SourceMoment | None = None
+        self.window: RecoveryWindow | None = None
+        self.install: PgInstall | None = None
+        self.reached: tuple[Lsn, datetime | None] | None = None
+        self.because: str | None = None
+        self._sandbox: Sandbox | None = None
+        self.rto_seconds: float | None = None
+        self.fetched = (0, 0.0)  # bytes, seconds
+        self.replayed = (0, 0.0)
+
+    # The whole
+
+    def run(self) -> Scorecard:
+        home: Path | None = None
+        try:
+            self._source()
+            self._choose()
+            self.install = need_postgres(
+                self._chosen.backup.server_version // 10000, self.target.sandbox.postgres.values()
+            )
+            home = self._home()
+            self._sandboxed(home)
+        except UsageError as error:
+            if self.at is not None or self.backup_id is not None:
+                raise  # what was asked for does not exist: that is no verdict on anything
+            self._broken_off(GateStatus.COULD_NOT_CHECK, error)
+        except CorruptionError as error:
+            self._broken_off(GateStatus.FAILED, error)
+        except OpsError as error:
+            self._broken_off(GateStatus.COULD_NOT_CHECK, error)
+        finally:
+            if home is not None:
+                shutil.rmtree(home, ignore_errors=True)
+        if home is not None and (sandbox := self._sandbox) is not None:
+            self.record.check("teardown", "The sandbox is gone", *gates.gone(sandbox, home))
+        return self._scorecard()
+
+    def _broken_off(self, status: GateStatus, error: OpsError) -> None:
+        self.record.gates.append(
+            Gate(
+                id="run", title="The verification ran to its end", status=status, query="", result=str(error), seconds=0
+            )
+        )
+
+    def _step(self, name: str, work: Callable[[], int | None]) -> None:
+        """Time a part; it is written down even where it fails."""
+        began = time.monotonic()
+        moved: int | None = None
+        try:
+            moved = work()
+        finally:
+            now = time.monotonic()
+            self.steps.append(
+                Step(name=name, started=round(began - self._began, 3), seconds=round(now - began, 3), bytes=moved)
+            )
+
+    # The source and the choice
+
+    def _source(self) -> None:
+        def look() -> None:
+            if self.policy.canary:
+                self.moment = canary.take(self.access, self.target, self.id, self.clock)
+            else:
+                self.moment = canary.observe(self.access, self.target, self.clock)
+                self.notes.append(
+                    "no canary rows (verification.canary: false): nothing marks the moment, the proof is weaker"
+                )
+
+        try:
+            self._step("canary", look)
+        except UnreachableError as error:
+            # The database is away: what stands in the store is still worth proving, and this is when it matters most.
+            self.notes.append(f"the source could not be asked, so nothing is compared with it: {error}")
+
+    def _choose(self) -> None:
+        backups = [b for b in self.engine.list() if b.error is None]
+        self.window = self.engine.window()
+        if not backups:
+            raise CouldNotVerifyError(
+                f"there is no backup of {self.target.id}", remedy=f"ops backup run {self.target.id}"
+            )
+        self.choice = self._decide(backups, self.window)
+        self.notes += [f"{b.backup_id} cannot be read: {b.error}" for b in self.engine.list() if b.error]
+
+    def _decide(self, backups: list[BackupInfo], window: RecoveryWindow) -> Choice:
+        if self.backup_id is not None:
+            found = [b for b in backups if b.backup_id == self.backup_id]
+            if not found:
+                raise UsageError(f"there is no backup {self.backup_id}", remedy=f"ops backup list {self.target.id}")
+            return self._past(found[0], self.at or self._soon_after(found[0], window), "asked for")
+        if self.at is not None:
+            recovery = RecoveryTarget("time", self.at)
+            return Choice(self.engine.choose(recovery), recovery, self.at, "a moment that was asked for", newest=False)
+        how = self.pick or self._turn()
+        if how == "chain":
+            chains = [b for b in backups if b.kind is BackupKind.INCREMENTAL]
+            if chains:
+                return self._past(chains[-1], None, "the newest incremental, with its chain")
+            self.notes.append("there is no incremental backup: the newest one is restored instead of a chain")
+        if how == "oldest" and len(backups) > 1:
+            return self._past(
+                backups[0], self._soon_after(backups[0], window), "the oldest backup that is still promised"
+            )
+        if how == "random" and window.pieces:
+            moment = _random_moment(window, self.id)
+            recovery = RecoveryTarget("time", moment)
+            return Choice(
+                self.engine.choose(recovery),
+                recovery,
+                moment,
+                "a moment by chance in the recovery window",
+                newest=False,
+            )
+        return self._past(backups[-1], None, "the newest backup")
+
+    def _turn(self) -> Pick:
+        """By turns through the policy's list, counted by the proofs that are there."""
+        repository = records.repository_of(self.access, self.target)
+        done = len(repository.proofs()) if repository else 0
+        return self.policy.pick[done % len(self.policy.pick)]
+
+    def _past(self, backup: BackupInfo, moment: datetime | None, why: str) -> Choice:
+        """That backup to the moment; without one to the canary's, or to the newest that the archive holds."""
+        if moment is None and self.moment is not None and self.moment.at > backup.ended_at:
+            at = self.moment.at
+            return Choice(backup, RecoveryTarget("time", at), at, why, newest=self.moment.canary is not None)
+        at = moment or self._soon_after(backup, self.window)
+        return Choice(backup, RecoveryTarget("time", at), at, why, newest=False)
+
+    def _soon_after(self, backup: BackupInfo, window: RecoveryWindow | None) -> datetime:
+        """A moment by chance in the hour after the backup's end, as far as the window reaches."""
+        piece = next((p for p in (window.pieces if window else []) if p[0] <= backup.ended_at <= p[1]), None)
+        if piece is None:
+            raise CorruptionError(
+                f"the WAL that {backup.backup_id} needs is not whole",
+                where=self.target.id,
+                remedy=f"ops wal status {self.target.id} names what is missing; take a new backup",
+            )
+        end = min(piece[1], backup.ended_at + timedelta(hours=1))
+        return backup.ended_at + (end - backup.ended_at) * random.Random(self.id).uniform(0.3, 0.9)  # noqa: S311 - a choice, no secret
+
+    @property
+    def _chosen(self) -> Choice:
+        assert self.choice is not None  # noqa: S101 - chosen before anything uses it
+        return self.choice
+
+    # The sandbox
+
+    def _home(self) -> Path:
+        base = Path(self.target.sandbox.directory or tempfile.gettempdir())
+        try:
+            _sweep(base, self.target.id)
+            home = Path(tempfile.mkdtemp(prefix=f"ops-verify-{self.target.id}-", dir=base))
+            me = identify(os.getpid())
+            (home / "owner").write_text(f"{me.pid} {me.started}" if me else "0 0")
+        except OSError as error:
+            raise CouldNotVerifyError(
+                f"the sandbox cannot be made: {error.strerror}",
+                where=str(base),
+                remedy="correct sandbox.directory of the target",
+            ) from None
+        home.chmod(0o700)
+        run_as().own(home)
+        free, needed = shutil.disk_usage(home).free, self._chosen.backup.raw
+        if free < needed * 1.1:
+            home.rmdir()
+            raise CouldNotVerifyError(
+                f"the sandbox needs {needed * 1.1 / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
+                where=str(base),
+                remedy="free space, or set sandbox.directory of the target",
+            )
+        return home
+
+    def _sandboxed(self, home: Path) -> None:
+        choice, install = self._chosen, self.install
+        assert install is not None  # noqa: S101 - found before the sandbox is made
+        data, work = home / "data", home / "work"
+        with ExitStack() as stack:
+            runner = self._expectations_begin(stack)
+            began = time.monotonic()
+            self._step("fetch", lambda: self._fetch(data, home))
+            self._sandbox = sandbox = Sandbox(
+                install, data, work, isolate=self.engine.name == "native", clock=self.clock
+            )
+            stack.callback(sandbox.stop, "immediate")
+            # The check of the files is no part of a recovery in earnest: its time is not counted as RTO.
+            paused = time.monotonic()
+            self._step("check files", lambda: self._check_files(sandbox))
+            aside = time.monotonic() - paused
+            self._step("replay", lambda: self._replay(stack, sandbox, home))
+            self._gates_at_target(sandbox)
+            timeline = choice.backup.timeline
+            promoting = time.monotonic()
+            self.record.check("promotes", "It leaves recovery on a new timeline", *gates.promotes(sandbox, timeline))
+            self.steps.append(_step_since("promote", promoting, self._began))
+            self.rto_seconds = round(time.monotonic() - began - aside, 3)
+            self._step("checks", lambda: self._look(sandbox, runner))
+
+    def _fetch(self, data: Path, home: Path) -> int:
+        choice = self._chosen
+        spaces = sandbox_tablespaces(self.access, self.target, choice.recovery, home, choice.backup)
+        base = self.engine.fetch_base(choice.backup, data, tablespaces=spaces, progress=self.progress)
+        self.fetched = (base.raw, base.seconds)
+        return base.raw
+
+    def _check_files(self, sandbox: Sandbox) -> None:
+        spaces = len(list((sandbox.data / "pg_tblspc").glob("*")))
+        self.record.check("manifest", "Every file is as the server sent it", *gates.manifest(sandbox, spaces))
+
+    def _replay(self, stack: ExitStack, sandbox: Sandbox, home: Path) -> int:
+        choice, began = self._chosen, time.monotonic()
+        spool = home / "spool"
+        spool.mkdir(mode=0o700)
+        run_as().own(spool)
+        fetcher = stack.enter_context(self.engine.wal_fetcher(choice.backup, spool))
+        sandbox.prepare(choice.recovery, fetcher.restore_command)
+        try:
+            sandbox.start()
+            sandbox.find_superuser(
+                {self.target.connection.user or "postgres": self.target.connection.dbname, "postgres": "postgres"}
+            )
+            self.reached = sandbox.wait_paused(
+                timeout=REPLAY_TIMEOUT,
+                progress=lambda lsn: self.progress("replay", max(0, lsn - choice.backup.start), None),
+            )
+        except OpsError as error:
+            raise self._replay_error(sandbox, error) from error
+        finally:
+            self.notes += sandbox.notes
+        self.because = sandbox.stopped_because()
+        replayed = max(0, self.reached[0] - choice.backup.start)
+        self.replayed = (replayed, time.monotonic() - began)
+        return replayed
+
+    def _replay_error(self, sandbox: Sandbox, error: OpsError) -> OpsError:
+        """Whether the backup is to blame for a recovery that did not arrive, or only the circumstances."""
+        said = sandbox.log()
+        why = sandbox.why()
+        if isinstance(error, CouldNotVerifyError):
+            return error
+        damage = (
+            "the archive has a gap",
+            "SHA-256 differs",
+            "does not open",
+            "authentication",
+            "bytes where a segment has",
+        )
+        if "restore_command:" in said and not any(word in said for word in damage):
+            return CouldNotVerifyError(f"the WAL could not be asked for: {why}", where=self.target.id)
+        return CorruptionError(
+            f"recovery did not reach {self._chosen.recovery}: {why}", where=self._chosen.backup.backup_id
+        )
+
+    # The gates
+
+    def _gates_at_target(self, sandbox: Sandbox) -> None:
+        choice = self._chosen
+        assert self.reached is not None  # noqa: S101 - replay came here
+        lsn, newest = self.reached
+        self.record.check(
+            "reached",
+            "It stopped at the moment, still in recovery",
+            *gates.reached(sandbox, choice.moment, lsn, newest),
+        )
+        dbname = self.target.connection.dbname
+        if choice.newest and self.moment is not None:
+            self.record.check(
+                "canary", "Row A is there, row B is not", *gates.canary_rows(sandbox, dbname, self.moment)
+            )
+        elif self.policy.canary and self.moment is not None:
+            history = self._canary_history()
+            self.record.check(
+                "canary",
+                "Earlier canary rows are there, later ones are not",
+                *gates.canary_history(sandbox, dbname, choice.moment, history),
+            )
+
+    def _canary_history(self) -> dict[int, datetime]:
+        with self.access.postgres(self.target, role="primary") as connection:
+            return dict(connection.execute("select id, at from ops_canary.canary").fetchall())
+
+    def _look(self, sandbox: Sandbox, runner: object) -> None:
+        choice, check = self._chosen, self.record.check
+        known = self.moment if choice.newest else None
+        counted: dict[str, dict[str, int]] = {}
+        check("prepared", "No prepared transaction is left hanging", *gates.prepared(sandbox, choice.moment))
+        check("reads", "Every table reads to its end", *gates.read_tables(sandbox, counted))
+        check(
+            "row-counts",
+            "Row counts are the source's",
+            *gates.row_counts(known, counted, self.policy.row_count_tolerance),
+        )
+        check("schema", "The schema is the source's", *gates.schema(sandbox, known))
+        check("sequences", "Sequences are ahead of their columns", *gates.sequences(sandbox))
+        check("extensions", "Extensions and collations match", *gates.extensions(sandbox, known))
+        check("amcheck", "Tables and indexes are sound", *gates.amcheck(sandbox, self._amcheck(), self.id))
+        self._expectations(sandbox, runner)
+        # Last, because it needs the server stopped.
+        check("checksums", "Page checksums are right", *gates.checksums(sandbox))
+
+    def _amcheck(self) -> str:
+        if self.policy.amcheck == "off" or self.full or self.policy.amcheck == "full":
+            return "full" if self.full and self.policy.amcheck != "off" else self.policy.amcheck
+        repository = records.repository_of(self.access, self.target)
+        recent = records.scorecards(repository, newest=60) if repository else []
+        since = self.clock.now() - self.policy.full_every
+        looked = [
+            c
+            for c in recent
+            if c.ended_at > since
+            and any(
+                g.id == "amcheck" and g.status is GateStatus.PASSED and not g.detail.get("sampled", True)
+                for g in c.gates
+            )
+        ]
+        return "sample" if looked else "full"
+
+    def _expectations_begin(self, stack: ExitStack) -> object:
+        if self.policy.expectations is None:
+            return None
+        from ops_platform.recovery.expectations import SuiteRunner
+
+        suite = self.access.path(self.policy.expectations.suite)
+        return stack.enter_context(SuiteRunner(suite))
+
+    def _expectations(self, sandbox: Sandbox, runner: object) -> None:
+        from ops_platform.recovery.expectations_gate import gate
+
+        title = "The data is as the owners expect it"
+        if runner is None:
+            self.record.check(
+                "expectations",
+                title,
+                "",
+                lambda: gates.Finding(GateStatus.NOT_APPLICABLE, "the target names no expectation suite"),
+            )
+            return
+        self.record.check(
+            "expectations",
+            title,
+            *gate(runner, sandbox, self.target.connection.dbname, self._chosen.moment, self.data_docs),
+        )
+
+    # The scorecard
+
+    def _scorecard(self) -> Scorecard:
+        verdict, reason = verdict_of(self.record.gates)
+        choice, window = self.choice, self.window
+        isolation = (
+            "its own network namespace"
+            if network_namespace()
+            else "no network namespace (the machine forbids it), a unix socket alone"
+        )
+        notes = [*self.notes, f"the sandbox ran in {isolation}"]
+        return Scorecard(
+            verification_id=self.id,
+            target_id=self.target.id,
+            environment=self.target.environment,
+            classification=self.target.classification.value,
+            engine=self.engine.name,
+            verdict=verdict,
+            reason=reason,
+            started_at=self.started_at,
+            ended_at=self.clock.now(),
+            backup_id=choice.backup.backup_id if choice else None,
+            backup_kind=choice.backup.kind.value if choice else None,
+            backup_ended_at=choice.backup.ended_at if choice else None,
+            chain=self._chain(),
+            picked=choice.picked if choice else "nothing",
+            recovery_target=str(choice.recovery) if choice else "none",
+            reached=self.because,
+            reached_lsn=str(self.reached[0]) if self.reached else None,
+            newest_commit=self.reached[1] if self.reached else None,
+            server=f"PostgreSQL {self.install.version} ({self.install.source})" if self.install else "none",
+            strength="canary" if self.policy.canary and self.moment is not None else "observed",
+            objectives=self._objectives(),
+            steps=self.steps,
+            gates=self.record.gates,
+            notes=list(dict.fromkeys(notes)),
+            backup_digest=self._digest(),
+            window_earliest=window.earliest if window else None,
+            window_latest=window.latest if window else None,
+            written_by=f"ops_platform {__version__}",
+        )
+
+    def _chain(self) -> list[str]:
+        if self.choice is None or self.choice.backup.parent_id is None:
+            return []
+        repository = records.repository_of(self.access, self.target)
+        if repository is None or self.engine.name != "native":
+            return []
+        return [manifest.backup_id for manifest in repository.chain(self.choice.backup.backup_id)]
+
+    def _digest(self) -> str | None:
+        """SHA-256 of the manifest object, which names the digest of every block."""
+        repository = records.repository_of(self.access, self.target)
+        if self.choice is None or repository is None or self.engine.name != "native":
+            return None
+        return hashlib.sha256(repository.store.get(repository.manifest_key(self.choice.backup.backup_id))).hexdigest()
+
+    def _objectives(self) -> list[Objective]:
+        promised = self.target.objectives
+        return [
+            _objective("rpo", promised.rpo, *self._rpo()),
+            _objective("rto", promised.rto, self.rto_seconds, "fetch, replay and promotion of this restore"),
+            _objective("rto-full", promised.rto, *self._rto_full()),
+        ]
+
+    def _rpo(self) -> tuple[float | None, str]:
+        if self.moment is not None and self.moment.canary is not None:
+            return round(
+                self.moment.canary.durable_seconds, 3
+            ), "from the commit of canary row B until the store held it"
+        if self.window is None or self.window.latest is None:
+            return None, "nothing can be restored"
+        behind = max(0.0, (self.started_at - self.window.latest).total_seconds())
+        return round(
+            behind, 3
+        ), f"now minus the newest moment that the archive holds whole ({self.window.latest:%Y-%m-%d %H:%M:%SZ})"
+
+    def _rto_full(self) -> tuple[float | None, str]:
+        """The worst moment of a day: this size at this rate, and all WAL that gathers between two backups at the replay's rate."""
+        size, seconds = self.fetched
+        wal, replay = self.replayed
+        if self.choice is None or self.rto_seconds is None or size == 0:
+            return None, "not measured: the restore did not come to its end"
+        between = self._wal_between_backups()
+        if between is None:
+            return None, "not measured: too little WAL has been archived to know its rate"
+        # What was replayed is taken out and the worst case is put in; a replay shorter than a segment says nothing of its rate.
+        rate = wal / replay if wal >= 16 << 20 and replay > 0 else None
+        if rate is None:
+            return round(self.rto_seconds, 3), "this restore; too little WAL was replayed to know the rate for more"
+        estimate = self.rto_seconds - replay + max(replay, between / rate)
+        return (
+            round(estimate, 3),
+            f"fetch at {size / max(seconds, 1e-3) / 2**20:.0f} MiB/s, replay of {between / 2**20:.0f} MiB of WAL at {rate / 2**20:.0f} MiB/s",
+        )
+
+    def _wal_between_backups(self) -> float | None:
+        """Bytes of WAL that gather in the greatest age that the policy allows a backup."""
+        if self.choice is None or self.reached is None:
+            return None
+        began = self.choice.backup.started_at
+        seconds = (self._chosen.moment - began).total_seconds()
+        if seconds <= 0:
+            return None
+        rate = max(0, self.reached[0] - self.choice.backup.start) / seconds
+        return rate * self.target.backup.max_age.total_seconds()
+
+
+def _objective(name: str, promised: timedelta, measured: float | None, how: str) -> Objective:
+    met = None if measured is None else measured <= promised.total_seconds()
+    return Objective(name=name, objective_seconds=promised.total_seconds(), measured_seconds=measured, met=met, how=how)
+
+
+def _step_since(name: str, began: float, origin: float) -> Step:
+    return Step(name=name, started=round(began - origin, 3), seconds=round(time.monotonic() - began, 3))
+
+
+def _sweep(base: Path, target_id: str) -> None:
+    """Remove the sandboxes of verifications that were killed; their servers ended with them."""
+    for home in base.glob(f"ops-verify-{target_id}-*"):
+        try:
+            pid, started = (int(word) for word in (home / "owner").read_text().split())
+        except (OSError, ValueError):
+            continue  # being made at this moment, or not ours to judge
+        if not Process(pid, started).alive:
+            shutil.rmtree(home, ignore_errors=True)
+
+
+def _random_moment(window: RecoveryWindow, seed: str) -> datetime:
+    """Uniform over the restorable time, whatever gaps cut it."""
+    lengths = [(end - begin).total_seconds() for begin, end in window.pieces]
+    at = random.Random(seed).uniform(0.02, 0.98) * sum(lengths)  # noqa: S311 - a choice that can be repeated
+    for (begin, _), length in zip(window.pieces, lengths, strict=True):
+        if at <= length:
+            return begin + timedelta(seconds=at)
+        at -= length
+    return window.pieces[-1][1]
+
+
+def verify(
+    access: Access,
+    target: Target,
+    *,
+    pick: Pick | None = None,
+    at: datetime | None = None,
+    backup_id: str | None = None,
+    full: bool = False,
+    data_docs: Path | None = None,
+    progress: Progress = no_progress,
+    clock: Clock = SYSTEM_CLOCK,
+) -> Scorecard:
+    """Prove a target's backups: what the policy picks, or a backup or a moment that is asked for. `full`: everything is looked at.
+
+    Never raises for what is wrong with the backup, the store or the source: that is the verdict. Raises UsageError for a moment or a
+    backup that does not exist, and OpsError where the scorecard cannot be stored: a proof that nobody can read later is none.
+    """
+    running = Verification(
+        access, target, pick=pick, at=at, backup_id=backup_id, full=full, data_docs=data_docs, progress=progress, clock=clock
+    )  # fmt: skip
+    card = running.run()
+    repository = records.repository_of(access, target)
+    if repository is not None:
+        records.keep(repository, card)
+    return card
