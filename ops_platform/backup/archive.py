@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -27,6 +28,7 @@ from ops_platform.backup.repository import Repository, WalObject
 from ops_platform.backup.sealed import HEADER_PREFIX, Header, read_header
 from ops_platform.backup.wal import (
     DEFAULT_SEGMENT_SIZE,
+    SEGMENT_NAME,
     Span,
     Stock,
     StoredWal,
@@ -34,6 +36,7 @@ from ops_platform.backup.wal import (
     history_name,
     parse_history,
     stock,
+    timeline_at,
 )
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import CorruptionError, NotThereError, OpsError, UnreachableError, UsageError
@@ -198,28 +201,38 @@ def missing(
     stocks: Mapping[int, Stock], lines: Mapping[int, list[Span]], segment_size: int
 ) -> list[tuple[int, str, str]]:
     """Holes as (timeline, first, last): between stored segments, and where one timeline should lead to the next and does not."""
-    holes: set[tuple[int, int, int]] = {(t, *hole) for t, entry in stocks.items() for hole in entry.holes()}
+    holes = [(t, *hole) for t, entry in stocks.items() for hole in entry.holes()]
     for timeline, line in lines.items():
         if timeline not in stocks:
             continue
-        known = [span for span in line if span.timeline in stocks]
-        for span, child in pairwise(known):
-            if span.end is None:
-                continue
-            fork = span.end // segment_size
-            entry, below = stocks[span.timeline], stocks[child.timeline]
-            have = max(entry.whole, default=entry.newest - 1)
-            if have < fork - 1:
-                holes.add((span.timeline, have + 1, fork - 1))
-            begin = child.begin // segment_size
-            lowest = min(below.whole | below.partial)
-            if lowest > begin:
-                holes.add((child.timeline, begin, lowest - 1))
+        oldest = next(number for number, span in enumerate(line) if span.timeline in stocks)
+        for span, child in pairwise(line[oldest:]):
+            # The segment of the fork stands on the child, which begins by repeating it.
+            begin, fork = span.begin // segment_size, child.begin // segment_size
+            entry, below = stocks.get(span.timeline), stocks.get(child.timeline)
+            have = begin - 1 if entry is None else max(entry.whole, default=entry.newest - 1)
+            holes.append((span.timeline, have + 1, fork - 1))
+            if below is not None:
+                lowest = min(below.whole, default=below.newest)
+                holes.append(
+                    (child.timeline, fork, min(lowest, (child.end or lowest * segment_size) // segment_size) - 1)
+                )
 
     def name(timeline: int, number: int) -> str:
         return segment_name(timeline, number * segment_size, segment_size)
 
-    return [(t, name(t, first), name(t, last)) for t, first, last in sorted(holes)]
+    return [(t, name(t, first), name(t, last)) for t, first, last in _merged(holes)]
+
+
+def _merged(holes: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Ascending, empty ones left out, overlapping ones put together: several lines of history may tell of one hole."""
+    found: list[tuple[int, int, int]] = []
+    for timeline, first, last in sorted(hole for hole in holes if hole[1] <= hole[2]):
+        if found and found[-1][0] == timeline and first <= found[-1][2] + 1:
+            found[-1] = (timeline, found[-1][1], max(found[-1][2], last))
+        else:
+            found.append((timeline, first, last))
+    return found
 
 
 def recovery_window(
@@ -343,9 +356,17 @@ def segment_size_of(repository: Repository, listing: Sequence[WalObject]) -> int
     for item in reversed(listing):
         if not item.history:
             header = read_wal_header(repository, item.system_identifier, item.name, partial=item.partial)
-            if header is not None and isinstance(size := header.meta.get("segment_size"), int):
-                return size
+            if header is not None:
+                return _segment_size(header)
     return DEFAULT_SEGMENT_SIZE
+
+
+def _segment_size(header: Header) -> int:
+    """As the writer noted it. Raises CorruptionError for a size that PostgreSQL does not have."""
+    size = header.meta.get("segment_size")
+    if not isinstance(size, int) or size.bit_count() != 1 or not 1 << 20 <= size <= 1 << 30:
+        raise CorruptionError(f"its header names {size!r} as the size of a WAL segment", where=header.place)
+    return size
 
 
 def _complete_until(
@@ -360,7 +381,10 @@ def _complete_until(
             repository, system_identifier, name, partial=True
         )
         if header is not None and (when := header.meta.get("complete_at")):
-            return datetime.fromisoformat(when)
+            try:
+                return datetime.fromisoformat(when)
+            except (TypeError, ValueError) as error:
+                raise CorruptionError(f"its header names {when!r} as a time", where=header.place) from error
         if at <= first:
             return None
         at = Lsn(at - segment_size)
@@ -424,7 +448,7 @@ def archive_status(access: Access, target: Target, *, ask_server: bool = True) -
         slot_error=server.get("slot_error"),
         server_lsn=server_lsn,
         server_time=server.get("server_time"),
-        lag_bytes=max(0, server_lsn - newest.end) if server_lsn is not None and newest else None,
+        lag_bytes=_lag(newest, server_lsn, server.get("server_timeline")),
     )
 
 
@@ -432,27 +456,51 @@ def _newest(archive: Archive | None) -> WalRange | None:
     return max(archive.ranges, key=lambda item: (item.timeline, item.end), default=None) if archive else None
 
 
+def _lag(newest: WalRange | None, server_lsn: Lsn | None, server_timeline: int | None) -> int | None:
+    if newest is None or server_lsn is None:
+        return None
+    lag = max(0, server_lsn - newest.end)
+    # Of another timeline the archive has nothing, however far it reaches on the old one: never to be shown as no lag.
+    return lag if newest.timeline == server_timeline else max(1, lag)
+
+
 def _ask_server(access: Access, target: Target) -> dict[str, Any]:
     try:
         with contextlib.closing(access.postgres(target, role="primary")) as conn:
-            row = conn.execute("SELECT pg_current_wal_flush_lsn()::text, clock_timestamp()").fetchone()
+            row = conn.execute(
+                "SELECT pg_current_wal_flush_lsn()::text, clock_timestamp(), left(pg_walfile_name(pg_current_wal_lsn()), 8)"
+            ).fetchone()
         slot = slot_state(access, target)
     except OpsError as error:
         return {"slot_error": str(error)}
-    return {"slot": slot, "server_lsn": Lsn.parse(row[0]) if row else None, "server_time": row[1] if row else None}
+    if row is None:
+        return {"slot_error": "the server gave no answer"}
+    return {
+        "slot": slot,
+        "server_lsn": Lsn.parse(row[0]),
+        "server_time": row[1],
+        "server_timeline": int(row[2], 16),
+    }
 
 
 def wait_durable(
-    access: Access, target: Target, lsn: int, *, timeout: float = 60.0, clock: Clock = SYSTEM_CLOCK
+    access: Access,
+    target: Target,
+    lsn: int,
+    *,
+    since: int | None = None,
+    timeline: int | None = None,
+    timeout: float = 60.0,
+    clock: Clock = SYSTEM_CLOCK,
 ) -> float:
-    """Wait until the archive holds every byte before `lsn`; the seconds that it took.
+    """Wait until the archive holds every byte from `since` up to `lsn`, as `holds` judges it; the seconds that it took.
 
     Raises UnreachableError after `timeout` seconds, and at once where the store cannot be asked.
     """
     repository = open_target_repository(access, target)
     began = clock.monotonic()
     while True:
-        if holds(repository, lsn):
+        if holds(repository, lsn, since=since, timeline=timeline):
             return clock.monotonic() - began
         if clock.monotonic() - began > timeout:
             raise UnreachableError(
@@ -463,48 +511,78 @@ def wait_durable(
         clock.sleep(0.1)
 
 
-def holds(repository: Repository, lsn: int, system_identifier: int | None = None) -> bool:
-    """Whether the newest cluster's archive reaches `lsn`, judged by the newest few segments: cheap enough to poll."""
+def holds(
+    repository: Repository,
+    lsn: int,
+    system_identifier: int | None = None,
+    *,
+    since: int | None = None,
+    timeline: int | None = None,
+) -> bool:
+    """Whether the newest cluster's archive holds the WAL from `since` (unless given: of the few segments before) up to `lsn`.
+
+    `timeline`: the one on which the WAL before `lsn` was written; a position alone means another thing on each branch. Unless given
+    it is looked for on the line of the newest timeline that is stored. Cheap enough to poll.
+    """
     sysid = newest_cluster(repository) if system_identifier is None else system_identifier
     if sysid is None:
         return False
-    for folder in repository.store.list_folders(repository.wal_prefix(sysid)):
-        if len(folder) == 8 and _timeline_holds(repository, sysid, int(folder, 16), lsn):
-            return True
-    return False
+    if timeline is None:
+        folders = repository.store.list_folders(repository.wal_prefix(sysid))
+        newest = max((int(name, 16) for name in folders if re.fullmatch("[0-9A-F]{8}", name)), default=1)
+        history = repository.get_wal(sysid, history_name(newest)) if newest > 1 else None
+        if newest > 1 and history is None:
+            return False
+        timeline = timeline_at(parse_history(newest, history.plain if history else None), max(0, lsn - 1))
+    return _timeline_holds(repository, sysid, timeline, since, lsn)
 
 
-def _timeline_holds(repository: Repository, sysid: int, timeline: int, lsn: int) -> bool:
-    # Segments are put side by side: the few before must be there too.
-    size = DEFAULT_SEGMENT_SIZE
+def _timeline_holds(repository: Repository, sysid: int, timeline: int, since: int | None, lsn: int) -> bool:
     prefix = f"{repository.wal_prefix(sysid)}{timeline:08X}/"
-    first_key = next(iter(repository.store.list(prefix)), None)
-    if first_key is None:
+    sample = next((key for info in repository.store.list(prefix) if (key := _segment_key(prefix, info.key))), None)
+    if sample is None:
         return False
-    header = read_header(repository.store.get(first_key.key, start=0, length=HEADER_PREFIX), place=first_key.key)
-    size = header.meta.get("segment_size", size)
-    number = max(0, lsn - 1) // size
-    after = segment_name(timeline, max(0, number - 8) * size, size)
-    found: set[int] = set()
-    unfinished: str | None = None
-    for info in repository.store.list(prefix, start_after=f"{prefix}{after}"):
-        name = info.key[len(prefix) :]
-        at = segment_start(name[:24], size)[1] // size
-        if at > number:
+    header = read_wal_header(repository, sysid, sample[0], partial=sample[1])
+    if header is None:
+        return False  # a `.partial` that has become whole: the next look finds it
+    size = _segment_size(header)
+    last = max(0, lsn - 1) // size
+    # Segments are put side by side, so those before must be there too.
+    first = max(0, last - 8) if since is None else since // size
+    whole: set[int] = set()
+    unfinished = False
+    before = prefix + segment_name(timeline, (first - 1) * size, size) if first else ""
+    for info in repository.store.list(prefix, start_after=before):
+        if (found := _segment_key(prefix, info.key)) is None:
+            continue
+        number = segment_start(found[0], size)[1] // size
+        if number > last:
             break
-        if not name.endswith(".partial"):
-            found.add(at)
-        elif at == number:
-            unfinished = name[:24]
-    if number not in found:
-        if unfinished is None:
-            return False
-        partial = read_wal_header(repository, sysid, unfinished, partial=True)
-        whole = read_wal_header(repository, sysid, unfinished) if partial is None else None
-        if whole is None and (partial is None or number * size + partial.raw < lsn):
-            return False
-        found.add(number)
-    return found == set(range(min(found), number + 1))
+        if not found[1]:
+            whole.add(number)
+        elif number == last:
+            unfinished = True
+    if last not in whole and not (unfinished and _reaches(repository, sysid, timeline, lsn, size)):
+        return False
+    needed = first if since is not None else min(whole, default=last)
+    return whole | {last} >= set(range(max(first, needed), last + 1))
+
+
+def _reaches(repository: Repository, sysid: int, timeline: int, lsn: int, size: int) -> bool:
+    """Whether the segment that was seen unfinished reaches `lsn`; it may have become whole in this very moment."""
+    begin = floor(lsn - 1, size)
+    name = segment_name(timeline, begin, size)
+    partial = read_wal_header(repository, sysid, name, partial=True)
+    if partial is not None:
+        return begin + partial.raw >= lsn
+    return read_wal_header(repository, sysid, name) is not None
+
+
+def _segment_key(prefix: str, key: str) -> tuple[str, bool] | None:
+    """Name of the segment, and whether it is the unfinished one; None for a key that is no segment's."""
+    name = key.removeprefix(prefix)
+    whole = name.removesuffix(".partial")
+    return (whole, whole != name) if SEGMENT_NAME.fullmatch(whole) else None
 
 
 __all__ = [

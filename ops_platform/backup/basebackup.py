@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
 from psycopg import pq
+from psycopg.pq import abc
 
 from ops_platform.backup.archive import open_target_repository, wait_durable
 from ops_platform.backup.blocks import BlockWriter
@@ -76,6 +77,33 @@ class Source:
 class BackupStream(WalStream):
     """BASE_BACKUP's results and COPY data on top of the replication connection."""
 
+    _after_copy: abc.PGresult | None = None
+
+    def _result(self) -> abc.PGresult | None:
+        result, self._after_copy = self._after_copy, None
+        return result or super()._result()
+
+    def _check(self, result: abc.PGresult) -> None:
+        """An error of the server ends the backup. Those of class 57P (shutdown, crash) mean that the server is gone."""
+        state = result.error_field(pq.DiagnosticField.SQLSTATE) or b""
+        if state.startswith(b"57P"):
+            text = (result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or b"").decode("utf-8", "replace")
+            raise UnreachableError(
+                f"the server went away during the backup: {text}",
+                where=self.where,
+                remedy="nothing of it counts; take it again when the server is back",
+            )
+        try:
+            super()._check(result)
+        except OpsError as error:
+            if "promoted during online backup" in error.what:
+                raise ConflictError(
+                    f"{error.what}: PostgreSQL does not finish a backup across a promotion",
+                    where=self.where,
+                    remedy="nothing of it counts; take it again",
+                ) from error
+            raise
+
     def rows(self) -> list[list[bytes | None]]:
         """The next result set."""
         result = self._result()
@@ -103,6 +131,10 @@ class BackupStream(WalStream):
             if size > 0:
                 yield memoryview(data)
             elif size < 0:
+                # An error ends the COPY like its regular end does: it is raised here, before half an archive is looked at.
+                if (result := self._result()) is not None:
+                    self._check(result)
+                self._after_copy = result
                 return
             else:
                 wait(5.0)
@@ -203,11 +235,12 @@ def _take(  # the one place where all parts of a backup meet
         ) as writer:
             stream.send(_command(source.major, backup_id, target, choice, at_server))
             got = _receive(stream, writer, source, indexed=at_server is None, progress=progress)
+            etags = writer.etags
     finally:
         stream.close()
     manifest = _manifest(target, repository, source, choice, key, got, backup_id=backup_id, at_server=at_server)
     _await_wal(access, target, repository, manifest, clock, progress)
-    compare_with_store(repository, manifest)
+    compare_with_store(repository, manifest, etags)
     ended = {"started_at": started_at, "ended_at": clock.now(), "seconds": round(clock.monotonic() - began, 3)}
     return repository.put_manifest(manifest.model_copy(update=ended), key)
 
@@ -555,22 +588,28 @@ def _await_wal(
     slot = slot_state(access, target)
     if slot is None or slot.active_pid is None:
         receive_range(access, target, manifest.start, manifest.end, manifest.timeline, clock=clock)
-    wait_durable(access, target, manifest.end, timeout=120, clock=clock)
+    wait_durable(
+        access, target, manifest.end, since=manifest.start, timeline=manifest.timeline, timeout=120, clock=clock
+    )
 
 
-def compare_with_store(repository: Repository, manifest: Manifest) -> None:
-    """Every object of the backup is listed by the store with the size that was sent. Raises CorruptionError naming those that differ.
+def compare_with_store(repository: Repository, manifest: Manifest, etags: Mapping[str, str]) -> None:
+    """Every object of the backup is listed by the store with the size that was sent and the etag that was confirmed.
 
-    The digest of each was compared when it was put (the store refuses a body whose MD5 differs, and answers with its own).
+    The MD5 of each was compared when it was put (the store refuses a body whose MD5 differs, and answers with its own); an etag that
+    is another one now means that somebody wrote there since. Raises CorruptionError naming those that differ.
     """
-    listed = {info.key: info.size for info in repository.objects_of(manifest.backup_id)}
+    listed = {info.key: info for info in repository.objects_of(manifest.backup_id)}
     expected = {block.key: block.stored for archive in manifest.archives for block in archive.blocks}
     expected |= {part.key: part.stored for part in (manifest.index, manifest.pg_manifest) if part}
-    wrong = [key for key, size in expected.items() if listed.get(key) != size]
+    wrong = [
+        f"{key} ({'missing' if info is None else f'{info.size} bytes, etag {info.etag}'}; {size} bytes were sent)"
+        for key, size in expected.items()
+        if (info := listed.get(key)) is None or info.size != size or info.etag != (etags.get(key) or info.etag)
+    ]
     if wrong:
         raise CorruptionError(
-            f"{len(wrong)} of {len(expected)} objects are not in the store as they were sent, the first: {wrong[0]}"
-            f" ({listed.get(wrong[0], 'missing')} bytes instead of {expected[wrong[0]]})",
+            f"{len(wrong)} of {len(expected)} objects are not in the store as they were sent, the first: {wrong[0]}",
             where=repository.store.name,
             remedy="the backup does not count; take it again and look at the store's health",
         )

@@ -232,11 +232,15 @@ class RecoveryTarget:
         }
         if self.kind == "immediate":
             return found | {"recovery_target": "immediate"}
+        if self.kind == "latest":
+            return found
         if self.kind == "time":
-            if not isinstance(self.value, datetime):
-                raise TypeError("a recovery target of kind time has a datetime")
+            if not isinstance(self.value, datetime) or self.value.tzinfo is None:
+                raise TypeError("a recovery target of kind time has a datetime with a zone")
             return found | {"recovery_target_time": self.value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f+00")}
-        return found if self.kind == "latest" else found | {f"recovery_target_{self.kind}": str(self.value)}
+        if not isinstance(self.value, str) or not self.value:
+            raise TypeError(f"a recovery target of kind {self.kind} has a text")
+        return found | {f"recovery_target_{self.kind}": self.value}
 
     def __str__(self) -> str:
         value = self.value.isoformat() if isinstance(self.value, datetime) else self.value

@@ -694,7 +694,8 @@ def gap_pieces(
         if span.timeline < lost.timeline:
             continue
         begin = max(lost.lsn, floor(span.begin, segment_size))
-        end = min(again, again if span.end is None else floor(span.end, segment_size))
+        # With the segment in which the timeline was left: where it stands on the child alone, that one is lost, too.
+        end = min(again, again if span.end is None else floor(span.end + segment_size - 1, segment_size))
         if begin < end:
             names = [segment_name(span.timeline, at, segment_size) for at in (begin, end - segment_size)]
             found.append(GapNote(span.timeline, names[0], names[1], cause, now))

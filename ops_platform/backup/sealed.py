@@ -13,7 +13,7 @@ import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from ops_platform.clients.keys import DataKey
 from ops_platform.errors import CorruptionError
@@ -24,6 +24,7 @@ _MAX_HEADER = 1 << 16
 # A ranged read of this many bytes holds every header that `seal` writes.
 HEADER_PREFIX = 4096
 _MAX_RAW = 1 << 30
+_NONCE = 12
 
 Compression = Literal["zstd", "lz4", "none"]
 
@@ -59,7 +60,9 @@ def seal(
     """The stored form of `plain` (any length up to 1 GiB) for the object key `place`."""
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-    nonce = os.urandom(12)  # random: far below 2**32 objects are sealed with one data key
+    if len(plain) > _MAX_RAW:
+        raise ValueError("a sealed object holds at most 1 GiB")
+    nonce = os.urandom(_NONCE)  # random: far below 2**32 objects are sealed with one data key
     fields = {
         "v": 1,
         "place": place,
@@ -81,21 +84,35 @@ def read_header(stored: bytes, *, place: str) -> Header:
     try:
         if stored[:8] != MAGIC:
             raise ValueError("it does not begin as a sealed object")
-        (length,) = _LENGTH.unpack_from(stored, 8)
+        length = int.from_bytes(stored[8:12], "big")
         if length > _MAX_HEADER or len(stored) < 12 + length:
             raise ValueError("its header is cut off")
-        fields = json.loads(stored[12 : 12 + length])
-        if fields["v"] != 1 or fields["comp"] not in ("zstd", "lz4", "none") or not 0 <= fields["raw"] <= _MAX_RAW:
-            raise ValueError("its header has unknown values")
-        nonce = base64.b64decode(fields["nonce"], validate=True)
-        header = Header(
-            fields["place"], fields["comp"], fields["raw"], fields["key"], nonce, fields["meta"], 12 + length
-        )
-    except (ValueError, KeyError, TypeError, struct.error) as error:
+        header = _header(json.loads(stored[12 : 12 + length]), 12 + length)
+    except (ValueError, RecursionError) as error:
         raise CorruptionError(f"not a readable sealed object: {error}", where=place) from error
     if header.place != place:
         raise CorruptionError(f"this object belongs at {header.place}: it was moved or swapped", where=place)
     return header
+
+
+def _header(fields: Any, size: int) -> Header:
+    """Nothing of it is authenticated yet, so every type is looked at. Raises ValueError."""
+    match fields:
+        case {
+            "v": 1,
+            "place": str(place),
+            "comp": "zstd" | "lz4" | "none" as comp,
+            "raw": int(raw),
+            "key": str(key),
+            "nonce": str(text),
+            "meta": dict(meta),
+        } if 0 <= raw <= _MAX_RAW:
+            nonce = base64.b64decode(text, validate=True)
+            if len(nonce) != _NONCE:
+                raise ValueError("its nonce has the wrong length")
+            return Header(place, comp, raw, key, nonce, cast("dict[str, Any]", meta), size)
+        case _:
+            raise ValueError("its header has unknown values")
 
 
 def unseal(stored: bytes, *, place: str, unwrap: Callable[[str], bytes]) -> Sealed:

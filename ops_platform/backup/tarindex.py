@@ -97,7 +97,10 @@ def _text(field: bytes) -> str:
 
 
 def _number(field: bytes) -> int:
-    """Octal text, or GNU's base-256 where the first bit is set."""
+    """Octal digits with padding around them, or GNU's base-256 where the first bit is set."""
     if field[0] & 0x80:
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
-    return int(field.partition(b"\0")[0].strip() or b"0", 8)
+    text = field.partition(b"\0")[0].strip(b" ")
+    if text.strip(b"01234567"):  # int() would take signs and underscores, too
+        raise ValueError(f"{text!r} is no octal number")
+    return int(text or b"0", 8)

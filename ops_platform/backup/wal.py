@@ -46,22 +46,28 @@ def history_name(timeline: int) -> str:
 def parse_history(timeline: int, content: bytes | None) -> list[Span]:
     """The line of descent that ends in `timeline`, oldest first. Timeline 1 has no history file.
 
+    A server that was recovered to a moment before a fork, and yet followed the newest timeline, names a parent that was left before
+    it began (1 until 0/5000000, 2 until 0/4000000): such a parent contributes nothing and is left out, its own parent ends earlier.
     Raises CorruptionError for a file that is no history: guessing here would graft WAL onto the wrong branch.
     """
-    spans: list[Span] = []
-    begin = Lsn(0)
+    left: list[tuple[int, Lsn]] = []
     for raw in (content or b"").decode("utf-8", "replace").splitlines():
         line = raw.strip()
         if not line or line.startswith("#"):
             continue
-        match = re.match(r"(\d+)\s+([0-9A-Fa-f]+/[0-9A-Fa-f]+)", line)
-        if not match or (spans and int(match[1]) <= spans[-1].timeline) or int(match[1]) >= timeline:
+        match = re.match(r"([0-9]{1,10})\s+([0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8})(\s|$)", line)
+        if not match or not (left[-1][0] if left else 0) < int(match[1]) < timeline:
             raise CorruptionError(f"not a timeline history: {line[:80]!r}", where=history_name(timeline))
-        end = Lsn.parse(match[2])
-        spans.append(Span(int(match[1]), begin, end))
-        begin = end
-    if timeline > 1 and not spans:
+        left.append((int(match[1]), Lsn.parse(match[2])))
+    if timeline > 1 and not left:
         raise CorruptionError("an empty timeline history", where=history_name(timeline))
+    spans: list[Span] = []
+    begin = Lsn(0)
+    for number, (ancestor, _) in enumerate(left):
+        end = min(lsn for _, lsn in left[number:])
+        if end > begin:
+            spans.append(Span(ancestor, begin, end))
+            begin = end
     return [*spans, Span(timeline, begin, None)]
 
 
@@ -202,24 +208,30 @@ def plan_start(
         begin = floor(restart, segment_size)
         return Start(timeline_at(line, begin), begin)
     for span in line[line.index(known[0]) :]:
-        entry = stocks.get(span.timeline)
-        first = entry.runs()[0][0] if entry and entry.whole else None
-        if entry is None:
-            first_needed = span.begin // segment_size
-        else:
-            lowest = entry.newest if first is None else first
-            fork_hole = [(span.begin // segment_size, lowest - 1)] if span is not known[0] else []
-            for hole in [*fork_hole, *entry.holes()]:
-                if (start := wanted(span.timeline, *hole)) is not None:
-                    return start
-            first_needed = max(entry.whole) + 1 if first is not None else entry.newest
-        if span.end is None:
-            return wanted(span.timeline, first_needed, None)
-        # The segment in which the timeline was left belongs to the next one, which begins by repeating it.
-        last_needed = span.end // segment_size - 1
-        child = line[line.index(span) + 1].timeline
-        if child not in stocks and span.end % segment_size:
-            last_needed += 1
-        if first_needed <= last_needed and (start := wanted(span.timeline, first_needed, last_needed)) is not None:
-            return start
+        for first, last in _needed(stocks, line, span, segment_size, oldest=span is known[0]):
+            if (start := wanted(span.timeline, first, last)) is not None:
+                return start
     return None
+
+
+def _needed(
+    stocks: Mapping[int, Stock], line: list[Span], span: Span, segment_size: int, *, oldest: bool
+) -> list[tuple[int, int | None]]:
+    """The segment numbers of `span` that are not stored whole, as (first, last); None: all that come."""
+    entry = stocks.get(span.timeline)
+    begin, limit = span.begin // segment_size, None
+    if span.end is not None:
+        # The segment in which the timeline was left belongs to the next one, which begins by repeating it.
+        repeated = span.end % segment_size == 0 or line[line.index(span) + 1].timeline in stocks
+        limit = span.end // segment_size - repeated
+    if entry is None:
+        found: list[tuple[int, int | None]] = [(begin, limit)]
+    else:
+        lowest = min(entry.whole, default=entry.newest)
+        found = [] if oldest else [(begin, lowest - 1)]
+        found += [*entry.holes(), (max(entry.whole, default=entry.newest - 1) + 1, limit)]
+    # What lies before its beginning or beyond the fork is another branch, of which this server knows nothing.
+    clipped = [
+        (max(first, begin), min((n for n in (last, limit) if n is not None), default=None)) for first, last in found
+    ]
+    return [(first, last) for first, last in clipped if last is None or first <= last]
