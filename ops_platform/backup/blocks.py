@@ -62,6 +62,7 @@ class BlockWriter:
         self._buffer: bytearray | None = None
         self._filled = 0
         self._archive: _Writing | None = None
+        self.etags: dict[str, str] = {}  # what the store confirmed, by key
 
     def __enter__(self) -> BlockWriter:
         return self
@@ -133,7 +134,7 @@ class BlockWriter:
     def _put(self, key: str, sealed: bytes) -> None:
         for attempt in range(self._retries + 1):
             try:
-                self._repository.store.put(key, sealed, retain=True)
+                self.etags[key] = self._repository.store.put(key, sealed, retain=True).etag
                 return
             except UnreachableError:
                 if attempt == self._retries:

@@ -1,7 +1,8 @@
 """Brings a base backup back to disk: blocks in any order, several at a time, resumable after a kill -9.
 
-While a restore is unfinished its directory holds `.ops_restore/` with a journal of the blocks that were written; the directory
-cannot be taken for a whole one, because PostgreSQL's control file is written last.
+While a restore is unfinished its directory holds `.ops_restore`, a journal of the blocks that were written. It cannot be taken for
+a whole one: PostgreSQL's control file is kept aside and renamed into place when everything else is on disk, and no server
+starts without it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import shutil
 import subprocess
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -28,6 +29,7 @@ from ops_platform.errors import CorruptionError, NotThereError, OpsError, UsageE
 
 JOURNAL = ".ops_restore"
 _CONTROL = "global/pg_control"
+_CONTROL_ASIDE = f"{JOURNAL}.pg_control"
 
 
 @dataclass(frozen=True)
@@ -58,16 +60,26 @@ class FileIndex:
     def read(cls, repository: Repository, manifest: Manifest) -> FileIndex:
         if manifest.index is None:
             raise UsageError(f"{manifest.backup_id} was compressed at the server and has no file index")
-        lines = repository.read_part(manifest.index).decode().splitlines()
-        return cls([Entry(**json.loads(line)) for line in lines])
+        text, raw = repository.read_part(manifest.index), [archive.raw for archive in manifest.archives]
+        try:
+            entries = [Entry(**json.loads(line)) for line in text.decode().splitlines()]
+            fits = all(
+                0 <= entry.archive < len(raw) and 0 <= entry.offset <= entry.offset + entry.size <= raw[entry.archive]
+                for entry in entries
+            )
+        except (ValueError, TypeError) as error:
+            raise CorruptionError(f"the file index cannot be read: {error}", where=manifest.index.key) from error
+        if not fits:
+            raise CorruptionError("the file index names bytes that the backup does not have", where=manifest.index.key)
+        return cls(entries)
 
     @property
     def bytes(self) -> int:
         return sum(entry.size for entry in self.entries)
 
-    def find(self, path: str) -> Entry:
+    def find(self, archive: int, path: str) -> Entry:
         for entry in self.entries:
-            if entry.path == path and entry.archive == 0:
+            if entry.path == path and entry.archive == archive:
                 return entry
         raise NotThereError(f"the backup has no file {path!r}")
 
@@ -85,9 +97,10 @@ class FileIndex:
 
 
 def fetch_file(repository: Repository, manifest: Manifest, path: str) -> bytes:
-    """One file of a backup, from the blocks that hold it and no others."""
+    """One file of the data directory, from the blocks that hold it and no others."""
     index = FileIndex.read(repository, manifest)
-    entry, content = index.find(path), b""
+    data = next(number for number, archive in enumerate(manifest.archives) if archive.oid is None)
+    entry, content = index.find(data, path), b""
     pieces = FileIndex([entry]).pieces(manifest.block_size)
     for (archive, block), parts in sorted(pieces.items()):
         raw = repository.read_block(manifest, archive, block)
@@ -110,75 +123,62 @@ def fetch_backup(
     Returns where each tablespace (by oid) was put. Raises CorruptionError, UsageError, OpsError (no space left).
     """
     roots = _roots(manifest, into, tablespaces or {})
-    journal = _Journal(into, manifest.backup_id)
-    made = _Tree(roots, owner)
-    if manifest.index is None:
-        _check_space(into, manifest.raw)
-        _fetch_sequential(repository, manifest, made, progress)
-    else:
-        index = FileIndex.read(repository, manifest)
-        _check_space(into, max(0, index.bytes - journal.bytes(manifest)))
-        made.prepare(index.entries, keep=bool(journal.done))
-        _fetch_blocks(repository, manifest, index, made, journal, workers, progress)
-    _write_owned(into / "backup_manifest", repository.pg_manifest(manifest), owner)
-    spaces = {archive.oid: roots[number] for number, archive in enumerate(manifest.archives) if archive.oid is not None}
-    _link_tablespaces(into, spaces, owner)
-    progress("syncing to disk", 0, None)
-    for root in roots:
-        sync_file_system(root)
-    journal.remove()
+    spaces = {archive.oid: root for archive, root in zip(manifest.archives, roots, strict=True) if archive.oid}
+    try:
+        journal = _Journal(into, manifest.backup_id, roots)
+        if not (into / _CONTROL).exists():  # there it is whole: the last try was killed in its very last step
+            _fetch_all(repository, manifest, _Tree(into, roots, owner), journal, workers, progress)
+            _write_owned(into / "backup_manifest", repository.pg_manifest(manifest), owner)
+            _link_tablespaces(into, spaces, owner)
+            progress("syncing to disk", 0, None)
+            for root in roots:
+                sync_file_system(root)
+            (into / _CONTROL_ASIDE).rename(into / _CONTROL)
+            sync_file_system(into)
+        journal.remove()
+    except OSError as error:
+        raise _disk_error(error, into) from error
     return spaces
 
 
 def _roots(manifest: Manifest, into: Path, tablespaces: dict[str, Path]) -> list[Path]:
-    roots: list[Path] = []
-    for archive in manifest.archives:
-        if archive.oid is None:
-            roots.append(into)
-            continue
-        place = tablespaces.get(archive.location or "") or Path(archive.location or "")
-        if place.exists() and any(place.iterdir()) and not (into / JOURNAL).exists():
-            raise UsageError(
-                f"the tablespace directory {place} is not empty",
-                where=str(into),
-                remedy=f"give another one: --tablespace {archive.location}=NEW",
-            )
-        roots.append(place)
-    return roots
+    """Where each archive goes."""
+    return [
+        into if archive.oid is None else tablespaces.get(archive.location or "") or Path(archive.location or "")
+        for archive in manifest.archives
+    ]
 
 
 class _Journal:
-    """Which blocks are on disk. One line for each, appended after its files were written."""
+    """One file: a line that says what is restored to where, then one for each block, appended after its files were written.
 
-    def __init__(self, into: Path, backup_id: str) -> None:
-        self._folder = into / JOURNAL
-        begun = self._folder / "backup"
-        if into.exists() and any(into.iterdir()):
-            if not begun.is_file():
-                raise UsageError(
-                    "the directory is not empty",
-                    where=str(into),
-                    remedy="name another one; nothing is restored over files",
-                )
-            if begun.read_text() != backup_id:
-                raise UsageError(
-                    f"here stands an unfinished restore of {begun.read_text()}",
-                    where=str(into),
-                    remedy="remove it first",
-                )
+    After a crash of the machine the blocks are fetched again: what was written had perhaps not reached the disk.
+    """
+
+    def __init__(self, into: Path, backup_id: str, roots: list[Path]) -> None:
+        self._path = into / JOURNAL
+        self._lock = threading.Lock()
+        self.done: set[tuple[int, int]] = set()
+        head = {"backup": backup_id, "roots": [str(root) for root in roots], "boot": _boot()}
+        lines = self._path.read_text().splitlines() if self._path.is_file() else []
+        if lines:
+            begun = json.loads(lines[0])
+            _check_same(into, begun, head)
+            if begun["boot"] == head["boot"]:
+                marks = (line.split() for line in lines[1:] if line.endswith("."))  # a line that was cut off has no dot
+                self.done = {(int(archive), int(block)) for archive, block, _ in marks}
+        else:
+            for root in roots:
+                _check_empty(into, root)
         into.mkdir(parents=True, exist_ok=True)
         into.chmod(0o700)
-        self._folder.mkdir(mode=0o700, exist_ok=True)
-        begun.write_text(backup_id)
-        self._file = (self._folder / "journal").open("a+")
-        self._file.seek(0)
-        lines = (line.split() for line in self._file.read().splitlines() if line.endswith("."))
-        self.done = {(int(parts[0]), int(parts[1])) for parts in lines}
-        self._lock = threading.Lock()
+        if not self.done:
+            self._path.write_text(json.dumps(head) + "\n")
+        self._file = self._path.open("a")
 
     def add(self, archive: int, block: int) -> None:
         with self._lock:
-            self._file.write(f"{archive} {block} .\n")
+            self._file.write(f"\n{archive} {block} .")
             self._file.flush()
 
     def bytes(self, manifest: Manifest) -> int:
@@ -186,13 +186,47 @@ class _Journal:
 
     def remove(self) -> None:
         self._file.close()
-        shutil.rmtree(self._folder)
+        self._path.unlink()
+
+
+def _check_same(into: Path, begun: Mapping[str, object], wanted: Mapping[str, object]) -> None:
+    if begun["backup"] != wanted["backup"]:
+        raise UsageError(
+            f"here stands an unfinished restore of {begun['backup']}", where=str(into), remedy="remove it first"
+        )
+    if begun["roots"] != wanted["roots"]:
+        raise UsageError(
+            f"this restore was begun with other tablespace directories: {begun['roots']}",
+            where=str(into),
+            remedy="call it as it was begun, or remove it first",
+        )
+
+
+def _check_empty(into: Path, root: Path) -> None:
+    if not root.exists() or not any(entry.name != JOURNAL for entry in root.iterdir()):
+        return
+    if root == into:
+        raise UsageError(
+            "the directory is not empty", where=str(into), remedy="name another one; nothing is restored over files"
+        )
+    raise UsageError(
+        f"the tablespace directory {root} is not empty",
+        where=str(into),
+        remedy="give another one: --tablespace OLD=NEW",
+    )
+
+
+def _boot() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
 
 
 class _Tree:
     """Makes directories and files below the archives' roots, and refuses every path that would leave them."""
 
-    def __init__(self, roots: list[Path], owner: Owner | None) -> None:
+    def __init__(self, into: Path, roots: list[Path], owner: Owner | None) -> None:
+        self.into = into
         self.roots = roots
         self._owner = owner
 
@@ -200,7 +234,8 @@ class _Tree:
         parts = PurePosixPath(entry.path).parts
         if entry.path.startswith("/") or ".." in parts:
             raise CorruptionError(f"the backup names a path outside its directory: {entry.path!r}")
-        return self.roots[entry.archive].joinpath(*parts)
+        root = self.roots[entry.archive]
+        return root / _CONTROL_ASIDE if root == self.into and entry.path == _CONTROL else root.joinpath(*parts)
 
     def prepare(self, entries: list[Entry], *, keep: bool) -> None:
         """Every directory, and every file at its full size, so that its parts may be written in any order."""
@@ -247,6 +282,19 @@ class _Tree:
             os.chown(path, self._owner.uid, self._owner.gid, follow_symlinks=False)
 
 
+def _fetch_all(
+    repository: Repository, manifest: Manifest, tree: _Tree, journal: _Journal, workers: int, progress: Progress
+) -> None:
+    if manifest.index is None:
+        _check_space(tree.into, manifest.raw)
+        _fetch_sequential(repository, manifest, tree, progress)
+    else:
+        index = FileIndex.read(repository, manifest)
+        _check_space(tree.into, max(0, index.bytes - journal.bytes(manifest)))
+        tree.prepare(index.entries, keep=bool(journal.done))
+        _fetch_blocks(repository, manifest, index, tree, journal, workers, progress)
+
+
 def _fetch_blocks(
     repository: Repository,
     manifest: Manifest,
@@ -259,9 +307,7 @@ def _fetch_blocks(
     pieces = index.pieces(manifest.block_size)
     total = sum(archive.raw for archive in manifest.archives)
     done = journal.bytes(manifest)
-    # The control file last: without it nothing takes the directory for a database.
-    last = {key for key, parts in pieces.items() if any(part.entry.path == _CONTROL for part in parts)}
-    waiting = [key for key in sorted(pieces, key=lambda key: (key in last, key)) if key not in journal.done]
+    waiting = [key for key in sorted(pieces) if key not in journal.done]
 
     def fetch(key: tuple[int, int]) -> int:
         raw = memoryview(repository.read_block(manifest, *key))
@@ -282,8 +328,6 @@ def _fetch_blocks(
             for future in running:
                 done += future.result()
                 progress("restore", done, total)
-        except OSError as error:
-            raise _disk_error(error, tree.roots[0]) from error
         finally:
             for future in running:
                 future.cancel()
@@ -307,8 +351,6 @@ def _fetch_sequential(repository: Repository, manifest: Manifest, tree: _Tree, p
                         tree.stream_in(member, number, tar.extractfile(member) if member.isreg() else None)
     except tarfile.TarError as error:
         raise CorruptionError(f"the archive cannot be read: {error}", where=manifest.backup_id) from error
-    except OSError as error:
-        raise _disk_error(error, tree.roots[0]) from error
 
 
 def _blocks(repository: Repository, manifest: Manifest, archive: int, progress: Progress) -> Iterator[bytes]:

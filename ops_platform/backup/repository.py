@@ -5,6 +5,7 @@ Nothing outside the store is remembered; every question is answered from it. The
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -99,7 +100,11 @@ class Repository:
             where = ".".join(str(part) for part in first["loc"])
             raise CorruptionError(f"the manifest cannot be read: {where} {first['msg']}", where=key) from error
         body = manifest.model_dump(mode="json", exclude={"mac"})
-        if not hmac.compare_digest(_mac(self.keys.unwrap(manifest.key), "manifest", body), manifest.mac):
+        try:
+            data_key = self.keys.unwrap(manifest.key)
+        except CorruptionError as error:
+            raise CorruptionError(f"its data key does not open: {error.what}", where=key) from error
+        if not hmac.compare_digest(_mac(data_key, "manifest", body), manifest.mac):
             raise CorruptionError("the manifest was changed after it was written (authentication failed)", where=key)
         if manifest.backup_id != backup_id or manifest.target_id != self.target_id:
             raise CorruptionError(f"this manifest belongs to {manifest.target_id}/{manifest.backup_id}", where=key)
@@ -110,14 +115,22 @@ class Repository:
         return [self.manifest(backup_id) for backup_id in self._finished()]
 
     def infos(self) -> list[BackupInfo]:
-        """The finished backups, oldest first; one whose manifest cannot be read is listed with its error, never left out."""
-        proofs = {proof.backup_id: proof for proof in self.proofs()}
-        found: list[BackupInfo] = []
+        """The finished backups, oldest first; one whose manifest cannot be read is listed with its error, never left out.
+
+        A proof that cannot be read proves nothing: its backup is listed as unproven, whatever older proofs say.
+        """
+        prefix, found = f"{self.target_id}/proof/", list[BackupInfo]()
+        # Listed in the order of their keys, which is that of their times: the newest of each backup stays.
+        newest = {info.key[len(prefix) :].partition("/")[0]: info.key for info in self.store.list(prefix)}
         for backup_id in self._finished():
             try:
-                found.append(info_of(self.manifest(backup_id), proofs.get(backup_id)))
+                manifest, proof = self.manifest(backup_id), None
             except CorruptionError as error:
                 found.append(_unreadable(backup_id, self.target_id, str(error)))
+                continue
+            with contextlib.suppress(CorruptionError):
+                proof = self._proof(newest[backup_id]) if backup_id in newest else None
+            found.append(info_of(manifest, proof))
         return found
 
     def _finished(self) -> list[str]:
@@ -274,8 +287,13 @@ class Repository:
     def proofs(self, backup_id: str | None = None) -> list[Proof]:
         """Every verdict on the backups, oldest first. Sealed, so that none can be made without the key service."""
         prefix = f"{self.target_id}/proof/" + (f"{backup_id}/" if backup_id else "")
-        found = [Proof.model_validate_json(self.read_record(info.key)) for info in self.store.list(prefix)]
-        return sorted(found, key=lambda proof: proof.verified_at)
+        return sorted((self._proof(info.key) for info in self.store.list(prefix)), key=lambda proof: proof.verified_at)
+
+    def _proof(self, key: str) -> Proof:
+        try:
+            return Proof.model_validate_json(self.read_record(key))
+        except ValidationError as error:
+            raise CorruptionError("this proof cannot be read", where=key) from error
 
 
 def info_of(manifest: Manifest, proof: Proof | None) -> BackupInfo:
@@ -301,7 +319,10 @@ def info_of(manifest: Manifest, proof: Proof | None) -> BackupInfo:
 def _unreadable(backup_id: str, target_id: str, error: str) -> BackupInfo:
     from datetime import UTC
 
-    began = datetime.strptime(backup_id[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+    try:
+        began = datetime.strptime(backup_id[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+    except ValueError:  # an identifier that is none: somebody else's folder
+        began = datetime.fromtimestamp(0, UTC)
     kind = BackupKind.FULL if backup_id[17] == "F" else BackupKind.INCREMENTAL
     return BackupInfo(
         backup_id=backup_id,
