@@ -123,7 +123,11 @@ def unseal(stored: bytes, *, place: str, unwrap: Callable[[str], bytes]) -> Seal
     header = read_header(stored, place=place)
     view = memoryview(stored)
     try:
-        packed = AESGCM(unwrap(header.key)).decrypt(header.nonce, view[header.size :], view[: header.size])
+        data_key = unwrap(header.key)
+    except CorruptionError as error:
+        raise CorruptionError(f"its data key does not open: {error.what}", where=place) from error
+    try:
+        packed = AESGCM(data_key).decrypt(header.nonce, view[header.size :], view[: header.size])
         plain = decompress(packed, header.comp, header.raw)
     except InvalidTag as error:
         raise CorruptionError(
@@ -154,14 +158,20 @@ def decompress(packed: bytes, compression: Compression, raw: int) -> bytes:
         import zstandard
 
         try:
+            if zstandard.frame_content_size(packed) != raw:  # believed by decompress, whatever the limit
+                raise ValueError(f"zstd: its frame holds other than {raw} bytes")
             return zstandard.ZstdDecompressor().decompress(packed, max_output_size=raw)
         except zstandard.ZstdError as error:
             raise ValueError(f"zstd: {error}") from error
     if compression == "lz4":
         import lz4.frame
 
+        reader = lz4.frame.LZ4FrameDecompressor()
         try:
-            return lz4.frame.LZ4FrameDecompressor().decompress(packed, max_length=raw)
+            plain = reader.decompress(packed, max_length=raw)
         except RuntimeError as error:
             raise ValueError(f"lz4: {error}") from error
+        if not reader.eof:
+            raise ValueError(f"lz4: its frame does not end after {raw} bytes")
+        return plain
     return packed
