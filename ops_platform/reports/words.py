@@ -1,0 +1,85 @@
+"""How durations, sizes and moments are written for people, the same in the terminal and on the pages."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, timedelta
+
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+# What a terminal obeys or a reader is misled by: control characters and marks that turn the direction of text.
+_UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def duration(seconds: float | timedelta) -> str:
+    """`4 min 12 s`, `1.8 s`, `14 d 6 h`: the two largest units, rounded first, so that there is never `60 s`."""
+    value = seconds.total_seconds() if isinstance(seconds, timedelta) else float(seconds)
+    sign, value = ("-", -value) if value < 0 else ("", value)
+    if value < 0.9995:
+        milliseconds = round(value * 1000)
+        return f"{sign}{milliseconds} ms" if milliseconds else "0 s"
+    if value < 9.95:
+        return f"{sign}{value:.1f}".removesuffix(".0") + " s"
+    if value < 3599.5:
+        minutes, rest = divmod(round(value), 60)
+        return sign + _two((minutes, "min"), (rest, "s"))
+    if value < 86370:
+        hours, rest = divmod(round(value / 60), 60)
+        return sign + _two((hours, "h"), (rest, "min"))
+    days, rest = divmod(round(value / 3600), 24)
+    return sign + _two((days, "d"), (rest, "h"))
+
+
+def _two(large: tuple[int, str], small: tuple[int, str]) -> str:
+    return " ".join(f"{number} {unit}" for number, unit in (large, small) if number) or f"0 {small[1]}"
+
+
+def size(count: float) -> str:
+    """`512 B`, `3.1 GiB`, `245 MiB`: three digits at most."""
+    value, unit = float(count), 0
+    while value >= 999.5 and unit < len(_UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{value:.0f} {_UNITS[unit]}" if unit == 0 or value >= 99.95 else f"{value:.1f} {_UNITS[unit]}"
+
+
+def moment(when: datetime) -> str:
+    """`2026-01-15 05:30:12 UTC`, for engineers."""
+    return f"{utc(when):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def long_moment(when: datetime, *, seconds: bool = False) -> str:
+    """`15 Jan 2026, 05:30 UTC`, for sentences. English whatever the machine's locale."""
+    at = utc(when)
+    return (
+        f"{at.day} {_MONTHS[at.month - 1]} {at.year}, {at:%H:%M:%S} UTC"
+        if seconds
+        else f"{day(at)} {at.year}, {at:%H:%M} UTC"
+    )
+
+
+def day(when: datetime) -> str:
+    at = utc(when)
+    return f"{at.day} {_MONTHS[at.month - 1]}"
+
+
+def utc(when: datetime) -> datetime:
+    """The moment in UTC. A naive one is refused: to guess its zone would move the promise by hours."""
+    if when.tzinfo is None:
+        raise ValueError(f"{when.isoformat()} has no zone; every time of a record carries one")
+    return when.astimezone(UTC)
+
+
+def plain(text: str) -> str:
+    """The text without what could steer a terminal or turn its direction; such characters are shown by their number."""
+    return _UNSAFE.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def sentence(text: str) -> str:
+    """A reason as the end of a sentence: one full stop, whatever its writer put."""
+    text = text.strip()
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
