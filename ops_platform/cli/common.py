@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -127,3 +128,13 @@ def table(rows: list[list[str]], header: list[str]) -> None:
         widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
         for line in [header, *rows]:
             click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def actor() -> str:
+    """Who is asking, for the ledger: a login name, not a credential."""
+    import getpass
+
+    try:
+        return os.environ.get("OPS_ACTOR") or getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"

@@ -1,0 +1,246 @@
+"""`ops backup`."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+import click
+
+from ops_platform.cli.common import (
+    actor,
+    ago,
+    chosen,
+    complete_targets,
+    console,
+    emit,
+    json_option,
+    opened,
+    parse_moment,
+    size,
+    span,
+    stamp,
+    table,
+)
+
+if TYPE_CHECKING:
+    from ops_platform.actions import ActionResult
+    from ops_platform.backup.model import BackupInfo, RecoveryWindow
+    from ops_platform.clients.access import Access
+    from ops_platform.inventory.model import Target
+
+_SHOWN = (
+    "backup_id",
+    "kind",
+    "why",
+    "source",
+    "source_role",
+    "timeline",
+    "start_lsn",
+    "end_lsn",
+    "compression",
+    "compress_at",
+    "written_by",
+)
+target_argument = click.argument("target", shell_complete=complete_targets)
+
+
+@click.group()
+def backup() -> None:
+    """Take, list, prove and expire backups."""
+
+
+@backup.command()
+@click.argument("targets", nargs=-1, shell_complete=complete_targets)
+@click.option("--all", "everything", is_flag=True, help="Every target of the inventory.")
+@click.option("--full", "kind", flag_value="full", help="A full backup, whatever the policy says.")
+@click.option("--incremental", "kind", flag_value="incremental", help="On top of the newest one (PostgreSQL 17+).")
+@json_option
+def run(targets: tuple[str, ...], everything: bool, kind: str | None, as_json: bool) -> None:
+    """Take a backup; full or incremental by the policy."""
+    from ops_platform.backup.basebackup import run_backup
+    from ops_platform.backup.model import Manifest
+    from ops_platform.reports.terminal import progress_bar
+
+    taken: list[Manifest] = []
+    with opened() as access:
+        for target in chosen(access.inventory, targets, everything):
+            with progress_bar(target.id) as progress:
+                manifest = run_backup(access, target, kind=kind or "auto", progress=progress)  # type: ignore[arg-type]
+            taken.append(manifest)
+            if not as_json:
+                amount = f"{size(manifest.raw)} as {size(manifest.stored)} in {span(manifest.seconds)}"
+                click.echo(f"{target.id}: {manifest.backup_id}, {manifest.kind.value} ({manifest.why}), {amount}")
+    if as_json:
+        emit(list[Manifest], taken)
+
+
+@backup.command(name="list")
+@click.argument("targets", nargs=-1, shell_complete=complete_targets)
+@json_option
+def list_(targets: tuple[str, ...], as_json: bool) -> None:
+    """The backups and the recovery window, read from the store alone."""
+    from ops_platform.cli.outputs import BackupList
+
+    found: list[BackupList] = []
+    with opened() as access:
+        for target in chosen(access.inventory, targets, not targets):
+            infos, window = _catalog(access, target)
+            found.append(BackupList(target.id, infos, window))
+    if as_json:
+        emit(list[BackupList], found)
+        return
+    for item in found:
+        _show_list(item.target_id, item.backups, item.window)
+
+
+def _catalog(access: Access, target: Target) -> tuple[list[BackupInfo], RecoveryWindow]:
+    from ops_platform.backup.engine import open_engine
+    from ops_platform.recovery import records
+
+    engine = open_engine(access, target)
+    return records.with_proofs(engine.list(), records.repository_of(access, target)), engine.window()
+
+
+def _show_list(target_id: str, infos: list[BackupInfo], window: RecoveryWindow) -> None:
+    click.secho(target_id, bold=True)
+    rows = [
+        [
+            info.backup_id,
+            info.kind.value,
+            stamp(info.ended_at),
+            size(info.raw),
+            size(info.stored),
+            str(info.server_version // 10000 or "-"),
+            info.error or (f"{info.proof.verdict} {ago(info.proof.verified_at)}" if info.proof else "not yet proven"),
+        ]
+        for info in infos
+    ]
+    if rows:
+        table(rows, ["backup", "kind", "ended", "size", "stored", "major", "proof"])
+    else:
+        click.echo(f"no backups; take one: ops backup run {target_id}")
+    for begin, end in window.pieces:
+        click.echo(f"restorable: every moment from {stamp(begin)} to {stamp(end)}")
+    for gap in window.gaps:
+        again = f"again from {gap.recovery_again_from}" if gap.recovery_again_from else "take a new backup"
+        click.secho(f"gap: WAL {gap.first} to {gap.last} is missing; {again}", fg="red")
+    if not window.pieces:
+        click.secho("restorable: nothing", fg="red")
+
+
+@backup.command()
+@target_argument
+@click.argument("backup_id")
+@json_option
+def show(target: str, backup_id: str, as_json: bool) -> None:
+    """One backup: its manifest, chain and proofs."""
+    from ops_platform.backup.archive import open_target_repository
+    from ops_platform.cli.outputs import BackupDetail
+
+    with opened() as access:
+        repository = open_target_repository(access, access.inventory.target(target))
+        chain = repository.chain(backup_id)
+        detail = BackupDetail(chain[-1], [part.backup_id for part in chain], repository.proofs(backup_id))
+    if as_json:
+        emit(BackupDetail, detail)
+        return
+    manifest = detail.manifest
+    for name in _SHOWN:
+        click.echo(f"{name.replace('_', ' '):14} {getattr(manifest, name)}")
+    click.echo(f"{'taken':14} {stamp(manifest.started_at)} to {stamp(manifest.ended_at)} ({span(manifest.seconds)})")
+    blocks = sum(len(archive.blocks) for archive in manifest.archives)
+    click.echo(f"{'size':14} {size(manifest.raw)}, stored {size(manifest.stored)} in {blocks} blocks")
+    click.echo(f"{'chain':14} {' > '.join(detail.chain)}")
+    for proof in detail.proofs:
+        click.echo(f"{'proof':14} {proof.verdict} at {stamp(proof.verified_at)}, restored to {proof.recovery_target}")
+
+
+@backup.command()
+@click.argument("targets", nargs=-1, shell_complete=complete_targets)
+@click.option("--all", "everything", is_flag=True, help="Every target of the inventory.")
+@click.option(
+    "--pick",
+    type=click.Choice(["newest", "oldest", "chain", "random"]),
+    help="Else by turns through the policy's list.",
+)
+@click.option("--backup", "backup_id", help="This backup.")
+@click.option("--to", "moment", metavar="TIME", help="This moment, with its zone.")
+@click.option("--full", is_flag=True, help="Check every table and index, not a sample.")
+@click.option("--no-report", is_flag=True, help="Do not write the HTML report.")
+@json_option
+@click.pass_context
+def verify(
+    ctx: click.Context,
+    targets: tuple[str, ...],
+    everything: bool,
+    pick: str | None,
+    backup_id: str | None,
+    moment: str | None,
+    full: bool,
+    no_report: bool,
+    as_json: bool,
+) -> None:
+    """Restore into a sandbox and look at the data. Exit 0 proven, 1 failed, 3 could not verify."""
+    from ops_platform.proof import prove
+    from ops_platform.recovery.model import Scorecard, Verdict
+    from ops_platform.reports.terminal import print_scorecard, progress_bar
+
+    at: datetime | None = parse_moment(moment, option="--to") if moment else None
+    cards: list[Scorecard] = []
+    with opened() as access:
+        for target in chosen(access.inventory, targets, everything):
+            with progress_bar(target.id) as progress:
+                proof = prove(
+                    access,
+                    target,
+                    pick=pick,  # type: ignore[arg-type]
+                    at=at,
+                    backup_id=backup_id,
+                    full=full,
+                    report=not no_report,
+                    progress=progress,
+                    actor=actor(),
+                )
+            cards.append(proof.scorecard)
+            if not as_json:
+                print_scorecard(proof.scorecard, console())
+                if proof.report is not None:
+                    click.echo(f"report: {proof.report}")
+    if as_json:
+        emit(list[Scorecard], cards)
+    verdicts = {card.verdict for card in cards}
+    ctx.exit(1 if Verdict.FAIL in verdicts else 3 if Verdict.COULD_NOT_VERIFY in verdicts else 0)
+
+
+@backup.command()
+@click.argument("targets", nargs=-1, shell_complete=complete_targets)
+@click.option("--all", "everything", is_flag=True, help="Every target of the inventory.")
+@click.option("--enforce", "mode", flag_value="enforce", help="Do it, whatever the policy's mode.")
+@click.option("--dry-run", "mode", flag_value="observe", help="Only say what would be done.")
+@click.option("--approve", metavar="DIGEST", help="Exactly this plan, as an earlier call printed it.")
+@json_option
+@click.pass_context
+def expire(
+    ctx: click.Context, targets: tuple[str, ...], everything: bool, mode: str | None, approve: str | None, as_json: bool
+) -> None:
+    """Delete what no promise needs any more; observes unless the policy or --enforce says otherwise."""
+    from ops_platform.actions import ActionResult
+    from ops_platform.backup.expiry import expire as run_expiry
+
+    results: list[ActionResult] = []
+    with opened() as access:
+        for target in chosen(access.inventory, targets, everything):
+            result = run_expiry(access, target, mode=mode, approve=approve, actor=actor())  # type: ignore[arg-type]
+            results.append(result)
+            if not as_json:
+                _show_action(target.id, result)
+    if as_json:
+        emit(list[ActionResult], results)
+    ctx.exit(0 if all(result.good for result in results) else 1)
+
+
+def _show_action(target_id: str, result: ActionResult) -> None:
+    click.secho(f"{target_id}: {result.plan.action}, plan {result.plan.digest[:16]}", bold=True)
+    for line in result.lines():
+        click.echo(f"  {line}")

@@ -1,0 +1,137 @@
+"""`ops init`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ops_platform.errors import OpsError, UsageError
+
+if TYPE_CHECKING:
+    from ops_platform.inventory.template import Described
+    from ops_platform.inventory.values import Secret, SecretRef
+
+_ABOUT = """
+select (select sum(pg_database_size(oid)) from pg_database where datallowconn)::bigint,
+  coalesce(current_setting('summarize_wal', true), '') = 'on', current_setting('server_version')
+"""
+_STANDBYS = (
+    "select host(client_addr) from pg_stat_replication where client_addr is not null and backend_type = 'walsender'"
+)
+
+
+@click.command()
+@click.option("--host", required=True, help="A member of the cluster: name, address, or socket directory.")
+@click.option("--port", default=5432, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--user", default="ops_backup", show_default=True, help="The role that takes backups.")
+@click.option("--dbname", default="postgres", show_default=True)
+@click.option(
+    "--password",
+    metavar="REFERENCE",
+    help="env://NAME or file://PATH for now and for the file; or vault://… to be resolved later.",
+)
+@click.option(
+    "--tls",
+    default="verify-full",
+    show_default=True,
+    type=click.Choice(["disable", "require", "verify-ca", "verify-full"]),
+)
+@click.option("--ca", help="PEM file of the server's certificate authority.")
+@click.option("--id", "target_id", help="The target's id; made from the host by default.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("platform.yaml"), show_default=True
+)
+def init(
+    host: str,
+    port: int,
+    user: str,
+    dbname: str,
+    password: str | None,
+    tls: str,
+    ca: str | None,
+    target_id: str | None,
+    out: Path,
+) -> None:
+    """Write a commented platform.yaml by asking a live database for its version, size and settings."""
+    from ops_platform.inventory.template import render
+
+    if out.exists():
+        raise UsageError(
+            "this file exists", where=str(out), remedy="name another one with --out; nothing is overwritten"
+        )
+    found = _ask(host, port, user, dbname, password, tls, ca, target_id)
+    try:
+        with out.open("x") as file:
+            file.write(render(found))
+    except OSError as error:
+        raise OpsError(f"the file cannot be written: {error.strerror}", where=str(out)) from None
+    click.echo(f"wrote {out}: PostgreSQL {found.version}, {found.size / 2**30:.1f} GiB")
+    for note in found.notes:
+        click.echo(f"note: {note}")
+    click.echo("next: fill in store and key service, then: ops inventory check && ops doctor")
+
+
+def _ask(
+    host: str, port: int, user: str, dbname: str, password: str | None, tls: str, ca: str | None, target_id: str | None
+) -> Described:
+    from ops_platform.clients.postgres import Login, ask_member, connect
+    from ops_platform.inventory.template import Described, target_id_of
+    from ops_platform.inventory.values import SecretRef
+
+    try:
+        reference = SecretRef.parse(password) if password else None
+    except ValueError as error:
+        raise UsageError(f"--password: {error}") from None
+    login = Login(dbname, user, _secret(reference), "disable" if host.startswith("/") else tls, ca)
+    member = ask_member(login, host, port)
+    if member.error is not None:
+        connect(login, host, port).close()  # raises with its remedy
+        raise OpsError(member.error, where=f"{host}:{port}")
+    with connect(login, host, port) as connection:
+        row = connection.execute(_ABOUT).fetchone()
+        standbys = [r[0] for r in connection.execute(_STANDBYS).fetchall()]
+    assert row is not None  # noqa: S101 - a select without a table has a row
+    notes = [
+        f"{address} replicates from here: if it is a standby, add it to connection.hosts"
+        for address in sorted(set(standbys))
+    ]
+    if member.in_recovery:
+        notes.append("this is a standby: add its primary to connection.hosts")
+    return Described(
+        target_id or target_id_of(host),
+        [(host, port)],
+        user,
+        dbname,
+        reference,
+        tls,
+        ca,
+        str(row[2]),
+        int(row[0] or 0),
+        bool(row[1]),
+        notes,
+    )
+
+
+def _secret(reference: SecretRef | None) -> Secret | None:
+    import os
+
+    from ops_platform.inventory.values import Secret
+
+    if reference is None:
+        return None
+    if reference.scheme == "env":
+        value = os.environ.get(reference.path)
+        if not value:
+            raise UsageError(f"the environment variable {reference.path} is not set")
+        return Secret(value)
+    if reference.scheme == "file":
+        try:
+            return Secret(Path(reference.path).read_text().rstrip("\n"))
+        except OSError as error:
+            raise UsageError(f"the password's file cannot be read: {error.strerror}", where=reference.path) from None
+    raise UsageError(
+        "a vault:// reference cannot be resolved before there is an inventory",
+        remedy="ask with env:// or file:// now, and put the vault:// reference into the file afterwards",
+    )

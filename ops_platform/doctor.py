@@ -1,0 +1,318 @@
+"""Looks at everything that a target's backups need, and says what to do about what is missing. Changes nothing but a probe object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ops_platform.clients.postgres_binaries import find_postgres
+from ops_platform.errors import OpsError
+
+if TYPE_CHECKING:
+    from ops_platform.clients.access import Access
+    from ops_platform.clients.postgres import Member
+    from ops_platform.inventory.model import Target
+
+State = Literal["good", "warn", "bad", "unknown"]
+_MAX_SKEW = 300
+
+
+@dataclass(frozen=True)
+class Found:
+    """`found` is what was seen; `remedy` what to do where it is not good."""
+
+    what: str
+    state: State
+    found: str
+    remedy: str | None = None
+
+
+@dataclass(frozen=True)
+class Examination:
+    target_id: str
+    findings: list[Found]
+
+
+def examine(access: Access, target: Target) -> Examination:
+    """Every part is asked, whatever the others answered: one look shows all that is to be done."""
+    findings: list[Found] = []
+    parts: list[tuple[str, Callable[[], Iterator[Found]]]] = [
+        ("servers", lambda: _servers(access, target)),
+        ("store", lambda: _store(access, target)),
+        ("key service", lambda: _keys(access, target)),
+        ("sandbox", lambda: _sandbox(access, target)),
+    ]
+    for name, part in parts:
+        try:
+            findings += list(part())
+        except OpsError as error:
+            findings.append(
+                Found(name, "bad", f"{error.where}: {error.what}" if error.where else error.what, error.remedy)
+            )
+    return Examination(target.id, findings)
+
+
+# The servers
+
+
+def _servers(access: Access, target: Target) -> Iterator[Found]:
+    members = access.members(target)
+    for member in members:
+        where = f"{member.host}:{member.port}"
+        if member.error is not None:
+            yield Found(f"server {where}", "bad", member.error, "check host, port, network, password and pg_hba.conf")
+        else:
+            role = "standby" if member.in_recovery else "primary"
+            yield Found(
+                f"server {where}",
+                "good",
+                f"PostgreSQL {_version(member.server_version or 0)}, {role}, timeline {member.timeline}",
+            )
+    answered = [m for m in members if m.error is None]
+    clusters = {m.system_identifier for m in answered}
+    if len(clusters) > 1:
+        yield Found(
+            "cluster",
+            "bad",
+            f"{len(clusters)} different clusters answer",
+            "correct connection.hosts: one cluster is one target",
+        )
+    primary = next((m for m in answered if m.in_recovery is False), None)
+    if primary is None:
+        yield Found("primary", "bad", "no primary answers", "the WAL receiver and the lock of a backup need it")
+        return
+    yield from _settings(access, target, primary)
+    yield from _rights(access, target, primary)
+    if target.repository.engine == "native":
+        yield from _slot(access, target)
+
+
+def _version(number: int) -> str:
+    return f"{number // 10000}.{number % 10000}"
+
+
+_SETTINGS = """
+select current_setting('wal_level'), current_setting('max_wal_senders')::int, (select count(*) from pg_stat_replication)::int,
+  current_setting('max_replication_slots')::int, (select count(*) from pg_replication_slots)::int, current_setting('max_slot_wal_keep_size'),
+  coalesce(current_setting('summarize_wal', true), ''), current_setting('data_checksums'), current_setting('full_page_writes'),
+  (select count(*) from pg_replication_slots where slot_name = %s)::int
+"""
+
+
+def _settings(access: Access, target: Target, member: Member) -> Iterator[Found]:
+    with access.postgres(target, member=member) as connection:
+        row = connection.execute(_SETTINGS, [target.wal.slot]).fetchone()
+    assert row is not None  # noqa: S101 - a select without a table has a row
+    level, senders, sending, slots, used, keep, summarize, sums, pages, ours = row
+    major = (member.server_version or 0) // 10000
+    supported = 14 <= major <= 18
+    yield Found(
+        "version",
+        "good" if supported else "bad",
+        f"major {major}",
+        None if supported else "14 to 18 are supported; upgrade the server",
+    )
+    yield Found(
+        "wal_level",
+        "bad" if level == "minimal" else "good",
+        level,
+        "ALTER SYSTEM SET wal_level = 'replica', then restart",
+    )
+    # A backup takes one sender, the receiver another.
+    free = senders - sending
+    yield Found(
+        "max_wal_senders",
+        "good" if free >= 2 else "bad",
+        f"{sending} of {senders} in use",
+        "raise max_wal_senders; a backup and the receiver take one each",
+    )
+    room = ours or used < slots
+    yield Found(
+        "max_replication_slots",
+        "good" if room else "bad",
+        f"{used} of {slots} in use",
+        "raise max_replication_slots, or drop a slot that nobody needs",
+    )
+    capped = keep != "-1"
+    yield Found(
+        "max_slot_wal_keep_size",
+        "good" if capped else "warn",
+        keep,
+        "without a cap an absent receiver fills the server's disk: ALTER SYSTEM SET max_slot_wal_keep_size = '64GB'",
+    )
+    if major >= 17 and target.backup.incremental.enabled:
+        yield Found(
+            "summarize_wal",
+            "good" if summarize == "on" else "warn",
+            summarize,
+            "ALTER SYSTEM SET summarize_wal = on, then reload; until then every backup is a full one",
+        )
+    yield Found(
+        "data_checksums",
+        "good" if sums == "on" else "warn",
+        sums,
+        "pg_checksums --enable on the stopped server: without them damage on disk is not noticed",
+    )
+    yield Found(
+        "full_page_writes",
+        "good" if pages == "on" else "bad",
+        pages,
+        "turn it on: a base backup of a live server needs it",
+    )
+
+
+_RIGHTS = """
+select (select rolreplication or rolsuper from pg_roles where rolname = current_user), pg_has_role('pg_monitor', 'usage'),
+  pg_has_role('pg_read_all_data', 'usage'), to_regnamespace('ops_canary') is not null,
+  case when to_regnamespace('ops_canary') is not null then has_schema_privilege('ops_canary', 'create, usage') else false end, current_user,
+  has_database_privilege(current_database(), 'create')
+"""
+
+
+def _rights(access: Access, target: Target, member: Member) -> Iterator[Found]:
+    with access.postgres(target, member=member) as connection:
+        row = connection.execute(_RIGHTS).fetchone()
+    assert row is not None  # noqa: S101 - a select without a table has a row
+    replicates, monitors, reads, schema, writes, role, creates = row
+    yield Found(
+        "REPLICATION",
+        "good" if replicates else "bad",
+        "granted" if replicates else "missing",
+        f"as a superuser: ALTER ROLE {role} REPLICATION",
+    )
+    yield Found(
+        "pg_monitor",
+        "good" if monitors else "warn",
+        "granted" if monitors else "missing",
+        f"GRANT pg_monitor TO {role}: slots and other sessions are seen with it",
+    )
+    yield Found(
+        "pg_read_all_data",
+        "good" if reads else "warn",
+        "granted" if reads else "missing",
+        f"GRANT pg_read_all_data TO {role}: row counts are compared with it",
+    )
+    if target.backup.verification.canary:
+        good = writes if schema else creates
+        found = (
+            "ours to write"
+            if writes
+            else "exists, but not ours"
+            if schema
+            else "will be made"
+            if creates
+            else "missing"
+        )
+        yield Found(
+            "schema ops_canary",
+            "good" if good else "bad",
+            found,
+            f"in {target.connection.dbname}: CREATE SCHEMA ops_canary AUTHORIZATION {role}; or verification.canary: false",
+        )
+    try:
+        access.replication(target, member).finish()
+        yield Found("replication login", "good", "a WAL sender answers")
+    except OpsError as error:
+        yield Found("replication login", "bad", error.what, error.remedy)
+
+
+def _slot(access: Access, target: Target) -> Iterator[Found]:
+    from ops_platform.backup.archive import slot_state
+
+    slot = slot_state(access, target)
+    name = f"slot {target.wal.slot}"
+    start = f"ops wal receive {target.id}, as a service of its own"
+    if slot is None:
+        yield Found(name, "warn", "does not exist: no WAL is being received", start)
+    elif slot.wal_status == "lost":
+        yield Found(
+            name,
+            "bad",
+            "has lost its WAL",
+            f"{start}; it names the gap and makes the slot anew; then ops backup run {target.id} --full",
+        )
+    elif slot.active_pid is None:
+        yield Found(name, "bad", "nobody reads it: the server keeps all WAL for it", start)
+    else:
+        much = slot.retained is not None and slot.retained > target.wal.max_slot_wal
+        yield Found(
+            name,
+            "warn" if much else "good",
+            f"{slot.wal_status}, holds back {(slot.retained or 0) / 2**20:.0f} MiB",
+            "the receiver is behind: ops wal status",
+        )
+
+
+# Store, keys, sandbox
+
+
+def _store(access: Access, target: Target) -> Iterator[Found]:
+    if target.repository.store is None:
+        yield Found("store", "good", f"kept by {target.repository.engine}")
+        return
+    store = access.store(target.repository.store)
+    checks: dict[str, Any] = store.check()
+    yield Found("store", "good", f"{store.name} can be written, read and deleted from")
+    skew = checks.get("clock_skew_seconds")
+    if isinstance(skew, int | float):
+        yield Found(
+            "clock",
+            "good" if abs(skew) < _MAX_SKEW else "bad",
+            f"{skew:+.0f} s against the store",
+            "look at NTP on this machine",
+        )
+    wanted = access.inventory.stores[target.repository.store].object_lock
+    locked = bool(checks.get("object_lock"))
+    if wanted is not None:
+        yield Found(
+            "Object Lock",
+            "good" if locked else "bad",
+            "on" if locked else "off",
+            "make a bucket with Object Lock: it cannot be turned on later everywhere",
+        )
+
+
+def _keys(access: Access, target: Target) -> Iterator[Found]:
+    if target.repository.keys is None:
+        return
+    service = access.keys(target.repository.keys)
+    checks = service.check()
+    key = service.new_data_key()
+    if service.unwrap(key.wrapped) != key.plain:
+        yield Found("key service", "bad", "it does not open what it wrapped", "look at the key's versions in Vault")
+        return
+    yield Found("key service", "good", f"{service.name} wraps and opens data keys")
+    if checks.get("exportable"):
+        yield Found(
+            "key", "warn", "exportable: whoever may export it can read every backup", "make the key without exportable"
+        )
+
+
+def _sandbox(access: Access, target: Target) -> Iterator[Found]:
+    from ops_platform.recovery.sandbox import network_namespace
+
+    majors = {(m.server_version or 0) // 10000 for m in access.members(target) if m.error is None}
+    for major in sorted(majors):
+        install = find_postgres(major, target.sandbox.postgres.values())
+        if install is None:
+            yield Found(
+                "sandbox",
+                "bad",
+                f"no PostgreSQL {major} server on this machine",
+                f"install postgresql-{major}, or name its bin directory under sandbox.postgres",
+            )
+            continue
+        yield Found("sandbox", "good", f"PostgreSQL {install.version} ({install.source})")
+        for tool in ("pg_verifybackup", "pg_checksums", *(("pg_combinebackup",) if major >= 17 else ())):
+            if install.tool(tool) is None:
+                needed = tool == "pg_combinebackup"
+                remedy = "chains cannot be restored here without it" if needed else "another way is used instead"
+                yield Found(tool, "bad" if needed else "warn", f"not beside PostgreSQL {major}", remedy)
+    alone = bool(network_namespace())
+    yield Found(
+        "isolation",
+        "good" if alone else "warn",
+        "own network namespace" if alone else "a unix socket alone",
+        "allow user namespaces, so that restored servers have no network at all",
+    )
