@@ -1,0 +1,191 @@
+"""What an entry is, how its digest is made, and whether a chain of them is unbroken: pure functions, no database.
+
+The digest covers the predecessor's digest and the canonical JSON of the entry, so that no entry can be changed, taken out or
+put in without every later digest saying so. The format is docs/reference/ledger.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any, Literal, cast
+
+from ops_platform.errors import UsageError
+from ops_platform.inventory.values import Secret
+
+GENESIS = "0" * 64
+"""What the first entry names as its predecessor's digest."""
+
+Row = tuple[int, str, str, str, str, str, str, str]
+"""seq, at (as `moment` writes it), kind, actor, subject, body, prev_sha256, sha256."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry. `text` is the body's canonical JSON exactly as it stands in the table and in the digest."""
+
+    seq: int
+    at: datetime
+    kind: str
+    actor: str
+    subject: str
+    text: str
+    prev_sha256: str
+    sha256: str
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return json.loads(self.text)
+
+
+@dataclass(frozen=True)
+class Break:
+    """Where the chain is broken for the first time, and how."""
+
+    seq: int
+    how: Literal["changed", "missing", "wrong predecessor"]
+    what: str
+
+
+@dataclass(frozen=True)
+class LedgerCheck:
+    """`entries` were found good up to `head_seq`; nothing is said of what stands behind a break.
+
+    `unprotected`: what no longer keeps the table append-only (a trigger that is disabled or gone).
+    """
+
+    entries: int
+    head_seq: int
+    head_sha256: str
+    broken: Break | None
+    unprotected: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return self.broken is None and not self.unprotected
+
+
+# Canonical JSON
+
+
+def canonical(value: object) -> str:
+    """JSON with sorted keys, no spaces and no escapes beyond the necessary: what digests are made of.
+
+    Raises UsageError, naming the place, for a secret and for whatever is not plain JSON: nothing is converted by guessing.
+    """
+    _check(value, "$")
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _check(value: object, place: str) -> None:
+    if isinstance(value, Secret):
+        # As a string it would read `***`; but whoever passes one here may pass its value the next time.
+        raise UsageError(
+            "a secret does not go into the ledger",
+            where=place,
+            remedy="record its reference, such as vault://mount/path#field",
+        )
+    if isinstance(value, str):
+        _check_text(value, place)
+    elif isinstance(value, Mapping):
+        for key, inner in cast("Mapping[object, object]", value).items():
+            if not isinstance(key, str) or isinstance(key, Secret):
+                raise UsageError(f"a key of type {type(key).__name__} is not plain JSON", where=place)
+            _check_text(key, place)
+            _check(inner, f"{place}.{key}")
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(cast("Sequence[object]", value)):
+            _check(inner, f"{place}[{number}]")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise UsageError(f"{value} is not a JSON number", where=place)
+    elif value is not None and not isinstance(value, int):
+        raise UsageError(
+            f"a value of type {type(value).__name__} is not plain JSON",
+            where=place,
+            remedy="write it as text or a number",
+        )
+
+
+def _check_text(text: str, place: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError("this text holds half of a character, which is no Unicode", where=place) from None
+    if "\0" in text:
+        raise UsageError("this text holds a NUL, which PostgreSQL does not store", where=place)
+
+
+def moment(at: datetime) -> str:
+    """UTC to the microsecond, `2026-02-01T03:04:05.000006Z`: always of the same length."""
+    return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+# The chain
+
+
+@lru_cache(maxsize=4096)  # the same few actors, kinds and targets come again and again
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def entry_text(seq: int, at: str, kind: str, actor: str, subject: str, body: str) -> str:
+    """The canonical JSON of an entry: keys in order, the body as it stands."""
+    return (
+        f'{{"actor":{_quoted(actor)},"at":"{at}","body":{body},"kind":{_quoted(kind)},"seq":{seq},'
+        f'"subject":{_quoted(subject)}}}'
+    )
+
+
+def digest(prev_sha256: str, text: str) -> str:
+    return hashlib.sha256(bytes.fromhex(prev_sha256) + text.encode()).hexdigest()
+
+
+def check_chain(rows: Iterable[Row], *, anchor: tuple[int, str] | None = None) -> LedgerCheck:
+    """Follow the chain from its first entry to the first break or the end.
+
+    A chain that lost its newest entries is still a chain: `anchor` is the number and digest of an entry that was noted
+    elsewhere, and must still be there.
+    """
+    seq, prev = 0, GENESIS
+    for found, at, kind, actor, subject, body, named, sha256 in rows:
+        broken = None
+        if found != seq + 1:
+            broken = _out_of_order(seq + 1, found)
+        elif _recomputed(named, entry_text(found, at, kind, actor, subject, body)) != sha256:
+            broken = Break(
+                found, "changed", "its content does not give its digest: it was changed after it was written"
+            )
+        elif named != prev:
+            broken = Break(
+                found, "wrong predecessor", f"it was written after {named[:12]}…, and {prev[:12]}… stands before it"
+            )
+        elif anchor is not None and found == anchor[0] and sha256 != anchor[1]:
+            broken = Break(found, "changed", f"its digest was noted as {anchor[1][:12]}…: the chain was written anew")
+        if broken is not None:
+            return LedgerCheck(seq, seq, prev, broken)
+        seq, prev = found, sha256
+    if anchor is not None and seq < anchor[0]:
+        missing = Break(seq + 1, "missing", f"entries up to {anchor[0]} were noted, and the ledger ends at {seq}")
+        return LedgerCheck(seq, seq, prev, missing)
+    return LedgerCheck(seq, seq, prev, None)
+
+
+def _recomputed(prev_sha256: str, text: str) -> str | None:
+    try:
+        return digest(prev_sha256, text)
+    except ValueError:  # what should be a digest is no hexadecimal, or the text is no Unicode
+        return None
+
+
+def _out_of_order(wanted: int, found: int) -> Break:
+    if found < wanted:
+        return Break(found, "wrong predecessor", f"entry {found} stands twice")
+    last = "" if found == wanted + 1 else f" to {found - 1}"
+    return Break(wanted, "missing", f"entry {wanted}{last} is gone; the next is {found}")

@@ -1,0 +1,393 @@
+"""The ledger against a real PostgreSQL: it only grows, writers make one chain, and whoever changes it is found out."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import psycopg
+import pytest
+
+from ops_platform.errors import AccessDeniedError, ConflictError, OpsError, UnreachableError, UsageError
+from ops_platform.inventory.values import Secret
+from ops_platform.ledger import GENESIS, Ledger
+from tests.rig import Cluster
+
+BEGIN = datetime(2026, 2, 1, 3, 4, 5, 6, tzinfo=UTC)
+
+
+class Ticking:
+    """A clock that moves a second with each look."""
+
+    def __init__(self) -> None:
+        self.at = BEGIN
+
+    def now(self) -> datetime:
+        self.at += timedelta(seconds=1)
+        return self.at
+
+    def monotonic(self) -> float:
+        return 0.0
+
+    def sleep(self, seconds: float) -> None:
+        raise AssertionError("the ledger does not sleep")
+
+
+class Database:
+    """A database of its own with an owner who is no superuser, as the platform has it."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.name = f"ledger_{uuid.uuid4().hex[:10]}"
+        cluster.sql(f"create role {self.name} login")
+        cluster.sql(f"create database {self.name} owner {self.name}")
+
+    def superuser(self) -> psycopg.Connection[Any]:
+        return self.cluster.server.connect(self.name)
+
+    def connect(self) -> psycopg.Connection[Any]:
+        return self.cluster.server.connect(self.name, self.name)
+
+    def tamper(self, statement: str) -> None:
+        """As a superuser who takes the triggers away and puts them back."""
+        with closing(self.superuser()) as connection:
+            connection.execute("alter table ops_ledger.entries disable trigger all")
+            connection.execute(statement)
+            for name in ("append_only", "extends_chain"):
+                connection.execute(f"alter table ops_ledger.entries enable always trigger {name}")
+
+    def ledger(self) -> Ledger:
+        return Ledger(self.connect, clock=Ticking())
+
+
+@pytest.fixture(scope="module")
+def one_database(shared_cluster: Cluster) -> Iterator[Database]:
+    made = Database(shared_cluster)
+    yield made
+    shared_cluster.sql(f"drop database {made.name} with (force)")
+    shared_cluster.sql(f"drop role {made.name}")
+
+
+@pytest.fixture
+def database(one_database: Database) -> Database:
+    """Without a ledger: each test begins by making it."""
+    with closing(one_database.superuser()) as connection:
+        connection.execute("drop schema if exists ops_ledger cascade")
+    return one_database
+
+
+@pytest.fixture
+def filled(database: Database) -> Database:
+    with database.ledger() as ledger:
+        for number in range(1, 8):
+            ledger.append("test.entry", f"db-{number % 2}", {"number": number}, actor="tester")
+    return database
+
+
+def test_what_is_appended_can_be_read_and_verified(database: Database) -> None:
+    body = {"zürich": "“quoted” \\ \n\t\x01 🜁", "list": [1, 2.5, True, None], "nested": {"b": 1, "a": 2}}
+    with database.ledger() as ledger:
+        first = ledger.append("test.kind", "app-db", body, actor="somebody's name")
+        second = ledger.append("test.other", "app-db", {}, actor="other")
+        assert (first.seq, first.prev_sha256, second.prev_sha256) == (1, GENESIS, first.sha256)
+        assert ledger.entries() == [first, second]
+        assert ledger.entries()[0].body == body
+        check = ledger.verify(anchor=(first.seq, first.sha256))
+        assert check.ok
+        assert (check.entries, check.head_seq, check.head_sha256) == (2, 2, second.sha256)
+
+
+def test_the_digest_is_that_of_the_documented_text(database: Database) -> None:
+    """An auditor needs PostgreSQL alone: docs/reference/ledger.md shows this query."""
+    with database.ledger() as ledger:
+        entry = ledger.append("test.kind", "app-db", {"a": "ü"}, actor='say "x"')
+    with closing(database.connect()) as connection:
+        row = connection.execute(
+            "select encode(sha256(decode(prev_sha256, 'hex') || convert_to('{\"actor\":' || to_json(actor) || ',\"at\":\"' ||"
+            ' to_char(at at time zone \'UTC\', \'YYYY-MM-DD"T"HH24:MI:SS.US"Z"\') || \'","body":\' || body ||'
+            " ',\"kind\":' || to_json(kind) || ',\"seq\":' || seq || ',\"subject\":' || to_json(subject) || '}', 'UTF8')), 'hex')"
+            " from ops_ledger.entries"
+        ).fetchone()
+    assert row == (entry.sha256,)
+
+
+def test_an_empty_ledger_is_unbroken(database: Database) -> None:
+    with database.ledger() as ledger:
+        check = ledger.verify()
+        assert (check.ok, check.entries, ledger.entries()) == (True, 0, [])
+
+
+def test_entries_are_chosen_by_subject_kind_time_and_number(filled: Database) -> None:
+    with filled.ledger() as ledger:
+        ledger.append("other.kind", "db-1", {}, actor="tester")
+
+        def seqs(**choice: Any) -> list[int]:
+            return [entry.seq for entry in ledger.entries(**choice)]
+
+        assert seqs(subject="db-0") == [2, 4, 6]
+        assert seqs(kind="test.entry", limit=2) == [1, 2]
+        assert seqs(kind="other.") == [8]
+        assert seqs(kind="test") == []
+        assert seqs(after_seq=5) == [6, 7, 8]
+        assert seqs(newest_first=True, limit=2) == [8, 7]
+        assert seqs(since=ledger.entries()[4].at, subject="db-1") == [5, 7]
+        assert ledger.entries()[0].at.utcoffset() == timedelta(0)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "update ops_ledger.entries set actor = 'nobody' where seq = 3",
+        "update ops_ledger.entries set actor = actor where false",
+        "delete from ops_ledger.entries where seq = 7",
+        "truncate ops_ledger.entries",
+        "insert into ops_ledger.entries select * from ops_ledger.entries where seq = 3 on conflict (seq) do update set actor = 'x'",
+    ],
+)
+@pytest.mark.parametrize("replicating", [False, True])
+def test_the_table_only_grows(filled: Database, statement: str, replicating: bool) -> None:
+    with closing(filled.superuser()) as connection:
+        if replicating:  # ordinary triggers do not fire then
+            connection.execute("set session_replication_role = replica")
+        with pytest.raises(psycopg.errors.RestrictViolation):
+            connection.execute(statement)
+    with filled.ledger() as ledger:
+        assert ledger.verify().entries == 7
+
+
+@pytest.mark.parametrize(
+    ("seq", "prev"), [(9, "sha256"), (8, f"'{GENESIS}'")], ids=["leaves a number out", "names another predecessor"]
+)
+def test_an_entry_that_does_not_extend_the_chain_is_refused(filled: Database, seq: int, prev: str) -> None:
+    with closing(filled.connect()) as connection, pytest.raises(psycopg.errors.RestrictViolation):
+        connection.execute(
+            f"insert into ops_ledger.entries select {seq}, at, kind, actor, subject, body, {prev}, sha256"
+            " from ops_ledger.entries where seq = 7"
+        )
+
+
+@pytest.mark.parametrize(
+    ("statement", "seq", "how"),
+    [
+        ("""update ops_ledger.entries set body = '{"number":99}' where seq = 4""", 4, "changed"),
+        ("update ops_ledger.entries set actor = 'another' where seq = 1", 1, "changed"),
+        ("update ops_ledger.entries set at = at + interval '1 microsecond' where seq = 7", 7, "changed"),
+        ("update ops_ledger.entries set subject = 'db-9' where seq = 2", 2, "changed"),
+        ("update ops_ledger.entries set kind = 'test.other' where seq = 2", 2, "changed"),
+        # The same JSON, written otherwise: only the exact text gives the digest.
+        ("""update ops_ledger.entries set body = '{ "number":4}' where seq = 4""", 4, "changed"),
+        ("delete from ops_ledger.entries where seq = 3", 3, "missing"),
+        ("delete from ops_ledger.entries where seq = 1", 1, "missing"),
+        ("update ops_ledger.entries set seq = seq + 10 where seq = 7", 7, "missing"),
+    ],
+)
+def test_tampering_behind_the_triggers_is_found_and_named(filled: Database, statement: str, seq: int, how: str) -> None:
+    filled.tamper(statement)
+    with filled.ledger() as ledger:
+        check = ledger.verify()
+    assert check.broken is not None
+    assert (check.broken.seq, check.broken.how) == (seq, how)
+    assert check.head_seq == seq - 1
+    assert not check.ok
+
+
+def test_an_entry_written_anew_with_a_fitting_digest_breaks_the_next(filled: Database) -> None:
+    from ops_platform.ledger.chain import digest, entry_text, moment
+
+    with filled.ledger() as ledger:
+        old = ledger.entries()[3]
+        forged = digest(
+            old.prev_sha256, entry_text(4, moment(old.at), old.kind, old.actor, old.subject, '{"number":99}')
+        )
+        filled.tamper(f"""update ops_ledger.entries set body = '{{"number":99}}', sha256 = '{forged}' where seq = 4""")
+        check = ledger.verify()
+        assert check.broken is not None
+        assert (check.broken.seq, check.broken.how) == (5, "wrong predecessor")
+
+
+def test_newest_entries_that_were_cut_off_are_missed_by_an_anchor(filled: Database) -> None:
+    with filled.ledger() as ledger:
+        head = ledger.verify()
+        filled.tamper("delete from ops_ledger.entries where seq > 5")
+        assert ledger.verify().ok  # a shorter chain is a chain: this is why digests are noted elsewhere
+        check = ledger.verify(anchor=(head.head_seq, head.head_sha256))
+        assert check.broken is not None
+        assert (check.broken.seq, check.broken.how) == (6, "missing")
+        ledger.append("test.entry", "db-0", {"number": 6}, actor="tester")
+        ledger.append("test.entry", "db-1", {"number": 70}, actor="tester")
+        rewritten = ledger.verify(anchor=(head.head_seq, head.head_sha256))
+        assert rewritten.broken is not None
+        assert (rewritten.broken.seq, rewritten.broken.how) == (7, "changed")
+
+
+def test_a_disabled_trigger_is_reported(filled: Database) -> None:
+    with closing(filled.superuser()) as connection:
+        connection.execute("alter table ops_ledger.entries disable trigger append_only")
+        connection.commit()
+    with filled.ledger() as ledger:
+        check = ledger.verify()
+    assert check.broken is None
+    assert not check.ok
+    assert check.unprotected == ("the trigger append_only is not always on",)
+
+
+def test_writers_at_once_make_one_chain_without_a_gap(database: Database) -> None:
+    """Eight writers on an empty database: they also race to make the schema."""
+    start, failures = threading.Barrier(8), []
+
+    def write(number: int) -> None:
+        try:
+            with database.ledger() as ledger:
+                start.wait(30)
+                for turn in range(25):
+                    ledger.append("test.race", f"writer-{number}", {"turn": turn}, actor="tester")
+        except OpsError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=write, args=[number]) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert failures == []
+    with database.ledger() as ledger:
+        check = ledger.verify()
+        assert (check.ok, check.entries) == (True, 200)
+        for number in range(8):
+            turns = [entry.body["turn"] for entry in ledger.entries(subject=f"writer-{number}")]
+            assert turns == list(range(25))
+
+
+def test_one_ledger_serves_several_threads(database: Database) -> None:
+    with database.ledger() as ledger:
+        threads = [
+            threading.Thread(target=ledger.append, args=["test.thread", "x", {"n": n}], kwargs={"actor": "t"})
+            for n in range(12)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert ledger.verify().entries == 12
+
+
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        ({"a": {"password": Secret("hunter2")}}, "$.a.password"),
+        ({"list": [1, Secret("hunter2")]}, "$.list[1]"),
+        ({Secret("hunter2"): 1}, "$"),
+        ({"when": BEGIN}, "$.when"),
+        ({"nan": float("nan")}, "$.nan"),
+        ({"nul": "a\0b"}, "$.nul"),
+        ({"half": "\ud800"}, "$.half"),
+        ({1: "x"}, "$"),
+    ],
+)
+def test_secrets_and_what_is_no_json_are_refused_with_their_place(
+    database: Database, body: dict[Any, Any], place: str
+) -> None:
+    with database.ledger() as ledger:
+        with pytest.raises(UsageError) as refused:
+            ledger.append("test.entry", "app-db", body, actor="tester")
+        assert refused.value.where == place
+        assert "hunter2" not in str(refused.value)
+        assert ledger.entries() == []
+
+
+@pytest.mark.parametrize("field", ["kind", "subject", "actor"])
+def test_a_secret_is_no_actor_either(database: Database, field: str) -> None:
+    named: dict[str, Any] = {"kind": "test.entry", "subject": "app-db", "actor": "tester", field: Secret("hunter2")}
+    with database.ledger() as ledger, pytest.raises(UsageError, match="secret"):
+        ledger.append(named["kind"], named["subject"], {}, actor=named["actor"])
+
+
+def test_a_claim_is_held_by_one_and_freed_with_its_session(database: Database) -> None:
+    with database.ledger() as one, database.ledger() as other:
+        with one.claim("backup.expire/app-db") as mine, other.claim("backup.expire/app-db") as theirs:
+            assert (mine, theirs) == (True, False)
+            with other.claim("backup.expire/crm-db") as elsewhere:
+                assert elsewhere
+        with other.claim("backup.expire/app-db") as again:
+            assert again
+
+
+def test_a_database_that_does_not_answer_is_named(database: Database) -> None:
+    def nowhere() -> psycopg.Connection[Any]:
+        return psycopg.connect(host="127.0.0.1", port=1, dbname="ops", user="ops", password="hunter2")
+
+    ledger = Ledger(nowhere)
+    for use in (lambda: ledger.append("k", "s", {}, actor="a"), ledger.entries, ledger.verify):
+        with pytest.raises(UnreachableError) as error:
+            use()
+        assert "hunter2" not in str(error.value)
+
+
+def test_a_connection_that_was_cut_is_opened_again(database: Database) -> None:
+    with database.ledger() as ledger:
+        ledger.append("test.entry", "app-db", {}, actor="tester")
+        with closing(database.superuser()) as connection:
+            connection.execute(
+                "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+            )
+        assert ledger.append("test.entry", "app-db", {}, actor="tester").seq == 2
+
+
+def test_a_role_without_rights_is_told_what_it_needs(filled: Database) -> None:
+    reader = f"{filled.name}_reader"
+    filled.cluster.sql(f"create role {reader} login")
+
+    def connect() -> psycopg.Connection[Any]:
+        return filled.cluster.server.connect(filled.name, reader)
+
+    try:
+        with Ledger(connect) as ledger, pytest.raises(AccessDeniedError, match="may not be used"):
+            ledger.entries()
+        with closing(filled.connect()) as connection:
+            connection.execute(f"grant usage on schema ops_ledger to {reader}")
+            connection.execute(f"grant select on ops_ledger.entries to {reader}")
+        with Ledger(connect) as ledger:
+            assert ledger.verify().entries == 7
+            with pytest.raises(AccessDeniedError):
+                ledger.append("test.entry", "app-db", {}, actor="tester")
+    finally:
+        with closing(filled.superuser()) as connection:
+            connection.execute(f"drop owned by {reader}")
+            connection.execute(f"drop role {reader}")
+
+
+def test_a_writer_that_never_ends_is_named(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ops_platform.ledger.ledger as module
+
+    monkeypatch.setattr(module, "_LOCK_TIMEOUT", "50ms")
+    with database.ledger() as ledger:
+        ledger.append("test.entry", "app-db", {}, actor="tester")
+        with closing(database.connect()) as connection, connection.transaction():
+            connection.execute("select pg_advisory_xact_lock(%s, %s)", [module._LOCK_SPACE, module._APPEND])
+            with pytest.raises(ConflictError, match="another writer"):
+                ledger.append("test.entry", "app-db", {}, actor="tester")
+        assert ledger.append("test.entry", "app-db", {}, actor="tester").seq == 2
+
+
+def test_the_ledger_of_the_inventory(
+    database: Database, new_platform: Callable[..., Any], shared_cluster: Cluster
+) -> None:
+    shared_cluster.sql(f"alter role {database.name} password 'pw'")
+    platform = new_platform({"app-db": [shared_cluster]})
+    (platform.home / "ledger").write_text("pw")
+    (platform.home / "ledger").chmod(0o600)
+    platform.body["platform"]["database"] = {
+        "host": "127.0.0.1",
+        "port": shared_cluster.port,
+        "dbname": database.name,
+        "user": database.name,
+        "password": f"file://{platform.home}/ledger",
+        "tls": {"mode": "disable"},
+    }
+    platform.reload()
+    with Ledger(platform.access.platform_db) as ledger:
+        assert ledger.append("test.entry", "app-db", {}, actor="tester").seq == 1
