@@ -1,6 +1,6 @@
 """What is operated: the typed model of platform.yaml, its loader, references to secrets."""
 
-from ops_platform.inventory.loader import InventoryMistakes, LoadedInventory, json_schema, load
+from ops_platform.inventory.loader import InventoryMistakes, LoadedInventory, load
 from ops_platform.inventory.model import (
     BackupPolicy,
     Environment,
@@ -15,6 +15,7 @@ from ops_platform.inventory.model import (
     Vault,
     Verification,
 )
+from ops_platform.inventory.schema import json_schema
 from ops_platform.inventory.values import Secret, SecretRef, format_duration, parse_duration, parse_size
 
 __all__ = [

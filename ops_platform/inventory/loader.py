@@ -1,45 +1,26 @@
 """Reads platform.yaml: every mistake at once, each with file, line, key path and the nearest valid key.
 
-Policies and environment defaults are expanded here, so that the model that everybody else sees is whole.
+Policies and environment defaults are expanded here, so that the model that everybody else sees is whole. What is wrong in
+an expanded value is reported where it was written: in the policy, in the environment.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from ops_platform.errors import InventoryError
-from ops_platform.inventory.model import Inventory
+from ops_platform.inventory.document import Document, KeyPath
+from ops_platform.inventory.model import BackupPolicy, Inventory, Target
 
-KeyPath = tuple[str | int, ...]
-_MAX_BYTES = 64 << 20
-
-
-class _Loader(yaml.CSafeLoader):
-    """YAML 1.1 without its traps: `no` is a word, `22:00` is a text, dates are texts."""
-
-
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("bool", r"true|false|True|False", "tfTF"),
-    ("null", r"~|null|Null|", "~nN"),
-    ("int", r"[-+]?\d+", "-+0123456789"),
-    ("float", r"[-+]?\d+\.\d*", "-+0123456789"),
-):
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), [*_first, *([""] if _tag == "null" else [])]
-    )
-_Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
+_SHOWN = 50
 
 
 @dataclass(frozen=True)
@@ -57,12 +38,13 @@ class Mistake:
 
 
 class InventoryMistakes(InventoryError):
-    """All mistakes of a file."""
+    """All mistakes of a file, in the order of its lines."""
 
     def __init__(self, mistakes: list[Mistake]) -> None:
         self.mistakes = mistakes
         count = f"{len(mistakes)} mistakes in the inventory:\n" if len(mistakes) > 1 else ""
-        super().__init__(count + "\n".join(str(mistake) for mistake in mistakes))
+        more = f"\n… and {len(mistakes) - _SHOWN} more" if len(mistakes) > _SHOWN else ""
+        super().__init__(count + "\n".join(str(mistake) for mistake in mistakes[:_SHOWN]) + more)
 
 
 @dataclass(frozen=True)
@@ -91,274 +73,276 @@ def find(path: Path | None = None) -> Path:
 def load(path: Path | None = None) -> LoadedInventory:
     """Read and check. Raises InventoryError (InventoryMistakes with all of them)."""
     file = find(path)
-    node = _compose(file)
-    name = file.name
-    duplicates = [
-        Mistake(f"{name}:{line}", _dotted(key), "this key stands here twice") for key, line in _duplicates(node)
-    ]
-    if duplicates:
-        raise InventoryMistakes(duplicates)
-    raw = _construct(node, file)
-    origin = _expand(raw)
     try:
-        inventory = Inventory.model_validate(raw)
-    except ValidationError as error:
-        raise InventoryMistakes(
-            sorted({_mistake(item, node, name, origin) for item in error.errors()}, key=_line_of)
-        ) from None
-    mistakes = list(_broken_references(inventory, node, name))
-    if mistakes:
-        raise InventoryMistakes(sorted(mistakes, key=_line_of))
-    return LoadedInventory(inventory, file)
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON Schema (2020-12) of the file as it is written: with policies by name and with environment defaults."""
-    schema = Inventory.model_json_schema()
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = "platform.yaml"
-    target = schema["$defs"]["Target"]
-    target["properties"]["backup"] = {
-        "description": "The id of a policy, or {policy: id} with what differs from it.",
-        "anyOf": [{"type": "string"}, {"type": "object", "properties": {"policy": {"type": "string"}}}],
-    }
-    # Whatever an environment's defaults may give is not required of the target itself.
-    target["required"] = ["id"]
-    return schema
-
-
-# Reading
-
-
-def _compose(file: Path) -> yaml.MappingNode:
-    where = str(file)
-    try:
-        data = file.read_bytes()
+        document = Document(file.read_bytes(), file.name)
     except OSError as error:
         raise InventoryError(
-            f"the inventory cannot be read: {error.strerror}", where=where, remedy="ops init writes one"
+            f"the inventory cannot be read: {error.strerror}", where=str(file), remedy="ops init writes one"
         ) from None
-    if len(data) > _MAX_BYTES:
-        raise InventoryError("the inventory is larger than 64 MiB", where=where)
+    if not isinstance(document.value, dict):
+        raise document.fail("the inventory is a mapping that begins with `version: 1`", 1)
+    written = _Written.expand(document)
+    mistakes = {written.mistake(path, "this key stands here twice", line=line) for path, line in document.duplicates}
+    mistakes |= set(_broken_references(written))
+    inventory = None
     try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise InventoryError(
-            "this is not UTF-8", where=f"{file.name}:{line}", remedy="save the file as UTF-8"
-        ) from None
-    try:
-        node: Any = yaml.compose(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error)
-        raise InventoryError(
-            f"this is not YAML: {problem}", where=f"{file.name}:{mark.line + 1 if mark else 1}"
-        ) from None
-    if not isinstance(node, yaml.MappingNode):
-        raise InventoryError("the inventory is a mapping that begins with `version: 1`", where=f"{file.name}:1")
-    return node
-
-
-def _construct(node: yaml.MappingNode, file: Path) -> dict[str, Any]:
-    loader = _Loader("")
-    try:
-        return _plain(loader.construct_document(node), [0])
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or "it cannot be read"
-        raise InventoryError(str(problem), where=f"{file.name}:{mark.line + 1 if mark else 1}") from None
-    except _TooLargeError:
-        raise InventoryError("aliases in this file unfold to more than a million values", where=file.name) from None
-    finally:
-        loader.dispose()
-
-
-class _TooLargeError(Exception):
-    pass
-
-
-def _plain(value: Any, count: list[int]) -> Any:
-    """A copy without shared parts (expanding writes into it), refused when aliases multiply without end."""
-    count[0] += 1
-    if count[0] > 1_000_000:
-        raise _TooLargeError
-    if isinstance(value, dict):
-        return {key: _plain(item, count) for key, item in value.items()}
-    return [_plain(item, count) for item in value] if isinstance(value, list) else value
-
-
-def _duplicates(node: yaml.Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
-    if isinstance(node, yaml.MappingNode):
-        seen = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        for key, value in node.value:
-            here = (*path, str(key.value))
-            if seen[key.value] > 1 and key.value != "<<":
-                seen[key.value] = 0
-                yield here, max(k.start_mark.line for k, _ in node.value if k.value == key.value) + 1
-            yield from _duplicates(value, here)
-    elif isinstance(node, yaml.SequenceNode):
-        for number, value in enumerate(node.value):
-            yield from _duplicates(value, (*path, number))
+        inventory = Inventory.model_validate(written.value)
+    except ValidationError as error:
+        found = (_mistake(item, written) for item in error.errors(include_url=False))
+        mistakes |= {mistake for mistake in found if mistake is not None}
+    if mistakes or inventory is None:
+        raise InventoryMistakes(sorted(mistakes, key=_line_of))
+    return LoadedInventory(inventory, file)
 
 
 # Expanding
 
 
-def _expand(raw: dict[str, Any]) -> dict[KeyPath, KeyPath]:
-    """Defaults under targets, policies into targets. Returns where each expanded part really stands in the file."""
-    origin: dict[KeyPath, KeyPath] = {}
-    environments, policies, targets = (raw.get(key) for key in ("environments", "backup_policies", "targets"))
-    if not isinstance(targets, list):
-        return origin
-    for number, target in enumerate(targets):
+class _Written:
+    """The expanded inventory, and where in the file each part of it really stands."""
+
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self.value: dict[str, Any] = document.value
+        self._origin: dict[KeyPath, KeyPath] = {}
+        # Targets whose environment is not known: what they lack may be among its defaults.
+        self.without_defaults: set[KeyPath] = set()
+
+    @classmethod
+    def expand(cls, document: Document) -> _Written:
+        """Defaults under targets, policies into targets. The document itself stays as it is."""
+        written = cls(document)
+        if isinstance(targets := document.value.get("targets"), list):
+            expanded = [written._target(target, ("targets", number)) for number, target in enumerate(targets)]
+            written.value = {**document.value, "targets": expanded}
+        return written
+
+    def _target(self, target: Any, at: KeyPath) -> Any:
         if not isinstance(target, dict):
-            continue
-        named = environments.get(target.get("environment")) if isinstance(environments, dict) else None
-        defaults = named.get("defaults") if isinstance(named, dict) else None
-        if isinstance(defaults, dict):
-            base: KeyPath = ("environments", target["environment"], "defaults")
-            for key in defaults:
-                if key not in target:
-                    origin["targets", number, key] = (*base, key)
-            targets[number] = _merge(defaults, target)
-        _expand_policy(targets[number], policies, number, origin)
-    return origin
+            return target
+        environments, policies = (_table(self.document.value.get(k)) for k in ("environments", "backup_policies"))
+        environment = target.get("environment")
+        if not isinstance(environment, str) or environment not in environments:
+            self.without_defaults.add(at)
+        else:
+            defaults = _table(_table(environments[environment]).get("defaults"))
+            target = self._merge(defaults, target, at, ("environments", environment, "defaults"))
+        backup = target.get("backup")
+        name = policy_of(backup)
+        if name is None:
+            return target
+        if not isinstance(name, str) or not isinstance(policies.get(name), dict):
+            # That is said once, where it stands; a stand-in keeps the validation from saying it in other words.
+            return {**target, "backup": BackupPolicy.model_construct()}
+        return {**target, "backup": self._policy(name, policies[name], backup, (*at, "backup"))}
+
+    def _policy(self, name: str, policy: dict[Any, Any], backup: Any, at: KeyPath) -> dict[Any, Any]:
+        base: KeyPath = ("backup_policies", name)
+        overrides = {key: value for key, value in backup.items() if key != "policy"} if isinstance(backup, dict) else {}
+        merged = self._merge(policy, overrides, at, base)
+        for key in BackupPolicy.model_fields.keys() - merged.keys():
+            self._origin[*at, key] = (*base, key)  # what is missing is missing in the policy
+        return merged
+
+    def _merge(self, base: Mapping[Any, Any], over: Mapping[Any, Any], at: KeyPath, stands: KeyPath) -> dict[Any, Any]:
+        """Mappings are merged key by key, everything else is replaced. `stands` is where `base` was written."""
+        merged = {**base, **over}
+        for key in base:
+            if key not in over:
+                self._origin[*at, key] = (*stands, key)
+            elif isinstance(base[key], dict) and isinstance(over[key], dict):
+                merged[key] = self._merge(base[key], over[key], (*at, key), (*stands, key))
+        return merged
+
+    def origin(self, path: KeyPath) -> KeyPath:
+        """The path at which a value was written."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self._origin:
+                return (*self._origin[path[:length]], *path[length:])
+        return path
+
+    def mistake(self, path: KeyPath, what: str, remedy: str | None = None, *, line: int | None = None) -> Mistake:
+        real = self.origin(path)
+        return Mistake(f"{self.document.name}:{line or self.document.line(real)}", _dotted(real), what, remedy)
 
 
-def _expand_policy(target: dict[str, Any], policies: Any, number: int, origin: dict[KeyPath, KeyPath]) -> None:
-    backup = target.get("backup")
-    name = backup if isinstance(backup, str) else backup.get("policy") if isinstance(backup, dict) else None
-    policy = policies.get(name) if isinstance(policies, dict) and isinstance(name, str) else None
-    if not isinstance(policy, dict):
-        return  # what is wrong is said by the validation
-    overrides = {key: value for key, value in backup.items() if key != "policy"} if isinstance(backup, dict) else {}
-    for key in policy:
-        if key not in overrides:
-            origin["targets", number, "backup", key] = ("backup_policies", str(name), key)
-    target["backup"] = _merge(policy, overrides)
+def policy_of(backup: Any) -> Any:
+    """The id in `backup: ID` or `backup: {policy: ID, …}`; None where the whole policy is written out."""
+    return backup if isinstance(backup, str) else _table(backup).get("policy")
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Mappings are merged key by key, everything else is replaced."""
-    merged = dict(base)
-    for key, value in over.items():
-        below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
+def _table(value: Any) -> dict[Any, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 # Saying what is wrong
 
 
-def _mistake(item: Any, node: yaml.Node, file: str, origin: Mapping[KeyPath, KeyPath]) -> Mistake:
-    path: KeyPath = tuple(item["loc"])
-    real = _origin_of(path, origin)
-    where = f"{file}:{_line(node, real)}"
-    kind, given = item["type"], item.get("input")
-    remedy = None
+_KINDS = {
+    "model_type": "a mapping",
+    "dict_type": "a mapping",
+    "list_type": "a list",
+    "string_type": "a text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+}
+
+
+def _mistake(item: Any, written: _Written) -> Mistake | None:
+    """What pydantic found, in our words; None for what is only the echo of another mistake."""
+    path: KeyPath = tuple(step for step in item["loc"] if step != "[key]")
+    kind = item["type"]
     if kind == "extra_forbidden":
-        valid = _valid_keys(path[:-1])
-        near = get_close_matches(str(path[-1]), valid, n=1, cutoff=0.5)
-        what = f"there is no key {str(path[-1])!r} here"
-        remedy = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
-    elif kind == "missing":
-        what, remedy = f"the key {str(path[-1])!r} is missing", None
-    else:
-        what = item["msg"].removeprefix("Value error, ")
-        if path[-1:] == ("backup",) and isinstance(given, str):
-            what = f"there is no backup policy {given!r}"
-        elif kind.endswith("_type") or kind.endswith("_parsing"):
-            what = f"{what}, not {_shown(given)}"
-    return Mistake(where, _dotted(real), what, remedy)
+        real = written.origin(path)
+        if real[:1] == ("environments",) and len(path) == 3:
+            return None  # said by `_useless_defaults`, once for all targets
+        return written.mistake(
+            path, *_unknown(path[-1], _valid_keys(path[:-1], in_policy=real[0] == "backup_policies"))
+        )
+    if kind == "missing":
+        if path[:-1] in written.without_defaults and path[-1] != "environment":
+            return None
+        return written.mistake(path, f"the key {str(path[-1])!r} is missing")
+    if kind in _KINDS:
+        return written.mistake(path, f"this should be {_KINDS[kind]}, not {_named(item.get('input'))}")
+    what = item["msg"].removeprefix("Value error, ").replace("Input should be", "this should be")
+    return written.mistake(path, what)
 
 
-def _shown(value: Any) -> str:
-    # A value that stands where a structure belongs is named by its kind: it may be a secret that was pasted here.
-    return type(value).__name__ if not isinstance(value, bool | int | float) else repr(value)
+def _unknown(key: Any, valid: Sequence[str]) -> tuple[str, str]:
+    near = get_close_matches(str(key), valid, n=1, cutoff=0.5)
+    return (
+        f"there is no key {str(key)!r} here",
+        f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}",
+    )
 
 
-def _origin_of(path: KeyPath, origin: Mapping[KeyPath, KeyPath]) -> KeyPath:
-    for length in range(len(path), 0, -1):
-        if path[:length] in origin:
-            return (*origin[path[:length]], *path[length:])
-    return path
+def _named(value: Any) -> str:
+    """A text is never repeated: it may be a secret that was pasted into the wrong place."""
+    if isinstance(value, bool | int | float):
+        return repr(value).lower()
+    return {"str": "a text", "dict": "a mapping", "list": "a list", "NoneType": "nothing"}.get(
+        type(value).__name__, "that"
+    )
 
 
-def _line(node: yaml.Node, path: KeyPath) -> int:
-    """The line of the deepest part of `path` that is there."""
-    line = node.start_mark.line + 1
-    for step in path:
-        if isinstance(node, yaml.MappingNode):
-            found = next(((key, value) for key, value in node.value if str(key.value) == str(step)), None)
-            if found is None:
-                return line
-            line, node = found[0].start_mark.line + 1, found[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
-            node = node.value[step]
-            line = node.start_mark.line + 1
-        else:
-            return line
-    return line
-
-
-def _line_of(mistake: Mistake) -> tuple[int, str]:
-    return int(mistake.where.rpartition(":")[2]), mistake.key
+def _line_of(mistake: Mistake) -> tuple[int, str, str]:
+    return int(mistake.where.rpartition(":")[2]), mistake.key, mistake.what
 
 
 def _dotted(path: KeyPath) -> str:
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")
 
 
-def _valid_keys(path: KeyPath) -> list[str]:
-    """The keys that the model allows at a path."""
+def _valid_keys(path: KeyPath, *, in_policy: bool) -> list[str]:
+    """The keys that the model allows at a path; `backup` of a target takes `policy` beside those of a policy."""
     kind: Any = Inventory
     for step in path:
-        kind = _inner(kind.model_fields[step].annotation if _is_model(kind) and step in kind.model_fields else kind)
-    kind = _inner(kind)
-    return sorted(kind.model_fields) if _is_model(kind) else []
+        kind = _plain(kind)
+        if _is_model(kind):
+            kind = kind.model_fields[step].annotation if step in kind.model_fields else None
+        else:
+            kind = get_args(kind)[-1] if get_args(kind) else None  # the items of a list, the values of a table
+    kind = _plain(kind)
+    extra = ["policy"] if kind is BackupPolicy and not in_policy else []
+    return sorted([*kind.model_fields, *extra]) if _is_model(kind) else []
+
+
+def _plain(kind: Any) -> Any:
+    """Without Annotated and without `| None`."""
+    while get_origin(kind) in (Annotated, Union, UnionType):
+        kind = next(argument for argument in get_args(kind) if argument is not type(None))
+    return kind
 
 
 def _is_model(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
-def _inner(kind: Any) -> Any:
-    """The model inside list[…], dict[…, …], … | None and Annotated[…]."""
-    while not _is_model(kind):
-        origin, arguments = get_origin(kind), get_args(kind)
-        if origin is Annotated:
-            kind = arguments[0]
-        elif origin in (Union, UnionType):
-            kind = next((argument for argument in arguments if argument is not type(None)), None)
-        elif origin in (list, dict) and arguments:
-            kind = arguments[-1]
-        else:
-            return kind
-    return kind
+# What a schema cannot say: names that point at other parts of the file
 
 
-def _broken_references(inventory: Inventory, node: yaml.Node, file: str) -> Iterator[Mistake]:
-    def check(path: KeyPath, name: str | None, table: Mapping[str, object], kind: str) -> Iterator[Mistake]:
-        if name is not None and name not in table:
-            near = get_close_matches(name, list(table), n=1)
-            remedy = f"did you mean {near[0]!r}?" if near else f"declared: {', '.join(table) or 'none'}"
-            yield Mistake(f"{file}:{_line(node, path)}", _dotted(path), f"there is no {kind} {name!r}", remedy)
+def _broken_references(written: _Written) -> Iterator[Mistake]:
+    """On the file as it is written, so that these mistakes stand beside those of the types."""
+    for path, name, table, kind in _references(written.value):
+        if isinstance(name, str) and name not in table:
+            known = [str(key) for key in table]
+            near = get_close_matches(name, known, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"declared: {', '.join(known) or 'none'}"
+            yield written.mistake(path, f"there is no {kind} {name!r}", remedy)
+    policies = _table(written.document.value.get("backup_policies"))
+    yield from _broken_policies(written, [str(key) for key in policies])
+    yield from _same_ids(written)
+    yield from _useless_defaults(written)
+    if not _table(written.value.get("vaults")):
+        for path in _vault_references(written.document.value, ()):
+            yield written.mistake(path, "this secret stands in a Vault, and none is declared", "add it under `vaults`")
 
-    for name, service in inventory.key_services.items():
-        yield from check(("key_services", name, "vault"), service.vault, inventory.vaults, "vault")
-    seen: dict[str, int] = {}
-    for number, target in enumerate(inventory.targets):
-        here: KeyPath = ("targets", number)
-        if target.id in seen:
-            path = (*here, "id")
-            yield Mistake(
-                f"{file}:{_line(node, path)}",
-                _dotted(path),
-                f"the id {target.id!r} belongs to target {seen[target.id]} already",
-            )
-        seen.setdefault(target.id, number)
-        yield from check((*here, "owner"), target.owner, inventory.owners, "owner")
-        yield from check((*here, "environment"), target.environment, inventory.environments, "environment")
-        yield from check((*here, "repository", "store"), target.repository.store, inventory.stores, "store")
-        yield from check((*here, "repository", "keys"), target.repository.keys, inventory.key_services, "key service")
+
+def _references(raw: dict[Any, Any]) -> Iterator[tuple[KeyPath, Any, dict[Any, Any], str]]:
+    owners, environments, vaults, stores, services = (
+        _table(raw.get(key)) for key in ("owners", "environments", "vaults", "stores", "key_services")
+    )
+    for name, service in services.items():
+        yield ("key_services", name, "vault"), _table(service).get("vault"), vaults, "vault"
+    targets = raw.get("targets")
+    for number, target in enumerate(targets if isinstance(targets, list) else []):
+        here, entry = ("targets", number), _table(target)
+        repository = _table(entry.get("repository"))
+        yield (*here, "owner"), entry.get("owner"), owners, "owner"
+        yield (*here, "environment"), entry.get("environment"), environments, "environment"
+        yield (*here, "repository", "store"), repository.get("store"), stores, "store"
+        yield (*here, "repository", "keys"), repository.get("keys"), services, "key service"
+
+
+def _broken_policies(written: _Written, known: list[str]) -> Iterator[Mistake]:
+    targets = written.document.value.get("targets")
+    environments = _table(written.document.value.get("environments"))
+    places: list[tuple[KeyPath, Any]] = [
+        (("environments", name, "defaults"), _table(environment).get("defaults"))
+        for name, environment in environments.items()
+    ]
+    places += [
+        (("targets", number), target) for number, target in enumerate(targets if isinstance(targets, list) else [])
+    ]
+    for path, holder in places:
+        backup = _table(holder).get("backup")
+        name = policy_of(backup)
+        at = (*path, "backup") if isinstance(backup, str) else (*path, "backup", "policy")
+        if name is not None and not isinstance(name, str):
+            yield written.mistake(at, "this should be the id of a backup policy")
+        elif name is not None and name not in known:
+            near = get_close_matches(name, known, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"declared: {', '.join(known) or 'none'}"
+            yield written.mistake(at, f"there is no backup policy {name!r}", remedy)
+
+
+def _same_ids(written: _Written) -> Iterator[Mistake]:
+    seen: dict[str, KeyPath] = {}
+    targets = written.value.get("targets")
+    for number, target in enumerate(targets if isinstance(targets, list) else []):
+        path: KeyPath = ("targets", number, "id")
+        if not isinstance(target_id := _table(target).get("id"), str):
+            continue
+        if first := seen.get(target_id):
+            line = written.document.line(written.origin(first))
+            yield written.mistake(path, f"the id {target_id!r} belongs to the target in line {line} already")
+        seen.setdefault(target_id, path)
+
+
+def _useless_defaults(written: _Written) -> Iterator[Mistake]:
+    """Keys that no target has, also in an environment that no target is in yet."""
+    valid = sorted(Target.model_fields.keys() - {"id", "environment"})
+    for name, environment in _table(written.value.get("environments")).items():
+        for key in _table(_table(environment).get("defaults")):
+            if key not in valid:
+                yield written.mistake(("environments", name, "defaults", key), *_unknown(key, valid))
+
+
+def _vault_references(value: Any, path: KeyPath) -> Iterator[KeyPath]:
+    if isinstance(value, str) and value.startswith("vault://"):
+        yield path
+    elif isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _vault_references(item, (*path, key))

@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ops_platform.inventory.values import Cron, Duration, Host, Id, SecretRef, Size, Url, Zone
+from ops_platform.inventory.values import Cron, Duration, Host, Id, Origin, PositiveDuration, SecretRef, Size, Url, Zone
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    # Strict also in its types: "no" is not false, "5432" is not 5432, true is not 1.
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True)
 
 
 class Classification(StrEnum):
@@ -31,6 +32,11 @@ class Mode(StrEnum):
 
     OBSERVE = "observe"
     ENFORCE = "enforce"
+
+
+# Strict mode would ask for the enumeration itself, and the file holds its text.
+_Classification = Annotated[Classification, Field(strict=False)]
+_Mode = Annotated[Mode, Field(strict=False)]
 
 
 class Owner(Strict):
@@ -70,6 +76,8 @@ class VaultAuth(Strict):
         missing = [name for name in need if getattr(self, name) is None]
         if missing:
             raise ValueError(f"{self.method} needs {' and '.join(missing)}")
+        if any(ref and ref.scheme == "vault" for ref in (self.role_id, self.secret_id, self.token)):
+            raise ValueError("what opens Vault cannot stand in Vault: use file:// or env://")
         return self
 
 
@@ -80,7 +88,7 @@ class Vault(Strict):
     namespace: str | None = None
     ca: str | None = None
     auth: VaultAuth
-    timeout: Duration = timedelta(seconds=10)
+    timeout: PositiveDuration = timedelta(seconds=10)
 
 
 class KeyService(Strict):
@@ -105,14 +113,14 @@ class KeyService(Strict):
 
 class ObjectLock(Strict):
     mode: Literal["GOVERNANCE", "COMPLIANCE"]
-    retain: Duration = Field(description="How long each object is locked, counted from its upload.")
+    retain: PositiveDuration = Field(description="How long each object is locked, counted from its upload.")
 
 
 class Store(Strict):
     """An S3 bucket."""
 
     kind: Literal["s3"] = "s3"
-    endpoint: Url
+    endpoint: Origin
     region: str = "us-east-1"
     bucket: str
     prefix: str = Field(default="", description="Everything stands below it; no slash at either end.")
@@ -122,7 +130,7 @@ class Store(Strict):
     addressing: Literal["path", "virtual"] = "path"
     ca: str | None = Field(default=None, description="PEM file of the store's certificate authority.")
     object_lock: ObjectLock | None = None
-    timeout: Duration = timedelta(seconds=30)
+    timeout: PositiveDuration = timedelta(seconds=30)
 
 
 class Weekly(Strict):
@@ -138,7 +146,7 @@ class Weekly(Strict):
         "sun",
     ]
     start: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")]
-    length: Duration
+    length: PositiveDuration
     timezone: Zone
 
 
@@ -169,7 +177,9 @@ class Transfer(Strict):
     )
     block_size: Size = Field(default=16 << 20, description="Bytes of one block; a multiple of 512.")
     workers: Annotated[int, Field(ge=1, le=16)] = 2
-    rate_limit: Size | None = Field(default=None, description="Bytes a second read from the server, at most.")
+    rate_limit: Annotated[Size, Field(ge=1)] | None = Field(
+        default=None, description="Bytes a second read from the server, at most."
+    )
     retries: Annotated[int, Field(ge=0, le=20)] = 5
 
     @model_validator(mode="after")
@@ -204,7 +214,7 @@ class Verification(Strict):
 
 
 class Expiry(Strict):
-    mode: Mode = Mode.OBSERVE
+    mode: _Mode = Mode.OBSERVE
     max_count: Annotated[int, Field(ge=1)] = Field(default=10, description="Backups that one run may delete at most.")
     max_percent: Annotated[float, Field(gt=0, le=100)] = Field(
         default=34, description="Share of the backups that one run may delete."
@@ -247,7 +257,7 @@ class PostgresConnection(Strict):
         description="Dynamic credentials, such as vault://database/creds/ops-backup: user and password of one lease.",
     )
     tls: Tls = Tls()
-    connect_timeout: Duration = timedelta(seconds=10)
+    connect_timeout: PositiveDuration = timedelta(seconds=10)
 
     @model_validator(mode="after")
     def _one_login(self) -> Self:
@@ -260,7 +270,7 @@ class WalArchive(Strict):
     """How the receiver keeps a target's WAL."""
 
     slot: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,63}$")] = "ops_wal"
-    partial_every: Duration = Field(
+    partial_every: PositiveDuration = Field(
         default=timedelta(seconds=5), description="The unfinished segment is stored this often."
     )
     max_lag: Duration = Field(default=timedelta(minutes=5), description="More than this behind fails the check.")
@@ -306,7 +316,7 @@ class Target(Strict):
     description: str = ""
     environment: Id
     owner: Id
-    classification: Classification
+    classification: _Classification
     objectives: Objectives
     connection: PostgresConnection
     repository: Repository
