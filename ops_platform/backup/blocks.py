@@ -62,12 +62,14 @@ class BlockWriter:
         self._buffer: bytearray | None = None
         self._filled = 0
         self._archive: _Writing | None = None
+        self._left = False
         self.etags: dict[str, str] = {}  # what the store confirmed, by key
 
     def __enter__(self) -> BlockWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._left = True
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def begin(self, archive: int) -> None:
@@ -137,6 +139,6 @@ class BlockWriter:
                 self.etags[key] = self._repository.store.put(key, sealed, retain=True).etag
                 return
             except UnreachableError:
-                if attempt == self._retries:
+                if attempt == self._retries or self._left:  # nobody waits for it any more
                     raise
                 self._clock.sleep(min(30.0, 2.0**attempt))
