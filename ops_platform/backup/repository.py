@@ -112,7 +112,7 @@ class Repository:
 
     def backups(self) -> list[Manifest]:
         """The finished backups, oldest first. Raises on the first manifest that cannot be read; `infos` names each."""
-        return [self.manifest(backup_id) for backup_id in self._finished()]
+        return sorted(map(self.manifest, self._finished()), key=lambda manifest: manifest.started_at)
 
     def infos(self) -> list[BackupInfo]:
         """The finished backups, oldest first; one whose manifest cannot be read is listed with its error, never left out.
@@ -131,7 +131,7 @@ class Repository:
             with contextlib.suppress(CorruptionError):
                 proof = self._proof(newest[backup_id]) if backup_id in newest else None
             found.append(info_of(manifest, proof))
-        return found
+        return sorted(found, key=lambda info: info.started_at)
 
     def _finished(self) -> list[str]:
         return [
