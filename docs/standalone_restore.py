@@ -172,7 +172,8 @@ def restore_wal(store, manifest, folder):
     for number in range(first, last + 1):
         name = f"{manifest['timeline']:08X}{number // per_id:08X}{number % per_id:08X}"
         need(name in files, f"the backup needs the WAL segment {name}, which is not there")
-    end = next(number for number in range(first, max(numbers.values()) + 2) if number not in numbers.values())
+    there = set(numbers.values())
+    end = next(number for number in range(first, max(there) + 2) if number not in there)
     folder.mkdir(mode=0o700)
     for name, key in files.items():
         if first <= numbers.get(name, first) < end:
@@ -188,17 +189,16 @@ def main():
         ask.add_argument(name)
     args = ask.parse_args()
     store = Store(args.source)
-    keys = [key for key in store.list(f"{args.target}/backup/") if key.endswith("/manifest.json")]
-    backups = sorted(
-        (manifest_of(store, args.target, key.split("/")[2]) for key in keys), key=lambda m: m["started_at"]
-    )
-    need(backups, f"there is no backup of {args.target}")
+    names = [key.split("/")[2] for key in store.list(f"{args.target}/backup/") if key.endswith("/manifest.json")]
+    manifests = [manifest_of(store, args.target, name) for name in names if args.backup in (None, name)]
+    backups = sorted(manifests, key=lambda manifest: manifest["started_at"])
+    need(backups, f"there is no such backup of {args.target}")
     if not args.into:
         for manifest in backups:
             print(manifest["backup_id"], manifest["ended_at"], manifest["kind"], f"{manifest['raw']} bytes")
         return
     into, wal = Path(args.into), Path(f"{args.into}.wal").absolute()
-    chain = [manifest_of(store, args.target, args.backup) if args.backup else backups[-1]]
+    chain = backups[-1:]
     while chain[0]["parent_id"]:
         chain.insert(0, manifest_of(store, args.target, chain[0]["parent_id"]))
     restore_wal(store, chain[-1], wal)
