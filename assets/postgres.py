@@ -1,0 +1,362 @@
+"""PostgreSQL: the databases and their WAL as external assets, base backups and proofs as assets, promises as blocking checks.
+
+One partition for each target, so that a thousand databases are a thousand partitions of one asset. A run without a partition
+works on every target, one after the other, and fails at its end when any of them failed.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+import dagster as dg
+
+from ops_platform.backup.model import Progress
+from ops_platform.clients.access import Access
+from ops_platform.errors import OpsError
+from ops_platform.inventory.model import Inventory, Target
+from ops_platform.promises import PROMISES, Kept, judge
+from ops_platform.resources import PlatformResource
+
+DATABASE = dg.AssetKey(["postgres", "database"])
+WAL_ARCHIVE = dg.AssetKey(["postgres", "wal_archive"])
+BASE_BACKUP = dg.AssetKey(["postgres", "base_backup"])
+PITR_VERIFICATION = dg.AssetKey(["postgres", "pitr_verification"])
+POOL = "backup_store"  # bounds how many runs press on the store at once; its limit stands in dagster.yaml
+CHECKED = {
+    "backup_fresh": (BASE_BACKUP, "The newest backup is younger than backup.max_age, judged from the store."),
+    "wal_continuous": (BASE_BACKUP, "No WAL is missing, and the archive is not further behind than wal.max_lag."),
+    "proven": (PITR_VERIFICATION, "A backup was restored and its data checked within verification.proven_within."),
+    "rpo_met": (PITR_VERIFICATION, "The loss that the newest verification measured is within the objective."),
+    "rto_met": (PITR_VERIFICATION, "Its restore, and the estimate for the worst moment, are within the objective."),
+}
+
+
+class BackupConfig(dg.Config):
+    kind: str = "auto"
+
+
+class VerificationConfig(dg.Config):
+    """`pick`: newest, oldest, chain, random, or by turns. `at`: a moment with its zone instead."""
+
+    pick: str = "turns"
+    at: str = ""
+    full: bool = False
+
+
+def build_assets(inventory: Inventory) -> tuple[list[Any], list[dg.AssetChecksDefinition]]:
+    """The assets of all targets, and their checks."""
+    partitions = dg.StaticPartitionsDefinition([target.id for target in inventory.targets])
+    owners = [f"team:{owner}" for owner in sorted({target.owner for target in inventory.targets})]
+    group = "postgres"
+
+    @dg.observable_source_asset(
+        key=DATABASE,
+        description="The operated clusters. Observed: version, role, size, timeline.",
+        tags={"dagster/kind/postgresql": ""},
+        partitions_def=partitions,
+        group_name=group,
+    )
+    def database(context: dg.OpExecutionContext, platform: PlatformResource) -> dg.DataVersionsByPartition:
+        return _observe(context, platform, DATABASE, _see_database)
+
+    @dg.observable_source_asset(
+        key=WAL_ARCHIVE,
+        description="The WAL that the receiver has put into the store. Observed: how far it reaches, gaps, lag.",
+        tags={"dagster/kind/postgresql": "", "dagster/kind/s3": ""},
+        partitions_def=partitions,
+        group_name=group,
+    )
+    def wal_archive(context: dg.OpExecutionContext, platform: PlatformResource) -> dg.DataVersionsByPartition:
+        return _observe(context, platform, WAL_ARCHIVE, _see_archive)
+
+    @dg.asset(
+        key=BASE_BACKUP,
+        deps=[DATABASE, WAL_ARCHIVE],
+        description="Base backups over the replication protocol, encrypted, in the store. It counts when it was restored.",
+        owners=owners,
+        kinds={"postgresql", "s3"},
+        pool=POOL,
+        freshness_policy=dg.FreshnessPolicy.time_window(fail_window=_longest(inventory, lambda t: t.backup.max_age)),
+        partitions_def=partitions,
+        group_name=group,
+    )
+    def base_backup(
+        context: dg.AssetExecutionContext, config: BackupConfig, platform: PlatformResource
+    ) -> dg.MaterializeResult[Any]:
+        def back_up(access: Access, target: Target) -> dict[str, Any]:
+            from ops_platform.backup.basebackup import run_backup
+
+            if target.repository.engine != "native":
+                return {"backup": dg.MetadataValue.text(f"taken by {target.repository.engine}, proven by us")}
+            return backup_metadata(run_backup(access, target, kind=config.kind, progress=_log_steps(context)))  # type: ignore[arg-type]
+
+        return _materialize(context, platform, BASE_BACKUP, back_up)
+
+    @dg.asset(
+        key=PITR_VERIFICATION,
+        deps=[BASE_BACKUP, WAL_ARCHIVE],
+        description="The proof: a backup restored to a moment in a sandbox, and its data checked.",
+        owners=owners,
+        kinds={"postgresql", "greatexpectations"},
+        pool=POOL,
+        freshness_policy=dg.FreshnessPolicy.time_window(
+            fail_window=_longest(inventory, lambda t: t.backup.verification.proven_within)
+        ),
+        partitions_def=partitions,
+        group_name=group,
+    )
+    def pitr_verification(
+        context: dg.AssetExecutionContext, config: VerificationConfig, platform: PlatformResource
+    ) -> dg.MaterializeResult[Any]:
+        def prove_it(access: Access, target: Target) -> dict[str, Any]:
+            from ops_platform.proof import prove
+            from ops_platform.recovery.model import Verdict
+
+            at = datetime.fromisoformat(config.at) if config.at else None
+            if at is not None and at.tzinfo is None:
+                raise dg.Failure(f"at: {config.at!r} has no zone; write it with one, such as {config.at}+00:00")
+            proof = prove(
+                access, target, pick=None if config.pick == "turns" else config.pick,  # type: ignore[arg-type]
+                at=at, full=config.full, actor=f"dagster run {context.run_id}", progress=_log_steps(context),
+            )  # fmt: skip
+            metadata = proof_metadata(proof)
+            if proof.scorecard.verdict is not Verdict.PASS:
+                context.log_event(dg.AssetObservation(PITR_VERIFICATION, partition=target.id, metadata=metadata))
+                raise NotProvenError(f"{proof.scorecard.verdict.value}: {proof.scorecard.reason}")
+            return metadata
+
+        return _materialize(context, platform, PITR_VERIFICATION, prove_it)
+
+    checks = [_check(name, key, text, partitions) for name, (key, text) in CHECKED.items()]
+    return [database, wal_archive, base_backup, pitr_verification], checks
+
+
+class NotProvenError(OpsError):
+    """A verification ended without a PASS. Its scorecard is stored all the same."""
+
+
+def _longest(inventory: Inventory, of: Callable[[Target], timedelta]) -> timedelta:
+    # One asset has one policy: the longest promise among the targets. The checks judge each target by its own.
+    return max((of(target) for target in inventory.targets), default=timedelta(days=1))
+
+
+# One run, one or many targets
+
+
+def targets_of(context: Any, access: Access) -> list[Target]:
+    """The run's partitions; without any, all targets."""
+    inventory = access.inventory
+    if context.has_partition_key or context.has_partition_key_range:
+        return [inventory.target(key) for key in context.partition_keys]
+    return list(inventory.targets)
+
+
+def _materialize(
+    context: dg.AssetExecutionContext,
+    platform: PlatformResource,
+    key: dg.AssetKey,
+    work: Callable[[Access, Target], dict[str, Any]],
+) -> dg.MaterializeResult[Any]:
+    """Work on each target; one that fails does not keep the others from their turn, and fails the run at its end."""
+    failed: dict[str, str] = {}
+    done: dict[str, dict[str, Any]] = {}
+    with platform.access() as access:
+        for target in targets_of(context, access):
+            try:
+                done[target.id] = work(access, target)
+            except OpsError as error:
+                failed[target.id] = str(error)
+                context.log.error(f"{target.id}: {error}")
+    one = context.has_partition_key
+    if not one:
+        for target_id, metadata in done.items():
+            context.log_event(dg.AssetMaterialization(key, partition=target_id, metadata=metadata))
+    if failed:
+        text = "; ".join(f"{target_id}: {reason}" for target_id, reason in failed.items())
+        # What a second try would not mend is not tried again by the run; retries of the run stand in dagster.yaml.
+        raise dg.Failure(
+            text, metadata={target_id: dg.MetadataValue.text(reason) for target_id, reason in failed.items()}
+        )
+    if one:
+        return dg.MaterializeResult(metadata=done[context.partition_key])
+    return dg.MaterializeResult(metadata={"targets": len(done)})
+
+
+def _log_steps(context: Any) -> Progress:
+    """Each step once in the run's log: bytes are for the terminal."""
+    said: set[str] = set()
+
+    def told(step: str, done: int, total: int | None) -> None:
+        if step not in said:
+            said.add(step)
+            context.log.info(step)
+
+    return told
+
+
+# Checks
+
+
+def _check(
+    name: str, key: dg.AssetKey, text: str, partitions: dg.PartitionsDefinition[str]
+) -> dg.AssetChecksDefinition:
+    @dg.asset_check(asset=key, name=name, description=text, blocking=True, partitions_def=partitions)
+    def check(context: dg.AssetCheckExecutionContext, platform: PlatformResource) -> dg.AssetCheckResult:
+        with platform.access() as access:
+            found = [judge(name, access, target) for target in targets_of(context, access)]
+        return check_result(found)
+
+    return check
+
+
+def check_result(found: Sequence[Kept]) -> dg.AssetCheckResult:
+    """Passed when every target's promise is kept; no target at all is no kept promise."""
+    broken = [kept for kept in found if not kept.kept]
+    metadata: dict[str, Any] = {kept.target_id: kept.text for kept in (broken or found)[:50]}
+    if len(found) == 1:
+        metadata |= found[0].numbers
+    unknown = sum(not kept.known for kept in broken)
+    text = f"{len(broken)} of {len(found)} not kept" + (f", {unknown} of them could not be judged" if unknown else "")
+    return dg.AssetCheckResult(
+        passed=bool(found) and not broken,
+        severity=dg.AssetCheckSeverity.ERROR,
+        description=found[0].text if len(found) == 1 else text,
+        metadata=metadata,
+    )
+
+
+def check_keys(names: Sequence[str] = tuple(PROMISES)) -> list[dg.AssetCheckKey]:
+    return [dg.AssetCheckKey(CHECKED[name][0], name) for name in names]
+
+
+# Observations
+
+
+def _observe(
+    context: dg.OpExecutionContext,
+    platform: PlatformResource,
+    key: dg.AssetKey,
+    see: Callable[[Access, Target], tuple[str, dict[str, Any]]],
+) -> dg.DataVersionsByPartition:
+    versions: dict[str, str] = {}
+    failed: list[str] = []
+    with platform.access() as access:
+        for target in targets_of(context, access):
+            try:
+                versions[target.id], metadata = see(access, target)
+                context.log_event(dg.AssetObservation(key, partition=target.id, metadata=metadata))
+            except OpsError as error:
+                failed.append(f"{target.id}: {error}")
+    if failed:
+        raise dg.Failure("; ".join(failed))
+    return dg.DataVersionsByPartition(versions)
+
+
+def _see_database(access: Access, target: Target) -> tuple[str, dict[str, Any]]:
+    member = access.member(target, "any")
+    with access.postgres(target, member=member) as connection:
+        row = connection.execute(
+            "select sum(pg_database_size(oid))::bigint, count(*) from pg_database where datallowconn"
+        ).fetchone()
+    major = (member.server_version or 0) // 10000
+    size, databases = row or (0, 0)
+    metadata = {
+        "bytes": int(size or 0),
+        "databases": int(databases),
+        "major": major,
+        "timeline": member.timeline or 0,
+        "members": len(target.connection.hosts),
+        "system identifier": str(member.system_identifier),
+    }
+    return f"{member.system_identifier}/{major}", metadata
+
+
+def _see_archive(access: Access, target: Target) -> tuple[str, dict[str, Any]]:
+    if target.repository.engine != "native":
+        return target.repository.engine, {"engine": target.repository.engine}
+    from ops_platform.backup.archive import archive_status
+
+    return archive_metadata(archive_status(access, target))
+
+
+def archive_metadata(status: Any) -> tuple[str, dict[str, Any]]:
+    """The archive's version (timeline and position) and what a person wants to see of it."""
+    metadata: dict[str, Any] = {
+        "segments": status.segments,
+        "stored bytes": status.stored_bytes,
+        "gaps": len(status.gaps),
+        "up to": str(status.newest),
+        "timeline": status.newest_timeline or 0,
+    }
+    if status.until is not None:
+        metadata["whole until"] = dg.MetadataValue.timestamp(status.until)
+    if status.lag_bytes is not None:
+        metadata["lag bytes"] = status.lag_bytes
+    if status.slot_error is not None:
+        metadata["server"] = status.slot_error
+    return f"{status.newest_timeline}/{status.newest}", metadata
+
+
+# Metadata
+
+
+def backup_metadata(manifest: Any) -> dict[str, Any]:
+    return {
+        "backup": manifest.backup_id,
+        "kind": manifest.kind.value,
+        "why": manifest.why,
+        "source": f"{manifest.source} ({manifest.source_role})",
+        "bytes": manifest.raw,
+        "stored bytes": manifest.stored,
+        "ratio": round(manifest.raw / max(1, manifest.stored), 2),
+        "seconds": manifest.seconds,
+        "MiB per second": round(manifest.raw / 2**20 / max(manifest.seconds, 1e-3), 1),
+        "timeline": manifest.timeline,
+        "start": manifest.start_lsn,
+        "end": manifest.end_lsn,
+        "ended": dg.MetadataValue.timestamp(manifest.ended_at),
+    }
+
+
+def proof_metadata(proof: Any) -> dict[str, Any]:
+    card = proof.scorecard
+    metadata: dict[str, Any] = {
+        "verdict": card.verdict.value,
+        "reason": card.reason[:2000],
+        "backup": card.backup_id or "none",
+        "picked": card.picked,
+        "recovery target": card.recovery_target,
+        "strength": card.strength,
+        "gates": dg.MetadataValue.md(gates_table(card.gates)),
+        "steps": dg.MetadataValue.md(steps_plot(card.steps)),
+    }
+    for objective in card.objectives:
+        if objective.measured_seconds is not None:
+            metadata[f"{objective.name} seconds"] = float(objective.measured_seconds)
+    metadata |= {f"{step.name} seconds": float(step.seconds) for step in card.steps}
+    if proof.report is not None:
+        metadata["report"] = dg.MetadataValue.path(proof.report)
+    return metadata
+
+
+def gates_table(gates: Sequence[Any]) -> str:
+    rows = "\n".join(f"| {g.title} | {g.status.value} | {_cell(g.result)} | {g.seconds:.2f} |" for g in gates)
+    return f"| check | status | result | seconds |\n|---|---|---|---|\n{rows}"
+
+
+def _cell(text: str) -> str:
+    flat = " ".join(text.split()).replace("|", "\\|")
+    return flat if len(flat) <= 200 else f"{flat[:199]}…"
+
+
+def steps_plot(steps: Sequence[Any]) -> str:
+    """A timeline in text, which every Markdown viewer shows: one character is a fiftieth of the whole."""
+    return "```\n" + "\n".join(_bars(steps)) + "\n```"
+
+
+def _bars(steps: Sequence[Any]) -> Iterator[str]:
+    whole = max((step.started + step.seconds for step in steps), default=1.0) or 1.0
+    for step in steps:
+        begin = int(step.started / whole * 50)
+        length = max(1, int(step.seconds / whole * 50))
+        yield f"{step.name:12} {' ' * begin}{'█' * length} {step.seconds:.2f} s"

@@ -1,0 +1,80 @@
+"""The jobs of PostgreSQL's backups. Each works on the run's partition (`--tags '{"dagster/partition": "app-db"}'`), or on all targets."""
+
+from typing import Any
+
+import dagster as dg
+
+from assets.postgres import BASE_BACKUP, DATABASE, PITR_VERIFICATION, POOL, WAL_ARCHIVE, check_keys, targets_of
+from ops_platform.errors import OpsError
+from ops_platform.resources import PlatformResource
+
+TARGET_TAG = "ops/target"  # dagster.yaml lets one run at a time have each value of it
+
+
+class ExpiryConfig(dg.Config):
+    """`mode`: by the policy, observe or enforce. `approve`: the digest of exactly one plan."""
+
+    mode: str = "policy"
+    approve: str = ""
+
+
+@dg.op(pool=POOL, description="Delete what no promise needs any more; observes unless the policy says enforce.")
+def expire(context: dg.OpExecutionContext, config: ExpiryConfig, platform: PlatformResource) -> None:
+    from ops_platform.backup.expiry import expire as run_expiry
+
+    bad: list[str] = []
+    with platform.access() as access:
+        for target in targets_of(context, access):
+            if target.repository.engine != "native":
+                continue
+            try:
+                result = run_expiry(
+                    access, target, mode=None if config.mode == "policy" else config.mode,  # type: ignore[arg-type]
+                    approve=config.approve or None, actor=f"dagster run {context.run_id}",
+                )  # fmt: skip
+            except OpsError as error:
+                bad.append(f"{target.id}: {error}")
+                continue
+            for line in result.lines():
+                context.log.info(f"{target.id}: {line}")
+            if not result.good:
+                bad.append(f"{target.id}: {'; '.join(result.lines())}")
+    if bad:
+        raise dg.Failure("; ".join(bad))
+
+
+@dg.job(description="Expire the backups of one target, or of all.", tags={"ops/domain": "backup"})
+def expire_backups() -> None:
+    expire()
+
+
+def build_jobs() -> dict[str, Any]:
+    backup, proof = dg.AssetSelection.assets(BASE_BACKUP), dg.AssetSelection.assets(PITR_VERIFICATION)
+    tags = {"ops/domain": "backup"}
+    return {
+        "nightly_backup": dg.define_asset_job(
+            "nightly_backup",
+            selection=backup | proof,
+            description="Take a backup and prove it: fails unless it was restored and its data checked.",
+            tags=tags,
+        ),
+        "verify_recovery": dg.define_asset_job(
+            "verify_recovery",
+            selection=proof,
+            description="Prove what is in the store: the newest, the oldest, a chain, a moment by chance, by turns.",
+            tags=tags,
+        ),
+        "check_promises": dg.define_asset_job(
+            "check_promises",
+            selection=dg.AssetSelection.checks(*check_keys()),
+            description="Judge every promise from the store: fresh, continuous, proven, RPO, RTO.",
+            tags=tags,
+        ),
+        "observe_sources": dg.define_asset_job(
+            "observe_sources",
+            selection=dg.AssetSelection.assets(DATABASE, WAL_ARCHIVE),
+            description="Look at the databases and their WAL archives.",
+            tags=tags,
+        ),
+        "expire_backups": expire_backups,
+    }

@@ -1,0 +1,40 @@
+"""What the code location holds: one explicit list. `dagster -m ops_platform.definitions` and workspace.yaml load `defs`."""
+
+from __future__ import annotations
+
+import warnings
+
+from dagster import BetaWarning, Definitions, PreviewWarning, in_process_executor
+
+from assets.postgres import build_assets
+from jobs.postgres import build_jobs
+from ops_platform.inventory import LoadedInventory, load
+from ops_platform.resources import PlatformResource
+from schedules.postgres import build_schedules
+from sensors.postgres import build_sensors
+
+
+# Observable assets are beta and partitioned checks preview in Dagster 1.13; the pinned version is what is tested.
+warnings.filterwarnings("ignore", category=BetaWarning)
+warnings.filterwarnings("ignore", category=PreviewWarning)
+
+
+def build_defs(loaded: LoadedInventory | None = None) -> Definitions:
+    """All of it, for an inventory. Reads platform.yaml and nothing else: no connection, no secret."""
+    found = loaded or load()
+    inventory = found.inventory
+    assets, checks = build_assets(inventory)
+    jobs = build_jobs()
+    return Definitions(
+        assets=assets,
+        asset_checks=checks,
+        jobs=list(jobs.values()),
+        schedules=build_schedules(inventory, jobs),
+        sensors=build_sensors(inventory, jobs),
+        # Steps follow each other and share nothing but the store: a process for each would cost an import of Dagster each.
+        executor=in_process_executor,
+        resources={"platform": PlatformResource(inventory_path=str(found.path))},
+    )
+
+
+defs = build_defs()

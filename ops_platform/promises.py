@@ -1,0 +1,139 @@
+"""What was promised for a target, judged from the store: fresh, continuous, proven, RPO, RTO.
+
+Never from what the scheduler believes: a backup that a scheduler calls done and that is not in the store does not exist. An
+answer that cannot be had is no kept promise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from ops_platform.backup.engine import open_engine
+from ops_platform.clock import SYSTEM_CLOCK, Clock
+from ops_platform.errors import OpsError
+from ops_platform.recovery import records
+
+if TYPE_CHECKING:
+    from ops_platform.clients.access import Access
+    from ops_platform.inventory import Target
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Whether a promise is kept. `known` False: it could not be judged, which is never kept."""
+
+    target_id: str
+    kept: bool
+    text: str
+    numbers: dict[str, float] = field(default_factory=dict[str, float])
+    known: bool = True
+
+
+Promise = Callable[["Access", "Target", datetime], Kept]
+
+
+def backup_fresh(access: Access, target: Target, now: datetime) -> Kept:
+    """The newest backup is not older than `backup.max_age`."""
+    backups = [b for b in open_engine(access, target).list() if b.error is None]
+    if not backups:
+        return Kept(target.id, False, "there is no backup")
+    age = (now - backups[-1].ended_at).total_seconds()
+    allowed = target.backup.max_age.total_seconds()
+    text = f"{backups[-1].backup_id} is {age / 3600:.1f} h old, {allowed / 3600:.0f} h are allowed"
+    return Kept(target.id, age <= allowed, text, {"backup_age_seconds": age, "backups": float(len(backups))})
+
+
+def wal_continuous(access: Access, target: Target, now: datetime) -> Kept:
+    """No WAL is missing between the oldest usable backup and now, and the archive is not further behind than `wal.max_lag`."""
+    if target.repository.engine != "native":
+        window = open_engine(access, target).window()
+        good = window.latest is not None and not window.gaps
+        return Kept(
+            target.id,
+            good,
+            f"restorable until {window.latest}" if good else "nothing can be restored, or WAL is missing",
+        )
+    from ops_platform.backup.archive import archive_status
+
+    status = archive_status(access, target)
+    numbers = {"gaps": float(len(status.gaps)), "segments": float(status.segments)}
+    if not status.continuous:
+        holes = "; ".join(f"{gap.first} to {gap.last}" for gap in status.gaps)
+        return Kept(target.id, False, f"WAL is missing: {holes}" if holes else "no WAL is archived", numbers)
+    if status.slot_error is not None or status.lag_bytes is None:
+        return Kept(target.id, False, f"the server could not be asked: {status.slot_error}", numbers, known=False)
+    numbers["lag_bytes"] = float(status.lag_bytes)
+    if status.slot is None or status.slot.active_pid is None:
+        return Kept(target.id, False, f"nobody receives WAL (slot {status.slot_name})", numbers)
+    behind = (
+        (status.server_time - status.until).total_seconds()
+        if status.server_time and status.until and status.lag_bytes
+        else 0.0
+    )
+    allowed = target.wal.max_lag.total_seconds()
+    return Kept(
+        target.id,
+        behind <= allowed,
+        f"whole up to {status.newest}, {behind:.0f} s behind",
+        numbers | {"lag_seconds": behind},
+    )
+
+
+def proven(access: Access, target: Target, now: datetime) -> Kept:
+    """A backup was restored and its data checked within `verification.proven_within`."""
+    repository = records.repository_of(access, target)
+    if repository is None:
+        return Kept(target.id, False, "the target names no store for proofs", known=False)
+    last = records.last_proof(repository.proofs())
+    if last is None:
+        return Kept(target.id, False, "no backup has ever been proven")
+    age = (now - last.verified_at).total_seconds()
+    allowed = target.backup.verification.proven_within.total_seconds()
+    text = f"{last.backup_id} was proven {age / 3600:.1f} h ago, {allowed / 3600:.0f} h are allowed"
+    return Kept(target.id, age <= allowed, text, {"proof_age_seconds": age})
+
+
+def rpo_met(access: Access, target: Target, now: datetime) -> Kept:
+    """The newest verification measured less loss than the objective."""
+    return _objective(access, target, "rpo", target.objectives.rpo.total_seconds())
+
+
+def rto_met(access: Access, target: Target, now: datetime) -> Kept:
+    """The newest verification was faster than the objective, and so is the estimate for the worst moment."""
+    measured = _objective(access, target, "rto", target.objectives.rto.total_seconds())
+    estimated = _objective(access, target, "rto-full", target.objectives.rto.total_seconds(), needed=False)
+    return Kept(
+        target.id, measured.kept and estimated.kept, f"{measured.text}; estimate for the whole: {estimated.text}",
+        measured.numbers | estimated.numbers, measured.known and estimated.known,
+    )  # fmt: skip
+
+
+def _objective(access: Access, target: Target, name: str, allowed: float, *, needed: bool = True) -> Kept:
+    repository = records.repository_of(access, target)
+    cards = records.scorecards(repository, newest=1) if repository is not None else []
+    if not cards:
+        return Kept(target.id, False, "never measured", known=False)
+    value = records.measured(cards[-1], name)
+    if value is None:
+        return Kept(target.id, not needed, "not measured by the newest verification", known=not needed)
+    return Kept(target.id, value <= allowed, f"{value:.1f} s, {allowed:.0f} s are allowed", {f"{name}_seconds": value})
+
+
+PROMISES: dict[str, Promise] = {
+    "backup_fresh": backup_fresh,
+    "wal_continuous": wal_continuous,
+    "proven": proven,
+    "rpo_met": rpo_met,
+    "rto_met": rto_met,
+}
+
+
+def judge(name: str, access: Access, target: Target, clock: Clock = SYSTEM_CLOCK) -> Kept:
+    """Never raises for what could not be asked: that is a promise of which nothing is known."""
+    try:
+        return PROMISES[name](access, target, clock.now())
+    except OpsError as error:
+        return Kept(target.id, False, str(error), known=False)

@@ -1,0 +1,80 @@
+"""When targets are due: cron in a named zone, daylight saving included, each target at its own fixed place in the spread.
+
+Dagster asks every few minutes what was due since it asked last; the answer depends on nothing but the two moments, so that a
+late, repeated or overlapping question gives the same due moments, and the run key made of them is used once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+from zoneinfo import ZoneInfo
+
+if TYPE_CHECKING:
+    from ops_platform.inventory.model import Schedule
+
+
+@dataclass(frozen=True)
+class Due:
+    """`nominal`: the moment of the cron expression, which is the run's name; `at`: with the target's share of the spread. UTC."""
+
+    target_id: str
+    nominal: datetime
+    at: datetime
+
+    @property
+    def key(self) -> str:
+        return f"{self.target_id}/{self.nominal:%Y-%m-%dT%H:%MZ}"
+
+
+def offset(target_id: str, spread: timedelta) -> timedelta:
+    """A target's fixed place in the spread, by its id alone: evenly over all targets, the same every night."""
+    share = int.from_bytes(hashlib.sha256(target_id.encode()).digest()[:8], "big") / 2**64
+    return timedelta(seconds=int(spread.total_seconds() * share))
+
+
+def due(schedules: Iterable[tuple[str, Schedule]], after: datetime, until: datetime) -> list[Due]:
+    """What is due in (after, until], in the order of time."""
+    found: list[Due] = []
+    for target_id, schedule in schedules:
+        shift = offset(target_id, schedule.spread)
+        for nominal in fires(schedule.cron, schedule.timezone, after - shift, until - shift):
+            found.append(Due(target_id, nominal, nominal + shift))
+    return sorted(found, key=lambda item: (item.at, item.target_id))
+
+
+def fires(cron: str, zone: str, after: datetime, until: datetime) -> Iterator[datetime]:
+    """The moments of a cron expression in (after, until], UTC.
+
+    A local time that daylight saving skips fires when the clock has jumped over it; one that comes twice fires once, the first time,
+    unless the expression runs in every hour: then each real hour has its own.
+    """
+    from croniter import croniter
+
+    place = ZoneInfo(zone)
+    every_hour = cron.split()[1].startswith("*")
+    # Naive local time, from a little before: what daylight saving moves lies within a day.
+    start = after.astimezone(place).replace(tzinfo=None) - timedelta(hours=3)
+    end = until.astimezone(place).replace(tzinfo=None) + timedelta(hours=3)
+    seen: set[datetime] = set()
+    times = croniter(cron, start - timedelta(seconds=1))
+    while (local := times.get_next(datetime)) <= end:
+        folds = (0, 1) if every_hour else (0,)
+        for fold in folds:
+            moment = local.replace(tzinfo=place, fold=fold).astimezone(UTC)
+            if after < moment <= until and moment not in seen:
+                seen.add(moment)
+                yield moment
+
+
+def next_fire(cron: str, zone: str, after: datetime) -> datetime | None:
+    """The next moment within five years; None for an expression that never fires (31 February)."""
+    step = timedelta(days=1)
+    for days in (2, 40, 400, 366 * 5):
+        found = next(fires(cron, zone, after, after + step * days), None)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,1 @@
+"""When: from the inventory, in each target's own zone."""

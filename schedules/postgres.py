@@ -1,0 +1,74 @@
+"""When backups are taken, proven and expired: each target by its own cron, zone and place in the spread.
+
+One schedule asks every five minutes what is due, instead of one schedule for each of a thousand targets.
+"""
+
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import dagster as dg
+
+from jobs.postgres import TARGET_TAG
+from ops_platform.inventory.model import Inventory, Schedule, Target
+from ops_platform.timing import due
+
+EVERY = timedelta(minutes=5)
+_CRON = "*/5 * * * *"
+# After a longer outage of the daemon a missed night is still caught up, a missed week is not seven backups at once.
+LOOK_BACK = timedelta(minutes=30)
+
+
+def build_schedules(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.ScheduleDefinition]:
+    def backups(target: Target) -> Schedule | None:
+        return target.backup.schedule if target.repository.engine == "native" else None
+
+    def proofs(target: Target) -> Schedule | None:
+        return target.backup.verification.schedule
+
+    return [
+        _by_target("nightly_backups", jobs["nightly_backup"], inventory, backups, "Backups, by backup.schedule."),
+        _by_target("verifications", jobs["verify_recovery"], inventory, proofs, "Proofs, by verification.schedule."),
+        dg.ScheduleDefinition(
+            name="promises",
+            job=jobs["check_promises"],
+            cron_schedule="7 * * * *",
+            execution_timezone="UTC",
+            description="Every promise is judged from the store once an hour.",
+        ),
+        dg.ScheduleDefinition(
+            name="observations", job=jobs["observe_sources"], cron_schedule="*/15 * * * *", execution_timezone="UTC"
+        ),
+        dg.ScheduleDefinition(
+            name="expiry",
+            job=jobs["expire_backups"],
+            cron_schedule="40 11 * * *",
+            execution_timezone="UTC",
+            description="Expiry by day, when somebody is there to see it.",
+        ),
+    ]
+
+
+def _by_target(
+    name: str, job: Any, inventory: Inventory, of: Callable[[Target], Schedule | None], text: str
+) -> dg.ScheduleDefinition:
+    @dg.schedule(
+        name=name,
+        job=job,
+        cron_schedule=_CRON,
+        execution_timezone="UTC",
+        description=text,
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+    )
+    def schedule(context: dg.ScheduleEvaluationContext) -> dg.SkipReason | list[dg.RunRequest]:
+        until = context.scheduled_execution_time
+        schedules = [(target.id, found) for target in inventory.targets if (found := of(target)) is not None]
+        requests = [request(name, item.target_id, item.key) for item in due(schedules, until - LOOK_BACK, until)]
+        return requests or dg.SkipReason(f"nothing is due at {until:%Y-%m-%d %H:%M} UTC")
+
+    return schedule
+
+
+def request(name: str, target_id: str, key: str) -> dg.RunRequest:
+    """The key names the due moment: however often it is asked for, it is run once."""
+    return dg.RunRequest(run_key=f"{name}/{key}", partition_key=target_id, tags={TARGET_TAG: target_id})

@@ -1,0 +1,1 @@
+"""What is noticed: new targets, WAL that lags, runs that failed."""
