@@ -215,6 +215,10 @@ class Segments:
     def idle(self) -> bool:
         return not self._jobs
 
+    def unsettled(self) -> list[Future[bool]]:
+        """Puts of which nobody knows yet whether they arrive."""
+        return [job.future for job in self._jobs if job.future is not None and not job.future.done()]
+
     def lag_seconds(self) -> float:
         """How long the oldest bytes that are not durable have been here."""
         while self._arrivals and self._arrivals[0][0] <= self.durable:
@@ -401,6 +405,7 @@ class TargetReceiver:
         self._slot_checked = -SLOT_CHECK_EVERY
         self._slot_check: Future[None] | None = None
         self._lost: tuple[Start, str] | None = None
+        self._unsettled: list[Future[bool]] = []
 
     def stop(self) -> None:
         self._stop.set()
@@ -450,6 +455,7 @@ class TargetReceiver:
         self.state.phase = "starting"
         repository, keys = self._open()
         keys.get()  # a sealed key service is found out before the server is kept waiting
+        self._settle_last()
         member = find_primary(self.access, self.target)
         where = f"{member.host}:{member.port}"
         stream = WalStream(self.access.replication(self.target, member), where, self._clock)
@@ -465,6 +471,16 @@ class TargetReceiver:
             self._stream_line(stream, sink, start)
         finally:
             stream.close()
+
+    def _settle_last(self) -> None:
+        """Nothing of the last connection may still be on its way: a late `.partial` would replace a longer one of the next."""
+        self._unsettled = [future for future in self._unsettled if not future.cancel() and not future.done()]
+        if self._unsettled:
+            raise UnreachableError(
+                f"{len(self._unsettled)} puts of the last connection are still on their way",
+                where=self.target.id,
+                remedy="look at the store's health; the server keeps the WAL meanwhile",
+            )
 
     def _check_cluster(self, repository: Repository, sysid: int, where: str) -> None:
         known = {int(name) for name in repository.store.list_folders(repository.wal_prefix()) if name.isdigit()}
@@ -618,8 +634,11 @@ class TargetReceiver:
             start = Start(timeline, floor(start_lsn, size))
             partial_end = stored_partial(repository, sysid, start, size)
             segments = Segments(sink, timeline, start.lsn, partial_every=3600, partial_end=partial_end)
+            # The last segment to its end, where the server has that much (a primary switches when a backup ends): an unfinished one
+            # counts only as long as it is the newest, and this backup is to outlive the next one.
+            whole = floor(end_lsn + size - 1, size)
             if stream.start(start.timeline, start.lsn, None) is None:
-                while segments.received < end_lsn:
+                while segments.received < max(end_lsn, min(whole, self.state.server_end)):
                     stream.wait(1.0, readable=not segments.full)
                     self._waker.drain()
                     if not segments.full:
@@ -661,6 +680,7 @@ class TargetReceiver:
                 segments.put_partial(now=True)
                 if not segments.idle:
                     select.select([], [], [], 0.02)
+        self._unsettled = segments.unsettled()
         self.state.received, self.state.durable = segments.received, segments.durable
 
     def _note_gap(
@@ -841,7 +861,7 @@ def receive_range(
 ) -> int:
     """Put the WAL from `start_lsn` to `end_lsn` into the archive once, without a slot; the bytes received.
 
-    For a base backup of a target that has no receiver running. The last, unfinished segment is stored as `.partial`.
+    For a base backup of a target that has no receiver running. Where the last segment is unfinished it is stored as `.partial`.
     Raises WalRemovedError where the server no longer has it.
     """
     receiver_pool = ThreadPoolExecutor(2, thread_name_prefix="wal-put")

@@ -22,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
-from ops_platform.backup.model import segment_name, segment_start
+from ops_platform.backup.model import Lsn, segment_name, segment_start
 from ops_platform.backup.repository import Repository
 from ops_platform.backup.wal import (
     HISTORY_NAME,
@@ -30,6 +30,7 @@ from ops_platform.backup.wal import (
     Span,
     Stock,
     check_segment_head,
+    history_name,
     parse_history,
     stock,
 )
@@ -43,6 +44,7 @@ name=$1 to=$2
 say() {{ echo "restore_command: $*" >&2; }}
 take() {{ rm -f "$spool/ask/$name"; mv "$spool/ready/$name" "$to" && exit 0; say "cannot move $name to $to"; exit 126; }}
 [ -e "$spool/ready/$name" ] && take
+rm -f "$spool/absent/$name" "$spool/failed/$name" # answers to a question whose asker was killed
 : > "$spool/ask/$name" || {{ say "cannot ask for $name: $spool is not writable"; exit 126; }}
 last= still=0
 while :; do
@@ -61,6 +63,7 @@ _FOLDERS = ("ready", "ask", "absent", "failed", "new")
 _PULSE_EVERY = 0.5
 # Looks of the script (0.02 s each) without a beat of the pulse, after which it gives up: about a minute on a busy machine.
 _PATIENCE = 1500
+_RELIST_AFTER = 30.0
 
 
 class WalFetchAhead:
@@ -95,6 +98,9 @@ class WalFetchAhead:
         self._bytes = 0
         self._segments = 0
         self._stocks: dict[int, Stock] = {}
+        self._histories: set[int] = set()
+        self._lines: dict[int, list[Span]] = {}
+        self._listed_at = 0.0
         self._line: list[Span] = []
         self._flying: dict[str, Future[bool]] = {}
         self._failed: set[str] = set()  # could not be fetched ahead: left until the server asks for them
@@ -220,6 +226,8 @@ class WalFetchAhead:
             self._ready(name, plain)
             if HISTORY_NAME.fullmatch(name):
                 self._follow(name, plain)
+            else:
+                self._relist_where_new(name)
         return True
 
     def _answer(self, kind: str, name: str, text: str = "") -> None:
@@ -267,20 +275,20 @@ class WalFetchAhead:
         return plain
 
     def _refuse_gap(self, name: str, timeline: int, number: int) -> None:
-        """A missing segment is the end of WAL only when nothing after it is stored."""
+        """A missing segment is the end of WAL only when nothing that is stored says that more was written after it."""
+        for item in self._histories - self._lines.keys():
+            sealed = self._repository.get_wal(self._sysid, history_name(item))
+            self._lines[item] = parse_history(item, sealed.plain if sealed else None)
+        if timeline in self._lines and number < self._lines[timeline][-1].begin // self._size:
+            return  # before the fork: the server asks each timeline in turn
         entry = self._stocks.get(timeline)
         later = [n for n in entry.whole | entry.partial if n > number] if entry else []
-        fork = next((span.begin // self._size for span in self._line if span.timeline == timeline), 0)
-        ours = [span for span in self._line if span.timeline == timeline]
-        if number < fork:
-            return  # the server asks each timeline in turn; this one was not yet
-        if not later and ours and ours[0].end is not None and number < ours[0].end // self._size:
-            # Its history says that the line goes on to a child that begins after this segment.
-            later = [ours[0].end // self._size]
+        # A child that was forked off later proves that this one went on until there, and repeats the segment of the fork.
+        spans = [span for line in self._lines.values() for span in line if span.timeline == timeline]
+        later += [at for span in spans if span.end is not None and (at := span.end // self._size) > number]
         if later:
-            first = segment_name(timeline, min(later) * self._size, self._size)
             raise CorruptionError(
-                f"the archive has a gap: {name} is missing, and WAL from {first} on is there",
+                f"the archive has a gap: {name} is missing, and WAL went on until at least {Lsn(max(later) * self._size)}",
                 where=self._repository.wal_key(self._sysid, name),
                 remedy="recover to a moment before the gap, or from a backup after it: ops wal status",
             )
@@ -288,7 +296,19 @@ class WalFetchAhead:
     # Fetching ahead
 
     def _relist(self) -> None:
-        self._stocks = stock(self._repository.wal_listing(self._sysid), self._size)
+        self._listed_at = self._clock.monotonic()
+        listing = self._repository.wal_listing(self._sysid)
+        self._histories = {item.timeline for item in listing if item.history}
+        self._stocks = stock(listing, self._size)
+
+    def _relist_where_new(self, name: str) -> None:
+        """The archive grew while the recovery ran: what came after the last look is fetched ahead, too."""
+        timeline, start = segment_start(name, self._size)
+        entry = self._stocks.get(timeline)
+        known = entry is not None and start // self._size in entry.whole
+        if not known and self._clock.monotonic() - self._listed_at > _RELIST_AFTER:
+            with contextlib.suppress(OpsError):  # the next one may succeed; nothing depends on it
+                self._relist()
 
     def _follow(self, name: str, content: bytes) -> None:
         """The server reads history files up to the newest: that line is the one that it will replay."""
@@ -302,8 +322,10 @@ class WalFetchAhead:
         """Keep the next segments in the spool or on their way."""
         if self._cursor is None or self._pool is None:
             return
+        with self._lock:
+            offered = set(self._offered)  # before the look: what is put there meanwhile was not taken
         ready = set(self._names("ready"))
-        for name in self._offered - ready:  # taken
+        for name in offered - ready:  # taken
             self._offered.discard(name)
             timeline, start = segment_start(name, self._size)
             self._cursor = max(self._cursor, (timeline, start // self._size), key=lambda place: place[1])
@@ -360,10 +382,14 @@ class WalFetchAhead:
 
     def _write(self, path: Path, body: bytes) -> None:
         fresh = self._spool / "new" / f"{path.parent.name}-{path.name}-{threading.get_ident()}"
-        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:  # noqa: PTH123 - the mode counts
-            out.write(body)
-        self._own(fresh)
-        fresh.rename(path)
+        try:
+            with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:  # noqa: PTH123 - the mode
+                out.write(body)
+            self._own(fresh)
+            fresh.rename(path)
+        except OSError:  # on a full disk the piece would take the room that an answer needs
+            fresh.unlink(missing_ok=True)
+            raise
 
     def _own(self, path: Path) -> None:
         # As root the server is another user: the spool's owner is the one who has to rename out of it.
