@@ -103,6 +103,8 @@ class _Reader:
         if event.tag is not None:
             raise self._fail(event, "tags (!…) have no meaning here", "a text that begins with ! needs quotes")
         if isinstance(event, yaml.ScalarEvent):
+            if event.anchor and not event.value:
+                raise self._fail(event, "this anchor (&…) names nothing", "a text that begins with & needs quotes")
             found = _scalar(event), 1
         elif len(self._path) >= _MAX_DEPTH:
             raise self._fail(event, f"this is nested more than {_MAX_DEPTH} deep")
