@@ -15,7 +15,7 @@ from typing import Literal
 from ops_platform.backup.model import BackupInfo, BackupKind, RecoveryWindow
 from ops_platform.recovery.model import Scorecard, Step, Verdict
 from ops_platform.reports.standing import age, holes_of, measured, proven_moment, shown, tone_of, verdict_words
-from ops_platform.reports.words import day, duration, long_moment, moment, size, utc
+from ops_platform.reports.words import capital, day, duration, long_moment, moment, size, utc
 
 _STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400)
 _DAYS = (1, 2, 3, 7, 14, 30, 60, 91, 182, 365)
@@ -80,7 +80,7 @@ def _bar(step: Step, total: float, *, longest: bool) -> Bar:
         note = size(step.bytes)
         if step.bytes and step.seconds >= 0.01:
             note += f", {size(step.bytes / step.seconds)}/s"
-    return Bar(step.name, 100 * step.started / total, 100 * step.seconds / total, step.seconds, note, longest)
+    return Bar(capital(step.name), 100 * step.started / total, 100 * step.seconds / total, step.seconds, note, longest)
 
 
 # A measured time over past verifications

@@ -17,7 +17,8 @@ from datetime import datetime, timedelta
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+from urllib.parse import quote
 
 from ops_platform.backup.model import BackupInfo, RecoveryWindow
 from ops_platform.errors import OpsError, UsageError
@@ -40,13 +41,18 @@ from ops_platform.reports.standing import (
     tone_of,
     verdict_words,
 )
-from ops_platform.reports.words import counted, duration, moment, plain, size, utc
+from ops_platform.reports.words import capital, counted, duration, moment, plain, shortened, size, utc
 
 if TYPE_CHECKING:
     import jinja2
 
 # Points of a plot: more would run into each other, and the records hold them all.
 HISTORY = 60
+
+# Where a gate's detail names the Great Expectations pages.
+DATA_DOCS = "data_docs"
+
+T = TypeVar("T")
 
 GATE_WORDS = {
     GateStatus.PASSED: ("good", "Passed"),
@@ -91,7 +97,7 @@ def target_report(
 ) -> str:
     """The page of one target. `latest` None: never verified; `window` None: it could not be determined."""
     now = utc(generated_at)
-    cards = in_order(latest, history)[-HISTORY:]
+    cards = in_order(latest, history)
     proven_within = target.backup.verification.proven_within
     promised = target.backup.recovery_window
     return _render(
@@ -105,8 +111,8 @@ def target_report(
         counts=gate_counts(latest) if latest else {},
         troubles=_troubles(latest),
         gantt=charts.gantt(latest.steps) if latest else None,
-        plots=_plots(target, cards) if len(cards) > 1 else [],
-        cards=cards[::-1],
+        plots=_plots(target, cards[-HISTORY:]) if len(cards) > 1 else [],
+        cards=cards[-HISTORY:][::-1],
         window=window,
         coverage=charts.coverage(window, backups, cards, promised, now) if window else None,
         backups=listed(backups),
@@ -116,9 +122,7 @@ def target_report(
 def index_report(rows: Sequence[Row], generated_at: datetime) -> str:
     """One page over all targets, worst first."""
     now = utc(generated_at)
-    judged = [
-        (standing(row.latest, row.window, row.target.backup.verification.proven_within, now), row) for row in rows
-    ]
+    judged = [(_row_standing(row, now), row) for row in rows]
     judged.sort(key=lambda pair: (pair[0].rank, _ended(pair[1]), pair[1].target.id))
     counts = [(each, sum(found is each for found, _ in judged)) for each in Standing]
     return _render(
@@ -128,6 +132,12 @@ def index_report(rows: Sequence[Row], generated_at: datetime) -> str:
         proven=sum(found is Standing.PROVEN for found, _ in judged),
         now=now,
     )
+
+
+def _row_standing(row: Row, now: datetime) -> Standing:
+    found = standing(row.latest, row.window, row.target.backup.verification.proven_within, now)
+    # What could not be looked at is neither proven nor known to be without proof.
+    return Standing.UNKNOWN if row.problem and found.tone != "bad" else found
 
 
 def _why(found: Standing, row: Row) -> str:
@@ -228,12 +238,26 @@ def _troubles(card: Scorecard | None) -> list[Gate]:
 
 
 def detail_items(gate: Gate, most: int = 40) -> list[tuple[str, str]]:
-    """A gate's further findings as lines; what is nested stays JSON."""
-    items = [
-        (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
-        for key, value in gate.detail.items()
-    ]
-    return items if len(items) <= most else [*items[:most], ("…", f"{len(items) - most} more in the record")]
+    """A gate's further findings by name; a list has a line for each of its items, what is nested deeper stays JSON."""
+    items = [(name, _detail_text(value, most)) for name, value in gate.detail.items() if name != DATA_DOCS]
+    return _cut(items, most, ("…", "more in the record"))
+
+
+def _detail_text(value: object, most: int) -> str:
+    if isinstance(value, list):
+        return "\n".join(_cut([_detail_text(item, most) for item in cast("list[object]", value)], most, "…"))
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _cut(items: list[T], most: int, sign: T) -> list[T]:
+    return items if len(items) <= most else [*items[:most], sign]
+
+
+def data_docs(target: Target, gate: Gate) -> str | None:
+    """The Data Docs of the expectations beside this page, as `proof` places them."""
+    path = str(gate.detail.get(DATA_DOCS) or "")
+    at = path.find(f"/{target.id}/data-docs/")
+    return quote(path[at + 1 :]) if at >= 0 else None
 
 
 def server_version(number: int) -> str:
@@ -276,12 +300,15 @@ _FILTERS: dict[str, Callable[..., str]] = {
     "iso": _iso,
     "percent": _percent,
     "together": _kept_together,
+    "capital": capital,
+    "shortened": shortened,
     "verdict": verdict_words,
 }
 _NAMES: dict[str, object] = {
     "Verdict": Verdict,
     "age": age,
     "counted": counted,
+    "data_docs": data_docs,
     "detail_items": detail_items,
     "gate_words": GATE_WORDS,
     "measured": measured,

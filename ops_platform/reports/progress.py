@@ -21,17 +21,22 @@ EVERY = 10.0
 
 
 @contextmanager
-def progress_bar(stream: TextIO | None = None, *, clock: Clock = SYSTEM_CLOCK) -> Generator[Progress]:
-    """Gives a `Progress` to hand to whatever moves bytes; it may be called from several threads. Writes to stderr by default."""
+def progress_bar(title: str = "", *, stream: TextIO | None = None, clock: Clock = SYSTEM_CLOCK) -> Generator[Progress]:
+    """Gives a `Progress` to hand to whatever moves bytes; it may be called from several threads. Writes to stderr by default.
+
+    `title` stands before each step, such as the target's id.
+    """
     out = stream or sys.stderr
     if not out.isatty():
-        lines = _Lines(out, clock)
-        yield lines
-        lines.finish()
+        lines = _Lines(out, title, clock)
+        try:
+            yield lines
+        finally:
+            lines.finish()
         return
     from rich.console import Console
 
-    with _Bars(Console(file=out)) as bars:
+    with _Bars(Console(file=out), title) as bars:
         yield bars
 
 
@@ -46,8 +51,9 @@ class _Seen:
 class _Lines:
     """For logs and pipes: a line when a step begins, every ten seconds, and when it is done."""
 
-    def __init__(self, out: TextIO, clock: Clock) -> None:
+    def __init__(self, out: TextIO, title: str, clock: Clock) -> None:
         self._out = out
+        self._title = title
         self._clock = clock
         self._steps: dict[str, _Seen] = {}
         self._lock = threading.Lock()
@@ -67,7 +73,7 @@ class _Lines:
 
     def _say(self, step: str, seen: _Seen, now: float) -> None:
         (since, before), seen.said = seen.said, (now, seen.last)
-        text = plain(step)
+        text = plain(f"{self._title} {step}".strip())
         if seen.total:
             share = min(100 * seen.last // seen.total, 100)
             text += f": {size(seen.last)} of {size(seen.total)} ({share} %)"
@@ -93,7 +99,7 @@ class _Lines:
 class _Bars:
     """One bar for each step, in the order in which the steps were first heard of."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, title: str) -> None:
         from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
         from rich.text import Text
 
@@ -103,6 +109,7 @@ class _Bars:
 
         name = TextColumn("{task.description}", markup=False)
         self._progress = Progress(name, BarColumn(bar_width=None), Figures(), console=console, expand=True)
+        self._title = title
         self._tasks: dict[str, TaskID] = {}
         self._lock = threading.Lock()
 
@@ -116,7 +123,9 @@ class _Bars:
     def __call__(self, step: str, done: int, total: int | None) -> None:
         with self._lock:
             if step not in self._tasks:
-                self._tasks[step] = self._progress.add_task(plain(step), total=total, completed=done)
+                self._tasks[step] = self._progress.add_task(
+                    plain(f"{self._title} {step}".strip()), total=total, completed=done
+                )
         self._progress.update(self._tasks[step], completed=done, total=total)
 
 

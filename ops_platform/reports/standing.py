@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from ops_platform.backup.model import RecoveryWindow
 from ops_platform.recovery.model import GateStatus, Objective, Scorecard, Verdict
-from ops_platform.reports.words import counted, duration, long_moment, sentence, utc
+from ops_platform.reports.words import counted, duration, long_moment, sentence, shortened, utc
 
 # A proof dated this far ahead of the page's clock is a clock that is off, and its age is worth nothing.
 CLOCK_SLACK = timedelta(minutes=5)
@@ -167,9 +167,9 @@ def story(
     dated = f"{long_moment(latest.ended_at)} ({age(latest.ended_at, now)} when this page was written)"
     verdict = shown(latest)
     if verdict is Verdict.FAIL:
-        news = [f"The last verification of {name}, of {dated}, failed: {sentence(latest.reason)}"]
+        news = [f"The last verification of {name}, of {dated}, failed: {sentence(_why(latest, GateStatus.FAILED))}"]
     elif verdict is Verdict.COULD_NOT_VERIFY:
-        reason = contradiction(latest) or latest.reason
+        reason = contradiction(latest) or _why(latest, GateStatus.COULD_NOT_CHECK)
         news = [
             f"The last verification of {name}, of {dated}, could not come to a verdict: {sentence(reason)}",
             "That proves nothing, neither good nor bad.",
@@ -185,6 +185,15 @@ def story(
         news.append(_last_good(latest, history))
     news += _missed(latest)
     return [can, *news] if where in (Standing.LOST, Standing.PROVEN) else [*news, can]
+
+
+def _why(scorecard: Scorecard, status: GateStatus) -> str:
+    """How many checks stand in the way; where none does, the record's own reason."""
+    bad = gate_counts(scorecard)[status]
+    if not bad:
+        return shortened(scorecard.reason, 300)
+    what = "failed" if status is GateStatus.FAILED else "could not be made"
+    return f"{bad} of {counted(len(scorecard.gates), 'check')} {what}"
 
 
 def _missed(scorecard: Scorecard) -> list[str]:

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING
 from ops_platform.backup.model import BackupInfo, RecoveryWindow
 from ops_platform.recovery.model import Gate, GateStatus, Objective, Scorecard, Step, Verdict
 from ops_platform.reports.chains import listed
+from ops_platform.reports.progress import progress_bar
 from ops_platform.reports.standing import contradiction, holes_of, shown, verdict_words
-from ops_platform.reports.words import day, duration, moment, plain, size, utc
+from ops_platform.reports.words import capital, day, duration, moment, plain, shortened, size, utc
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
     from rich.text import Text
+
+__all__ = ["backups_table", "print_scorecard", "progress_bar", "window_lines"]
 
 WIDEST = 110
 WIDE = 104
@@ -77,8 +80,8 @@ class _Page:
         self.show("")
         self.show(self.text(title, "bold"))
 
-    def table(self, *columns: tuple[str, str], indent: bool = True) -> Table:
-        """`columns`: title, and `l`, `r`, or `*` for the one that takes what is left."""
+    def table(self, *columns: tuple[str, str], least: int | None = None) -> Table:
+        """`columns`: title, and `l`, `r`, or `*` for the one that takes what is left, and is `least` wide."""
         from rich import box
         from rich.table import Table
 
@@ -86,9 +89,14 @@ class _Page:
             box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, width=self.width, header_style="dim", show_edge=False
         )
         for title, kind in columns:
-            grows = 1 if kind == "*" else None
+            right, grows = kind == "r", kind == "*"
             made.add_column(
-                title, justify="right" if kind == "r" else "left", ratio=grows, overflow="fold", no_wrap=kind == "r"
+                title,
+                justify="right" if right else "left",
+                no_wrap=right,
+                overflow="fold",
+                ratio=1 if grows else None,
+                min_width=least if grows else None,
             )
         return made
 
@@ -99,7 +107,7 @@ class _Page:
 
         verdict = shown(card)
         lines = [self.text(verdict_words(verdict)), self.text(card.target_id), Text("")]
-        lines.append(self.text(contradiction(card) or card.reason))
+        lines.append(self.text(shortened(contradiction(card) or card.reason, 400)))
         frame = Panel(
             Text("\n").join(lines), box=box.HEAVY, style=_VERDICT_STYLES[verdict], padding=(1, 3), width=self.width
         )
@@ -165,7 +173,7 @@ class _Page:
         for step in steps:
             bar = self.text(_bar(step, total, room, self.ascii), "blue")
             moved = "" if step.bytes is None else size(step.bytes)
-            table.add_row(self.text(step.name), bar, self.text(duration(step.seconds)), self.text(moved))
+            table.add_row(self.text(capital(step.name)), bar, self.text(duration(step.seconds)), self.text(moved))
         self.show(table)
 
     def gates(self, gates: Sequence[Gate]) -> None:
@@ -181,6 +189,13 @@ class _Page:
             about.append(self.text(f"\n{_brief(gate)}", "" if gate.status in _LOUD else "dim"))
             table.add_row(self.text(word, style), about, self.text(duration(gate.seconds)))
         self.show(table)
+
+    def proof(self, backup: BackupInfo) -> Text:
+        if backup.proof is None:
+            return self.text("not tried", "dim")
+        verdict = Verdict(backup.proof.verdict)
+        when = self.text(f" {day(backup.proof.verified_at)}", "default")
+        return self.text(verdict_words(verdict), _WORD_STYLES[verdict]).append(when)
 
     def notes(self, card: Scorecard) -> None:
         if card.notes:
@@ -202,9 +217,7 @@ _LOUD = (GateStatus.FAILED, GateStatus.COULD_NOT_CHECK)
 
 def _brief(gate: Gate) -> str:
     """A passed gate's result in one line; what stands in the way of a PASS with its id and at length."""
-    result = " ".join(gate.result.split())
-    most = 600 if gate.status in _LOUD else 160
-    result = result if len(result) <= most else f"{result[:most]}… (the whole of it is in the record)"
+    result = shortened(gate.result, 600 if gate.status in _LOUD else 160)
     return f"{gate.id}: {result}" if gate.status in _LOUD else result
 
 
@@ -224,27 +237,35 @@ def backups_table(infos: Sequence[BackupInfo], console: Console) -> None:
         page.show(page.text("No backup is in the store."))
         return
     wide = page.width >= WIDE
-    more = (("ended", "l"), ("PostgreSQL", "l")) if wide else ()
-    table = page.table(("backup", "*"), ("took", "r"), ("size", "r"), ("stored", "r"), *more, ("last proof", "l"))
+    more = (("ended (UTC)", "l"), ("PostgreSQL", "l")) if wide else ()
+    longest = max(len(plain(b.backup_id)) for b in infos) + 2
+    table = page.table(
+        ("backup", "*"),
+        ("took", "r"),
+        ("size", "r"),
+        ("stored", "r"),
+        *more,
+        ("last proof", "l"),
+        least=min(longest, 36),
+    )
     for each in listed(infos):
-        b = each.info
-        name = page.text("  " * min(each.depth, 1) + b.backup_id)
-        proof = page.text("not tried", "dim")
-        if b.proof:
-            verdict = Verdict(b.proof.verdict)
-            proof = page.text(verdict_words(verdict), _WORD_STYLES[verdict]).append(
-                f" {day(b.proof.verified_at)}", "default"
-            )
-        if b.error:
-            name.append(page.text(f"\nCANNOT BE READ: {b.error}", "bold red"))
-            table.add_row(name, "", "", "", *[""] * len(more), proof)
-            continue
-        if each.orphan:
+        name = page.text("  " * min(each.depth, 1) + each.info.backup_id)
+        if each.info.error:
+            name.append(page.text(f"\nCANNOT BE READ: {each.info.error}", "bold red"))
+        elif each.orphan:
             name.append(page.text("\nUSELESS ALONE: its full backup is not in the store", "bold red"))
-        extra = (moment(b.ended_at), f"{b.server_version // 10000}.{b.server_version % 10000}") if wide else ()
-        took = duration(utc(b.ended_at) - utc(b.started_at))
-        table.add_row(name, *(page.text(cell) for cell in (took, size(b.raw), size(b.stored), *extra)), proof)
+        table.add_row(name, *(page.text(cell) for cell in _cells(each.info, wide)), page.proof(each.info))
     page.show(table)
+
+
+def _cells(b: BackupInfo, wide: bool) -> list[str]:
+    """The figures of a backup; none where it cannot be read, because a zero would be one."""
+    if b.error:
+        return [""] * (5 if wide else 3)
+    cells = [duration(utc(b.ended_at) - utc(b.started_at)), size(b.raw), size(b.stored)]
+    if wide:
+        cells += [f"{utc(b.ended_at):%Y-%m-%d %H:%M}", f"{b.server_version // 10000}.{b.server_version % 10000}"]
+    return cells
 
 
 def window_lines(window: RecoveryWindow) -> list[str]:
