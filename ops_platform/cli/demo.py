@@ -1,0 +1,61 @@
+"""`ops demo`."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from ops_platform.cli.common import console, opened, span
+from ops_platform.errors import OpsError
+
+
+@click.command()
+def demo() -> None:
+    """Back up a live shop, prove the backup, lose its payments, bring them back to the second, check."""
+    from ops_platform.local import demo as story
+    from ops_platform.local import stack
+    from ops_platform.proof import reports_directory
+    from ops_platform.reports.terminal import print_scorecard, progress_bar
+
+    began = time.monotonic()
+    _step(1, "Real servers on this machine")
+    stack.up(say=lambda name, text: click.echo(f"   {name:13} {text}") if text.startswith("ready") else None)
+    with opened() as access:
+        _step(2, "The shop sells; the main job backs it up and proves the backup")
+        story.trade(100)
+        story.execute("nightly_backup", {}, _say)
+        print_scorecard(story.newest_card(access), console())
+
+        _step(3, "Damage")
+        loss = story.damage(_say)
+        _say(f"{loss.before} payments were there at {loss.moment:%H:%M:%S.%f} UTC, {loss.after} are there now")
+
+        _step(4, "Restore to the second before, and check the data")
+        config = {"ops": {"postgres__pitr_verification": {"config": {"at": loss.moment.isoformat()}}}}
+        story.execute("verify_recovery", config, _say)
+        print_scorecard(story.newest_card(access), console())
+
+        _step(5, "Bring the payments back")
+        with progress_bar(story.TARGET) as progress:
+            count, total = story.bring_back(access, loss, progress)
+        if (count, total) != (loss.before, loss.sum_before):
+            raise OpsError(
+                f"{count} payments ({total}) came back, {loss.before} ({loss.sum_before}) were there before the damage"
+            )
+        _say(f"all {count} payments are back, to the cent: {total}")
+        report = reports_directory(access) / f"{story.TARGET}.html"
+    click.echo()
+    click.secho(f"Done in {span(time.monotonic() - began)}.", bold=True)
+    click.echo(f"report:  {report}")
+    click.echo("web UI:  make ui")
+    click.echo("stop:    .venv/bin/ops local down")
+
+
+def _step(number: int, title: str) -> None:
+    click.echo()
+    click.secho(f"{number}. {title}", bold=True, fg="cyan")
+
+
+def _say(text: str) -> None:
+    click.echo(f"   {text}")
