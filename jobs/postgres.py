@@ -20,6 +20,7 @@ class ExpiryConfig(dg.Config):
 
 @dg.op(pool=POOL, description="Delete what no promise needs any more; observes unless the policy says enforce.")
 def expire(context: dg.OpExecutionContext, config: ExpiryConfig, platform: PlatformResource) -> None:
+    from ops_platform.actions.words import lines
     from ops_platform.backup.expiry import expire as run_expiry
 
     bad: list[str] = []
@@ -35,10 +36,10 @@ def expire(context: dg.OpExecutionContext, config: ExpiryConfig, platform: Platf
             except OpsError as error:
                 bad.append(f"{target.id}: {error}")
                 continue
-            for line in result.lines():
+            for line in lines(result):
                 context.log.info(f"{target.id}: {line}")
-            if not result.good:
-                bad.append(f"{target.id}: {'; '.join(result.lines())}")
+            if not result.ok:
+                bad.append(f"{target.id}: {'; '.join(lines(result))}")
     if bad:
         raise dg.Failure("; ".join(bad))
 

@@ -56,7 +56,7 @@ def record(access: Access, card: Scorecard, actor: str) -> None:
         return
     import hashlib
 
-    from ops_platform.ledger import open_ledger
+    from ops_platform.ledger import Ledger
 
     body = {
         "verification_id": card.verification_id,
@@ -68,7 +68,8 @@ def record(access: Access, card: Scorecard, actor: str) -> None:
         "gates": {gate.id: gate.status.value for gate in card.gates},
         "scorecard_sha256": hashlib.sha256(card.model_dump_json().encode()).hexdigest(),
     }
-    open_ledger(access).append("verification", card.target_id, body, actor=actor)
+    with Ledger(access.platform_db) as ledger:
+        ledger.append("backup.verification", card.target_id, body, actor=actor)
 
 
 def reports_directory(access: Access) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -225,7 +225,6 @@ def expire(
     ctx: click.Context, targets: tuple[str, ...], everything: bool, mode: str | None, approve: str | None, as_json: bool
 ) -> None:
     """Delete what no promise needs any more; observes unless the policy or --enforce says otherwise."""
-    from ops_platform.actions import ActionResult
     from ops_platform.backup.expiry import expire as run_expiry
 
     results: list[ActionResult] = []
@@ -236,11 +235,13 @@ def expire(
             if not as_json:
                 _show_action(target.id, result)
     if as_json:
-        emit(list[ActionResult], results)
-    ctx.exit(0 if all(result.good for result in results) else 1)
+        emit(list[dict[str, Any]], [result.as_json() for result in results])
+    ctx.exit(0 if all(result.ok for result in results) else 1)
 
 
 def _show_action(target_id: str, result: ActionResult) -> None:
-    click.secho(f"{target_id}: {result.plan.action}, plan {result.plan.digest[:16]}", bold=True)
-    for line in result.lines():
+    from ops_platform.actions.words import lines
+
+    click.secho(f"{target_id}: {result.plan.action}, plan {result.plan.digest}", bold=True)
+    for line in lines(result):
         click.echo(f"  {line}")
