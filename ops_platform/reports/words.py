@@ -72,7 +72,7 @@ def utc(when: datetime) -> datetime:
 
 def plain(text: str) -> str:
     """The text without what could steer a terminal or turn its direction; such characters are shown by their number."""
-    return _UNSAFE.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def sentence(text: str) -> str:

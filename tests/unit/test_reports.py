@@ -729,7 +729,7 @@ def test_no_text_of_a_record_becomes_markup() -> None:
         for n, b in enumerate(make_backups(2))
     ]
     target = make_target().model_copy(
-        update=dict.fromkeys(("id", "description", "environment", "owner", "classification"), HOSTILE)
+        update=dict.fromkeys(("description", "environment", "owner", "classification"), HOSTILE)
     )
     shown = page(card, [other], replace(TORN, gaps=gaps), backups, target)
     index = read(index_report([Row(target, card, TORN, HOSTILE), Row(target, other, None)], NOW))
@@ -743,7 +743,7 @@ def test_no_text_of_a_record_becomes_markup() -> None:
 
 def test_characters_that_turn_the_text_are_shown_by_number() -> None:
     shown = page(make_card(reason="x", notes=["all \u202edoog\u202c and \x1b[2J"]))
-    assert "all \\x202edoog\\x202c and \\x1b[2J" in shown.one("main").text
+    assert "all \\u202edoog\\u202c and \\x1b[2J" in shown.one("main").text
     assert plain("Größe\n\t→") == "Größe\n\t→"
 
 
