@@ -163,7 +163,7 @@ class _Written:
 
     def mistake(self, path: KeyPath, what: str, remedy: str | None = None, *, line: int | None = None) -> Mistake:
         real = self.origin(path)
-        return Mistake(f"{self.document.name}:{line or self.document.line(real)}", _dotted(real), what, remedy)
+        return Mistake(f"{self.document.name}:{line or self.document.line(real)}", dotted(real), what, remedy)
 
 
 def policy_of(backup: Any) -> Any:
@@ -198,19 +198,23 @@ def _mistake(item: Any, written: _Written) -> Mistake | None:
         if real[:1] == ("environments",) and len(path) == 3:
             return None  # said by `_useless_defaults`, once for all targets
         return written.mistake(
-            path, *_unknown(path[-1], _valid_keys(path[:-1], in_policy=real[0] == "backup_policies"))
+            path, *unknown_key(path[-1], _valid_keys(path[:-1], in_policy=real[0] == "backup_policies"))
         )
     if kind == "missing":
         if path[:-1] in written.without_defaults and path[-1] != "environment":
             return None
         return written.mistake(path, f"the key {str(path[-1])!r} is missing")
-    if kind in _KINDS:
-        return written.mistake(path, f"this should be {_KINDS[kind]}, not {_named(item.get('input'))}")
-    what = item["msg"].removeprefix("Value error, ").replace("Input should be", "this should be")
-    return written.mistake(path, what)
+    return written.mistake(path, in_our_words(item))
 
 
-def _unknown(key: Any, valid: Sequence[str]) -> tuple[str, str]:
+def in_our_words(item: Any) -> str:
+    """What pydantic says of a wrong type or value."""
+    if item["type"] in _KINDS:
+        return f"this should be {_KINDS[item['type']]}, not {_named(item.get('input'))}"
+    return item["msg"].removeprefix("Value error, ").replace("Input should be", "this should be")
+
+
+def unknown_key(key: Any, valid: Sequence[str]) -> tuple[str, str]:
     near = get_close_matches(str(key), valid, n=1, cutoff=0.5)
     return (
         f"there is no key {str(key)!r} here",
@@ -231,7 +235,8 @@ def _line_of(mistake: Mistake) -> tuple[int, str, str]:
     return int(mistake.where.rpartition(":")[2]), mistake.key, mistake.what
 
 
-def _dotted(path: KeyPath) -> str:
+def dotted(path: KeyPath) -> str:
+    """`targets[3].backup.policy`."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")
 
 
@@ -337,7 +342,7 @@ def _useless_defaults(written: _Written) -> Iterator[Mistake]:
     for name, environment in _table(written.value.get("environments")).items():
         for key in _table(_table(environment).get("defaults")):
             if key not in valid:
-                yield written.mistake(("environments", name, "defaults", key), *_unknown(key, valid))
+                yield written.mistake(("environments", name, "defaults", key), *unknown_key(key, valid))
 
 
 def _vault_references(value: Any, path: KeyPath) -> Iterator[KeyPath]:
