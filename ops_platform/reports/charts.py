@@ -203,7 +203,7 @@ class _TimeAxis:
     @classmethod
     def over(cls, times: Sequence[datetime], pad: float, left: float = 0.0) -> _TimeAxis:
         first, last = min(times), max(times)
-        spare = max((last - first) * pad, timedelta(seconds=30))
+        spare = (last - first) * pad or timedelta(seconds=30)
         return cls(first - spare, last + spare, left)
 
     @property

@@ -120,7 +120,9 @@ def reach(name: str, window: RecoveryWindow | None, *, proven: bool) -> str:
     if window.earliest is None or window.latest is None:
         return f"Nothing of {name} can be restored: the store holds no usable backup with its WAL."
     claim = "can be restored to" if proven else "has backups and WAL for"
-    text = f"{name} {claim} any moment from {long_moment(window.earliest)} to {long_moment(window.latest)}"
+    short = window.latest - window.earliest < timedelta(days=1)
+    begin, end = (long_moment(at, seconds=short) for at in (window.earliest, window.latest))
+    text = f"{name} {claim} any moment from {begin} to {end}"
     holes = holes_of(window)
     if holes:
         lost = sum((end - begin for begin, end in holes), timedelta(0))
@@ -167,9 +169,9 @@ def story(
     dated = f"{long_moment(latest.ended_at)} ({age(latest.ended_at, now)} when this page was written)"
     verdict = shown(latest)
     if verdict is Verdict.FAIL:
-        news = [f"The last verification of {name}, of {dated}, failed: {sentence(_why(latest, GateStatus.FAILED))}"]
+        news = [f"The last verification of {name}, of {dated}, failed{_why_failed(latest)}"]
     elif verdict is Verdict.COULD_NOT_VERIFY:
-        reason = contradiction(latest) or _why(latest, GateStatus.COULD_NOT_CHECK)
+        reason = contradiction(latest) or _why_unknown(latest)
         news = [
             f"The last verification of {name}, of {dated}, could not come to a verdict: {sentence(reason)}",
             "That proves nothing, neither good nor bad.",
@@ -187,13 +189,19 @@ def story(
     return [can, *news] if where in (Standing.LOST, Standing.PROVEN) else [*news, can]
 
 
-def _why(scorecard: Scorecard, status: GateStatus) -> str:
+def _why_failed(card: Scorecard) -> str:
     """How many checks stand in the way; where none does, the record's own reason."""
-    bad = gate_counts(scorecard)[status]
-    if not bad:
-        return shortened(scorecard.reason, 300)
-    what = "failed" if status is GateStatus.FAILED else "could not be made"
-    return f"{bad} of {counted(len(scorecard.gates), 'check')} {what}"
+    failed = gate_counts(card)[GateStatus.FAILED]
+    if failed:
+        return f" in {failed} of {counted(len(card.gates), 'check')}."
+    return f": {sentence(shortened(card.reason, 300))}"
+
+
+def _why_unknown(card: Scorecard) -> str:
+    unmade = gate_counts(card)[GateStatus.COULD_NOT_CHECK]
+    if unmade:
+        return f"{unmade} of {counted(len(card.gates), 'check')} could not be made"
+    return shortened(card.reason, 300)
 
 
 def _missed(scorecard: Scorecard) -> list[str]:

@@ -24,7 +24,7 @@ def duration(seconds: float | timedelta) -> str:
     if value < 3599.5:
         minutes, rest = divmod(round(value), 60)
         return sign + _two((minutes, "min"), (rest, "s"))
-    if value < 86370:
+    if value < 172770:
         hours, rest = divmod(round(value / 60), 60)
         return sign + _two((hours, "h"), (rest, "min"))
     days, rest = divmod(round(value / 3600), 24)

@@ -360,7 +360,8 @@ def one_line(text: str) -> str:
     ("seconds", "text"),
     [
         (0, "0 s"), (0.0041, "4 ms"), (0.9996, "1 s"), (1.84, "1.8 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1 min"),
-        (252, "4 min 12 s"), (240, "4 min"), (3599.6, "1 h"), (11100, "3 h 5 min"), (86399, "1 d"), (1231200, "14 d 6 h"),
+        (252, "4 min 12 s"), (240, "4 min"), (3599.6, "1 h"), (11100, "3 h 5 min"), (86399, "24 h"), (88000, "24 h 27 min"),
+        (172800, "2 d"), (1231200, "14 d 6 h"),
         (-90, "-1 min 30 s"), (timedelta(hours=4), "4 h"),
     ],
 )  # fmt: skip
@@ -443,12 +444,28 @@ def test_the_first_sentence_is_the_news() -> None:
         "15 Jan 2026, 05:30:00 UTC in 3 min 43 s and found nothing wrong in 15 checks.",
     ]
     failed = story("app-db", make_failed(), make_history(), WINDOW, timedelta(days=2), NOW)
-    assert failed[0].endswith("failed: 1 of 15 checks failed.")
+    assert failed[0].endswith("failed in 1 of 15 checks.")
     assert failed[1].startswith("The last good proof is of 14 Jan 2026")
     assert "the time to restore is 4 h 31 min where 4 h at most were promised" in failed[2]
     unverified = story("app-db", make_unverified(), [], WINDOW, timedelta(days=2), NOW)
     assert "could not come to a verdict: 1 of 2 checks could not be made." in unverified[0]
     assert "No earlier proof is on record." in unverified
+
+
+def test_without_gates_the_reason_of_the_record_is_told() -> None:
+    for make in (make_failed, make_unverified):
+        said = story(
+            "app-db", make(gates=[], reason="the restore stopped: no space left"), [], WINDOW, timedelta(days=2), NOW
+        )
+        assert said[0].endswith(": the restore stopped: no space left.")
+
+
+def test_a_window_of_minutes_is_told_to_the_second() -> None:
+    begin = LATEST - timedelta(minutes=3)
+    said = story(
+        "app-db", make_card(), [], RecoveryWindow(begin, LATEST, [(begin, LATEST)], []), timedelta(days=2), NOW
+    )
+    assert "from 15 Jan 2026, 08:27:00 UTC to 15 Jan 2026, 08:30:00 UTC" in said[0]
 
 
 def test_a_gap_in_the_window_is_part_of_the_claim() -> None:
@@ -519,7 +536,7 @@ def test_the_three_figures_stand_beside_their_promise() -> None:
     texts = [figure.text for figure in figures]
     assert "1.8 s promised: 1 h at most kept" in texts[0]
     assert "4 h 31 min promised: 4 h at most missed" in texts[1]
-    assert "1 d promised: 4 h at most missed" in texts[2]
+    assert "24 h 27 min promised: 4 h at most missed" in texts[2]
     assert ["tone-good" in figure.classes() for figure in figures] == [True, False, False]
 
 
@@ -619,7 +636,7 @@ def test_a_young_target_is_drawn_at_its_own_size() -> None:
     begin = NOW - timedelta(minutes=3)
     drawn = coverage(RecoveryWindow(begin, NOW, [(begin, NOW)], []), [], [], timedelta(days=14), NOW)
     assert drawn is not None
-    assert drawn.pieces[0].width > 60
+    assert drawn.pieces[0].width > 90
     assert drawn.promised is None
     assert "the store reaches back 3 min, as far as the oldest backup." in drawn.facts[0]
 
