@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ops_platform.backup.archive import Archive, open_target_repository, read_archive, recovery_window
-from ops_platform.backup.fetch import Owner, combine, fetch_backup
+from ops_platform.backup.fetch import Owner, check_empty, combine, fetch_backup
 from ops_platform.backup.model import (
     BackupEngine,
     BackupInfo,
@@ -127,11 +128,15 @@ class NativeEngine:
     def _fetch_chain(
         self, chain: list[Manifest], into: Path, tablespaces: dict[str, Path], owner: Owner | None, progress: Progress
     ) -> dict[int, Path]:
-        """Each backup of the chain beside the target directory, then combined into it."""
-        if into.exists() and any(into.iterdir()):
-            raise UsageError(
-                "the directory is not empty", where=str(into), remedy="name another one; nothing is restored over files"
-            )
+        """Each backup of the chain beside the target directory, then combined, and moved there as a whole."""
+        locations = {a.oid: a.location or "" for a in chain[-1].archives if a.oid is not None}
+        final = {oid: tablespaces.get(location) or Path(location) for oid, location in locations.items()}
+        parts = into.with_name(f".{into.name}.parts")
+        combining = parts / "combining"
+        check_empty(into, into)  # before all else: once it stands there, nothing of it is cleared away
+        if not _clear_unfinished(combining, chain[-1].backup_id, final):
+            for root in final.values():
+                check_empty(into, root)
         install = need_postgres(chain[-1].major, self.target.sandbox.postgres.values())
         program = install.tool("pg_combinebackup")
         if program is None:
@@ -139,7 +144,6 @@ class NativeEngine:
                 f"the PostgreSQL {chain[-1].major} found at {install.bindir} has no pg_combinebackup",
                 remedy=f"install postgresql-client-{chain[-1].major}, or name its bin directory under sandbox.postgres",
             )
-        parts = into.with_name(f".{into.name}.parts")
         parts.mkdir(parents=True, exist_ok=True)
         parts.chmod(0o755)
         places: list[dict[int, Path]] = []
@@ -164,18 +168,21 @@ class NativeEngine:
                     progress=progress,
                 )
             )
-        locations = {a.oid: a.location or "" for a in chain[-1].archives if a.oid is not None}
-        final = {oid: tablespaces.get(location) or Path(location) for oid, location in locations.items()}
         progress("combining the chain", 0, None)
-        if into.exists():
-            into.rmdir()
+        combining.write_text(_unfinished(chain[-1].backup_id, final))
+        for root in (parts / "combined", *final.values()):
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            run_as().own(root)
         combine(
             program,
             [parts / manifest.backup_id for manifest in chain],
-            into,
+            parts / "combined",
             {places[-1][oid]: place for oid, place in final.items()},
             dict(run_as().popen),
         )
+        if into.exists():
+            into.rmdir()
+        (parts / "combined").rename(into)
         shutil.rmtree(parts)
         return final
 
@@ -187,3 +194,21 @@ class NativeEngine:
         from ops_platform.backup.expiry import ExpiryAction
 
         return ExpiryAction
+
+
+def _unfinished(backup_id: str, spaces: dict[int, Path]) -> str:
+    return json.dumps([backup_id, *(str(place.absolute()) for place in spaces.values())])
+
+
+def _clear_unfinished(combining: Path, backup_id: str, spaces: dict[int, Path]) -> bool:
+    """What a kill in the middle of pg_combinebackup left: removed, where this very restore had begun it."""
+    if not combining.exists():
+        return False
+    if combining.read_text() != _unfinished(backup_id, spaces):
+        raise UsageError(
+            "another unfinished restore stands here", where=str(combining.parent), remedy="remove it first"
+        )
+    for place in (combining.with_name("combined"), *spaces.values()):
+        shutil.rmtree(place, ignore_errors=True)
+    combining.unlink()
+    return True

@@ -125,17 +125,17 @@ def fetch_backup(
     roots = _roots(manifest, into, tablespaces or {})
     spaces = {archive.oid: root for archive, root in zip(manifest.archives, roots, strict=True) if archive.oid}
     try:
-        journal = _Journal(into, manifest.backup_id, roots)
-        if not (into / _CONTROL).exists():  # there it is whole: the last try was killed in its very last step
-            _fetch_all(repository, manifest, _Tree(into, roots, owner), journal, workers, progress)
-            _write_owned(into / "backup_manifest", repository.pg_manifest(manifest), owner)
-            _link_tablespaces(into, spaces, owner)
-            progress("syncing to disk", 0, None)
-            for root in roots:
-                sync_file_system(root)
-            (into / _CONTROL_ASIDE).rename(into / _CONTROL)
-            sync_file_system(into)
-        journal.remove()
+        with _Journal(into, manifest.backup_id, roots) as journal:
+            if not (into / _CONTROL).exists():  # there it is whole: the last try was killed in its very last step
+                _fetch_all(repository, manifest, _Tree(into, roots, owner), journal, workers, progress)
+                _write_owned(into / "backup_manifest", repository.pg_manifest(manifest), owner)
+                _link_tablespaces(into, spaces, owner)
+                progress("syncing to disk", 0, None)
+                for root in roots:
+                    sync_file_system(root)
+                (into / _CONTROL_ASIDE).rename(into / _CONTROL)
+                sync_file_system(into)
+        (into / JOURNAL).unlink()
     except OSError as error:
         raise _disk_error(error, into) from error
     return spaces
@@ -169,7 +169,7 @@ class _Journal:
                 self.done = {(int(archive), int(block)) for archive, block, _ in marks}
         else:
             for root in roots:
-                _check_empty(into, root)
+                check_empty(into, root)
         into.mkdir(parents=True, exist_ok=True)
         into.chmod(0o700)
         if not self.done:
@@ -184,9 +184,11 @@ class _Journal:
     def bytes(self, manifest: Manifest) -> int:
         return sum(manifest.archives[a].blocks[b].raw for a, b in self.done)
 
-    def remove(self) -> None:
+    def __enter__(self) -> _Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
-        self._path.unlink()
 
 
 def _check_same(into: Path, begun: Mapping[str, object], wanted: Mapping[str, object]) -> None:
@@ -202,7 +204,8 @@ def _check_same(into: Path, begun: Mapping[str, object], wanted: Mapping[str, ob
         )
 
 
-def _check_empty(into: Path, root: Path) -> None:
+def check_empty(into: Path, root: Path) -> None:
+    """Raises UsageError for a directory, or a tablespace's, in which something stands."""
     if not root.exists() or not any(entry.name != JOURNAL for entry in root.iterdir()):
         return
     if root == into:

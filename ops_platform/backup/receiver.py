@@ -621,6 +621,7 @@ class TargetReceiver:
     def receive_once(self, start_lsn: Lsn, end_lsn: Lsn, timeline: int) -> int:
         """See `receive_range`."""
         repository, keys = self._open()
+        keys.get()
         member = find_primary(self.access, self.target)
         where = f"{member.host}:{member.port}"
         stream = WalStream(self.access.replication(self.target, member), where, self._clock)
@@ -633,7 +634,9 @@ class TargetReceiver:
             self._waker.watch(stream.poller)
             start = Start(timeline, floor(start_lsn, size))
             partial_end = stored_partial(repository, sysid, start, size)
-            segments = Segments(sink, timeline, start.lsn, partial_every=3600, partial_end=partial_end)
+            segments = Segments(
+                sink, timeline, start.lsn, partial_every=3600, partial_end=partial_end, note=self._trouble
+            )
             # The last segment to its end, where the server has that much (a primary switches when a backup ends): an unfinished one
             # counts only as long as it is the newest, and this backup is to outlive the next one.
             whole = floor(end_lsn + size - 1, size)
@@ -648,7 +651,10 @@ class TargetReceiver:
                     segments.settle()
             self._goodbye(segments)
             if segments.durable < end_lsn:
-                raise UnreachableError(f"WAL up to {end_lsn} could not be stored, only to {Lsn(segments.durable)}")
+                cause = f": {self.state.last_error}" if self.state.last_error else ""
+                raise UnreachableError(
+                    f"WAL up to {end_lsn} could not be stored, only to {Lsn(segments.durable)}{cause}", where=where
+                )
             return segments.received - start.lsn
         finally:
             stream.close()
