@@ -244,7 +244,7 @@ class _Tree:
         """Every directory, and every file at its full size, so that its parts may be written in any order."""
         for root in self.roots:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._own(root)
+            self.own(root)
         for entry in sorted(entries, key=lambda entry: entry.kind != "dir"):
             path = self.path(entry)
             if entry.kind == "dir":
@@ -256,7 +256,7 @@ class _Tree:
                 with path.open("wb") as file:
                     file.truncate(entry.size)
                 path.chmod(entry.mode or 0o600)
-            self._own(path)
+            self.own(path)
 
     def write(self, piece: _Piece, block: memoryview) -> None:
         descriptor = os.open(self.path(piece.entry), os.O_WRONLY)
@@ -278,9 +278,9 @@ class _Tree:
                 shutil.copyfileobj(content, file, 1 << 20)
             path.chmod(0o600)
         if path.exists():
-            self._own(path)
+            self.own(path)
 
-    def _own(self, path: Path) -> None:
+    def own(self, path: Path) -> None:
         if self._owner:
             os.chown(path, self._owner.uid, self._owner.gid, follow_symlinks=False)
 
@@ -340,6 +340,7 @@ def _fetch_sequential(repository: Repository, manifest: Manifest, tree: _Tree, p
     """Archives that the server compressed: one stream each, from its first block to its last."""
     for root in tree.roots:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tree.own(root)
         if not any(entry.name != JOURNAL for entry in root.iterdir()):
             continue
         for entry in root.iterdir():  # an earlier try: a stream cannot be resumed in its middle

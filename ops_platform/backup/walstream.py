@@ -87,6 +87,11 @@ _WHAT_TO_DO: list[tuple[str, type[OpsError], str | None]] = [
     ),
     (r"wal_level", OpsError, "set wal_level = replica and restart the server"),
     (
+        r"build does not support compression|invalid compression specification",
+        OpsError,
+        "set transfer.compress_at: client, or a compression that the server was built with",
+    ),
+    (
         r"permission denied|must be superuser or replication role|authentication",
         AccessDeniedError,
         "ALTER ROLE … REPLICATION, and a pg_hba.conf line for it",

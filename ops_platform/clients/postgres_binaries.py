@@ -265,7 +265,10 @@ class PostgresServer:
     def configure(
         self, settings: Mapping[str, str], *, hba: str | None = None, file: str = "postgresql.auto.conf"
     ) -> None:
-        lines = "".join(f"{key} = '{value.replace(chr(39), chr(39) * 2)}'\n" for key, value in settings.items())
+        def quoted(value: str) -> str:
+            return "'" + value.replace("\\", "\\\\").replace("'", "''") + "'"
+
+        lines = "".join(f"{key} = {quoted(value)}\n" for key, value in settings.items())
         with (self.directory / file).open("a") as out:
             out.write(lines)
         self.user.own(self.directory / file)
@@ -281,6 +284,8 @@ class PostgresServer:
 
     def start(self, options: Mapping[str, str] | None = None, *, wait: float = 60) -> int:
         """Start as a child and wait until it answers. Returns the pid. Raises OpsError with the log's tail."""
+        if self._made_sockets and not self.sockets.exists():  # removed when it was stopped
+            self.sockets = _short_directory(self.user)
         with self.log.open("ab") as log:
             process = subprocess.Popen[bytes](
                 self.command(options), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", **self.user.popen
