@@ -1,24 +1,41 @@
-"""A target with a real server and an archive in a real store, for the tests of WAL reception; faults are injected here."""
+"""A target with a real server and an archive in a real store, for the tests of WAL reception; faults are injected here.
+
+`python -m tests.integration.wal_rig JSON` runs a receiver or a fetcher as a process of its own, which a test can kill.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import shutil
+import socket
+import struct
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psycopg
 from psycopg import pq
 
-from ops_platform.backup.archive import read_archive
+from ops_platform.backup.archive import holds, read_archive
+from ops_platform.backup.archive import missing as missing_wal
+from ops_platform.backup.model import Lsn
 from ops_platform.backup.receiver import Receiver, TargetState
 from ops_platform.backup.repository import Repository
 from ops_platform.clients.keys import DataKey
 from ops_platform.clients.objectstore import ObjectStore
-from ops_platform.clients.postgres_binaries import PostgresServer
-from ops_platform.errors import AccessDeniedError, OpsError, UnreachableError
+from ops_platform.clients.postgres_binaries import PostgresServer, find_postgres, free_port, run_as, run_tool
+from ops_platform.clients.s3 import S3Store
+from ops_platform.errors import AccessDeniedError, UnreachableError
 from ops_platform.inventory.model import Target
+from ops_platform.local.components import Place, s3_settings
+from tests.rig import missing, scratch
 
 SETTINGS = {
     "wal_level": "replica",
@@ -34,15 +51,136 @@ SETTINGS = {
 HBA = "local all all trust\nlocal replication all trust\nhost all all 127.0.0.1/32 trust\nhost replication all 127.0.0.1/32 trust\n"
 
 
-def eventually(what: Callable[[], Any], *, seconds: float = 60, why: str = "") -> Any:
+def eventually(what: Callable[[], Any], *, seconds: float = 60, why: str | Callable[[], object] = "") -> Any:
     """Poll until `what` is true (its value), or fail: nothing here waits by sleeping for a guessed time."""
     deadline = time.monotonic() + seconds
     while True:
         if value := what():
             return value
         if time.monotonic() > deadline:
-            raise AssertionError(f"did not happen within {seconds} s: {why}")
+            raise AssertionError(f"did not happen within {seconds} s: {why() if callable(why) else why}")
         time.sleep(0.02)
+
+
+# Servers
+
+
+def new_server(major: int = 18, settings: Mapping[str, str] | None = None, *, segment_mb: int = 1) -> PostgresServer:
+    """A running cluster in a folder of its own. Small segments, so that a few megabytes fill many."""
+    server = bare_server(scratch("ops-wal-"), major)
+    server.initdb(options=(f"--wal-segsize={segment_mb}",))
+    server.configure({**SETTINGS, **(settings or {})}, hba=HBA)
+    server.start()
+    return server
+
+
+def bare_server(home: Path, major: int = 18) -> PostgresServer:
+    install = find_postgres(major)
+    if install is None:
+        missing(f"PostgreSQL {major}", "make services installs it")
+    assert install is not None
+    run_as().own(home)
+    return PostgresServer(install, home / "data", port=free_port())
+
+
+def copied(server: PostgresServer, *, standby: bool = False) -> PostgresServer:
+    """A base backup of a running server by PostgreSQL's own tool; as a standby it is started and streams."""
+    made = bare_server(scratch("ops-wal-"), server.install.major)
+    tool = server.install.tool("pg_basebackup")
+    assert tool is not None
+    command: list[str | Path] = [
+        tool,
+        "-D",
+        made.directory,
+        "-h",
+        "127.0.0.1",
+        "-p",
+        str(server.port),
+        "-U",
+        "postgres",
+    ]
+    done = run_tool([*command, "-c", "fast", "--no-sync", "-X", *(["stream", "-R"] if standby else ["none"])])
+    assert done.returncode == 0, done.stderr
+    if standby:
+        made.start()
+    return made
+
+
+def remove(server: PostgresServer) -> None:
+    server.stop("immediate")
+    shutil.rmtree(server.directory.parent, ignore_errors=True)
+
+
+def crash(server: PostgresServer) -> None:
+    """kill -9 of the postmaster; its children leave when they notice."""
+    server.kill9()
+    eventually(lambda: not _answers(server.port), why="the port of a killed server is still open")
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+# Faults
+
+
+class Wire:
+    """A TCP connection to the store through our hands: `broken` resets what is open and whatever comes, in mid-flight."""
+
+    def __init__(self, port: int) -> None:
+        self._to = port
+        self.broken = False
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client = self._listener.accept()[0]
+                if self.broken:
+                    _reset(client)
+                    continue
+                server = socket.create_connection(("127.0.0.1", self._to))
+                with self._lock:
+                    self._open |= {client, server}
+                for one, other in ((client, server), (server, client)):
+                    threading.Thread(target=self._carry, args=(one, other), daemon=True).start()
+
+    def _carry(self, one: socket.socket, other: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := one.recv(65536):
+                if self.broken:
+                    break
+                other.sendall(data)
+        for end in (one, other):
+            _reset(end)
+            with self._lock:
+                self._open.discard(end)
+
+    def cut(self) -> None:
+        """Reset everything now, and every new connection until `mend`."""
+        self.broken = True
+        with self._lock:
+            for end in self._open:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+    def mend(self) -> None:
+        self.broken = False
+
+    def close(self) -> None:
+        self._listener.close()
+        self.cut()
+
+
+def _reset(end: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # RST instead of FIN
+    end.close()
 
 
 class Keys:
@@ -150,8 +288,8 @@ class Access:
         return conn
 
 
-def target(target_id: str = "app-db", *, partial_every: str = "1s", slot: str = "ops_wal") -> Target:
-    return Target.model_validate(
+def target(target_id: str = "app-db", *, partial_every: float = 0.2, slot: str = "ops_wal") -> Target:
+    made = Target.model_validate(
         {
             "id": target_id,
             "environment": "test",
@@ -160,16 +298,19 @@ def target(target_id: str = "app-db", *, partial_every: str = "1s", slot: str = 
             "objectives": {},
             "connection": {"hosts": [{"host": "127.0.0.1"}], "user": "postgres", "tls": {"mode": "disable"}},
             "repository": {"store": "s3", "keys": "keys"},
-            "wal": {"slot": slot, "partial_every": partial_every},
+            "wal": {"slot": slot},
             "backup": {"schedule": {"cron": "15 2 * * *"}},
         }
     )
+    # Shorter than an inventory may say, so that tests do not wait for it.
+    wal = made.wal.model_copy(update={"partial_every": timedelta(seconds=partial_every)})
+    return made.model_copy(update={"wal": wal})
 
 
 class Rig:
     """One target with its servers, store, keys, and receivers that run in threads."""
 
-    def __init__(self, servers: list[PostgresServer], store: ObjectStore, target_id: str) -> None:
+    def __init__(self, servers: list[PostgresServer], store: ObjectStore, target_id: str = "app-db") -> None:
         self.servers = servers
         self.store = FaultyStore(store)
         self.keys = Keys()
@@ -186,7 +327,7 @@ class Rig:
     def receiver(self, **more: Any) -> Receiver:
         receiver = Receiver(
             self.access,  # type: ignore[arg-type]
-            [self.target],
+            more.pop("targets", [self.target]),
             log=lambda target_id, text: self.log.append(text),
             most_backoff=0.5,
             **more,
@@ -198,7 +339,7 @@ class Rig:
     def streaming(self, **more: Any) -> tuple[Receiver, TargetState]:
         receiver = self.receiver(**more)
         state = receiver.states[0]
-        eventually(lambda: state.phase == "streaming", why=str(state.last_error))
+        eventually(lambda: state.phase == "streaming", why=lambda: state.last_error)
         return receiver, state
 
     def sql(self, text: str, server: PostgresServer | None = None) -> Any:
@@ -217,27 +358,76 @@ class Rig:
     def position(self, server: PostgresServer | None = None) -> int:
         return int(self.sql("select pg_current_wal_flush_lsn() - '0/0'::pg_lsn", server))
 
-    def switch(self) -> int:
-        """Finish the segment; the first position of the next."""
-        at = int(self.sql("select pg_switch_wal() - '0/0'::pg_lsn"))
-        return (at + (16 << 20) - 1) // (16 << 20) * (16 << 20)
+    def segment_size(self, server: PostgresServer | None = None) -> int:
+        return int(self.sql("select setting::bigint from pg_settings where name = 'wal_segment_size'", server))
 
-    def archived(self) -> dict[str, bytes]:
+    def switch(self, server: PostgresServer | None = None) -> int:
+        """Finish the segment; the first position of the next."""
+        at = int(self.sql("select pg_switch_wal() - '0/0'::pg_lsn", server))
+        size = self.segment_size(server)
+        return (at + size - 1) // size * size
+
+    def slot(self, what: str, server: PostgresServer | None = None) -> Any:
+        """A column of pg_replication_slots, of our slot; positions as numbers. None where there is no slot."""
+        number = f"({what} - '0/0'::pg_lsn)::bigint" if what.endswith("_lsn") else what
+        with (server or self.primary).connect() as conn:
+            row = conn.execute(
+                f"select {number} from pg_replication_slots where slot_name = %s", [self.target.wal.slot]
+            ).fetchone()
+        return row[0] if row else None
+
+    def confirmed(self, server: PostgresServer | None = None) -> int:
+        """How far we told the server that it may forget."""
+        return int(self.slot("restart_lsn", server) or 0)
+
+    def holds(self, lsn: int, **more: Any) -> bool:
+        return holds(self.repository, lsn, **more)
+
+    def await_archived(self, lsn: int, **more: Any) -> None:
+        eventually(lambda: self.holds(lsn, **more), why=lambda: f"{Lsn(lsn)} is not archived; {self.log[-3:]}")
+
+    def archived(self, *, partial: bool = False) -> dict[str, bytes]:
+        """The stored segments, opened: the whole ones, or the unfinished ones that no whole one stands beside."""
         archive = read_archive(self.repository)
         if archive is None:
             return {}
+        whole = {item.name for item in archive.listing if not item.partial}
         found: dict[str, bytes] = {}
         for item in archive.listing:
-            if not item.history and not item.partial:
-                sealed = self.repository.get_wal(archive.system_identifier, item.name)
+            if not item.history and item.partial is partial and not (partial and item.name in whole):
+                sealed = self.repository.get_wal(archive.system_identifier, item.name, partial=partial)
                 assert sealed is not None
                 found[item.name] = sealed.plain
         return found
+
+    def holes(self) -> list[tuple[int, str, str]]:
+        archive = read_archive(self.repository)
+        assert archive is not None
+        return missing_wal(archive.stocks, archive.lines, archive.segment_size)
 
     def on_disk(self, server: PostgresServer | None = None) -> Iterator[tuple[str, bytes]]:
         for file in sorted((Path((server or self.primary).directory) / "pg_wal").iterdir()):
             if len(file.name) == 24:
                 yield file.name, file.read_bytes()
+
+    def assert_identical(self, server: PostgresServer | None = None, *, timeline: int = 1) -> int:
+        """Every archived segment that the server still has is the same, byte for byte; how many were compared."""
+        disk = {name: content for name, content in self.on_disk(server) if int(name[:8], 16) == timeline}
+        compared = 0
+        for name, content in self.archived().items():
+            if name in disk:
+                assert content == disk[name], f"{name} differs"
+                compared += 1
+        for name, content in self.archived(partial=True).items():
+            if name in disk:
+                assert content == disk[name][: len(content)], f"{name}.partial differs"
+                compared += 1
+        return compared
+
+    def stop(self, receiver: Receiver) -> None:
+        receiver.stop()
+        assert receiver.join(30), "a receiver did not end"
+        self._running.remove(receiver)
 
     def close(self) -> None:
         self.store.fault = lambda verb, key: None
@@ -247,8 +437,88 @@ class Rig:
             assert receiver.join(30), "a receiver did not end"
 
 
-def wait_for(event: threading.Event, seconds: float = 30) -> None:
-    assert event.wait(seconds)
+# A process of its own
 
 
-__all__ = ["HBA", "SETTINGS", "Access", "Keys", "OpsError", "Rig", "eventually", "target"]
+class Child:
+    """A receiver or a fetcher that can be killed."""
+
+    def __init__(self, task: Mapping[str, Any]) -> None:
+        command = [sys.executable, "-m", "tests.integration.wal_rig", json.dumps(task)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill9()
+
+    def line(self) -> str:
+        """The next line that it says; blocks until then. Empty where it has ended."""
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def until(self, beginning: str) -> str:
+        heard: list[str] = []
+        while said := self.line():
+            heard.append(said)
+            if said.startswith(beginning):
+                return said
+        raise AssertionError(f"the child ended before it said {beginning!r}: {heard[-5:]}")
+
+    def kill9(self) -> None:
+        self._process.kill()
+        self._process.wait(30)
+
+
+def _store_task(place: Place, prefix: str) -> dict[str, Any]:
+    return {"place": str(place.directory), "ports": place.ports, "prefix": prefix}
+
+
+def receive_task(place: Place, prefix: str, server: PostgresServer) -> dict[str, Any]:
+    return {
+        "do": "receive",
+        **_store_task(place, prefix),
+        "data": str(server.directory),
+        "major": server.install.major,
+        "port": server.port,
+        "sockets": str(server.sockets),
+    }
+
+
+def fetch_task(place: Place, prefix: str, cluster: int, spool: Path, segment_size: int, *, hold: str) -> dict[str, Any]:
+    """A fetcher that says `held` when it is asked for the object whose key ends in `hold`, and never answers."""
+    more = {"cluster": cluster, "spool": str(spool), "segment_size": segment_size, "hold": hold}
+    return {"do": "fetch", **_store_task(place, prefix), **more}
+
+
+def _child(task: Mapping[str, Any]) -> None:
+    place = Place(Path(task["place"]), dict(task["ports"]))
+    store = S3Store(replace(s3_settings(place, "tests"), prefix=task["prefix"], timeout=30, retries=5))
+    if task["do"] == "receive":
+        install = find_postgres(task["major"])
+        assert install is not None
+        server = PostgresServer(install, Path(task["data"]), port=task["port"], sockets=Path(task["sockets"]))
+        rig = Rig([server], store)
+        _, state = rig.streaming()
+        print("streaming", state.durable, flush=True)
+    else:
+        from ops_platform.backup.walfetch import WalFetchAhead
+
+        held = FaultyStore(store)
+        repository = Repository(held, Keys(), "app-db")  # type: ignore[arg-type]
+
+        def hold(verb: str, key: str) -> None:
+            if verb == "get" and key.endswith(task["hold"]):
+                print("held", flush=True)
+                threading.Event().wait()
+
+        held.fault = hold
+        fetcher = WalFetchAhead(repository, task["cluster"], Path(task["spool"]), segment_size=task["segment_size"])
+        fetcher.__enter__()
+        print("serving", flush=True)
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    _child(json.loads(sys.argv[1]))
