@@ -13,8 +13,9 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from ops_platform.backup.archive import open_target_repository, read_archive, slot_state, wait_durable
-from ops_platform.backup.model import Lsn
+from ops_platform.backup.model import Lsn, RecoveryTarget
 from ops_platform.backup.receiver import receive_range
+from ops_platform.backup.repository import Repository
 from ops_platform.clock import Clock
 from ops_platform.errors import CouldNotVerifyError, OpsError
 from ops_platform.recovery.facts import DatabaseFacts, database_facts
@@ -48,10 +49,11 @@ class Canary:
 
 @dataclass(frozen=True)
 class SourceMoment:
-    """The source at `at`: `facts` by database, or None where the schema changed while we looked."""
+    """The source at `at`: `facts` by database, empty where the schema changed while we looked. `recovery`: how to come there."""
 
     at: datetime
     facts: dict[str, DatabaseFacts]
+    recovery: RecoveryTarget
     canary: Canary | None
     note: str | None = None
 
@@ -84,18 +86,40 @@ def take(access: Access, target: Target, verification_id: str, clock: Clock) -> 
     canary = Canary(verification_id, id_a, id_b, moment, lsn, seconds)
     same = before.fingerprint == after.fingerprint
     facts = {target.connection.dbname: before} if same else {}
-    return SourceMoment(moment, facts, canary, None if same else "the schema changed while the canary was written")
+    note = None if same else "the schema changed while the canary was written"
+    return SourceMoment(moment, facts, RecoveryTarget("time", moment), canary, note)
 
 
-def observe(access: Access, target: Target, clock: Clock) -> SourceMoment:
-    """Without a row of ours: the source as it is read now. The proof is weaker, because nothing marks the moment."""
+def observe(access: Access, target: Target, verification_id: str, clock: Clock) -> SourceMoment:
+    """Without a row of ours: the source as it is read now. The proof is weaker, because no row marks the moment.
+
+    Where we may, a restore point names the moment in the WAL; otherwise it is the newest record that is known to have another
+    after it, because PostgreSQL stops at a target only when it reads on.
+    """
     with contextlib.closing(access.postgres(target, role="primary")) as connection:
         facts = database_facts(connection)
         row = connection.execute("select clock_timestamp()").fetchone()
+        recovery = _restore_point(connection, f"ops-{verification_id}") or _known_record(connection)
         lsn, timeline = _position(connection)
     assert row is not None  # noqa: S101 - a select without a table has a row
     ensure_archived(access, target, lsn, timeline, clock)
-    return SourceMoment(row[0], {target.connection.dbname: facts}, None)
+    return SourceMoment(row[0], {target.connection.dbname: facts}, recovery, None)
+
+
+def _restore_point(connection: Any, name: str) -> RecoveryTarget | None:
+    import psycopg
+
+    try:
+        connection.execute("select pg_create_restore_point(%s)", [name])
+    except psycopg.errors.InsufficientPrivilege:
+        return None
+    return RecoveryTarget("name", name)
+
+
+def _known_record(connection: Any) -> RecoveryTarget:
+    """The newest checkpoint's record: it has been read back by the server itself, so it is there and whole."""
+    row = connection.execute("select checkpoint_lsn::text from pg_control_checkpoint()").fetchone()
+    return RecoveryTarget("lsn", row[0])
 
 
 def _prepare(connection: Any) -> None:
@@ -132,17 +156,26 @@ def ensure_archived(access: Access, target: Target, lsn: Lsn, timeline: int, clo
     if target.repository.engine != "native":
         return _ask_for_archiving(access, target, clock)
     began = clock.monotonic()
+    repository = open_target_repository(access, target)
+    since = _newest_start(repository, timeline)
     slot = slot_state(access, target)
     if slot is None or slot.active_pid is None:
-        archive = read_archive(open_target_repository(access, target))
-        ends = [item.end for item in archive.ranges if item.timeline == timeline] if archive else []
-        if ends and max(ends) < lsn:
-            receive_range(access, target, max(ends), lsn, timeline, clock=clock)
+        archive = read_archive(repository)
+        # From the end of the piece that carries the newest backup: what was never archived before it concerns no proof of it.
+        ends = [r.end for r in archive.ranges if r.timeline == timeline and r.end >= (since or 0)] if archive else []
+        if ends and min(ends) < lsn:
+            receive_range(access, target, min(ends), lsn, timeline, clock=clock)
     try:
-        wait_durable(access, target, lsn, timeout=60, clock=clock)
+        wait_durable(access, target, lsn, since=since, timeline=timeline, timeout=60, clock=clock)
     except OpsError as error:
         raise CouldNotVerifyError(error.what, where=error.where, remedy=error.remedy) from error
     return clock.monotonic() - began
+
+
+def _newest_start(repository: Repository, timeline: int) -> Lsn | None:
+    """Where the newest backup of this timeline begins: from there on the archive has to be whole."""
+    starts = [info.start for info in repository.infos() if info.error is None and info.timeline == timeline]
+    return starts[-1] if starts else None
 
 
 def _ask_for_archiving(access: Access, target: Target, clock: Clock) -> float:

@@ -16,7 +16,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ops_platform.backup.model import Lsn
+from ops_platform.backup.model import Lsn, RecoveryTarget
 from ops_platform.clients.postgres_binaries import find_tool, run_tool
 from ops_platform.errors import CorruptionError, OpsError
 from ops_platform.recovery import facts
@@ -111,9 +111,10 @@ def manifest(sandbox: Sandbox, tablespaces: int) -> tuple[str, Callable[[], Find
 
 
 def reached(
-    sandbox: Sandbox, wanted: datetime | None, lsn: Lsn, newest: datetime | None
+    sandbox: Sandbox, recovery: RecoveryTarget, lsn: Lsn, newest: datetime | None
 ) -> tuple[str, Callable[[], Finding]]:
     query = "select pg_is_in_recovery(), pg_get_wal_replay_pause_state()"
+    wanted = recovery.value if isinstance(recovery.value, datetime) else None
 
     def ask() -> Finding:
         with sandbox.connect() as connection:
@@ -121,10 +122,25 @@ def reached(
         because = sandbox.stopped_because()
         late = wanted is not None and newest is not None and newest > wanted
         good = bool(recovering) and pause == "paused" and because is not None and not late
-        text = f"in recovery: {recovering}, {pause}, at {lsn}, newest commit {newest.isoformat() if newest else 'none replayed'}; "
+        commit = newest.isoformat() if newest else "none replayed"
+        text = f"in recovery: {recovering}, {pause}, at {lsn}, newest commit {commit}; "
         return verdict_of(good, text + (because or "PostgreSQL did not say that it stopped at the target"))
 
     return query + "; the server's log: recovery stopping …", ask
+
+
+def reached_end(
+    lsn: Lsn, newest: datetime | None, archived: Lsn | None, segment_size: int
+) -> tuple[str, Callable[[], Finding]]:
+    """For a recovery without a target: all that the archive holds was replayed, but for the record that is cut off at its end."""
+
+    def ask() -> Finding:
+        if archived is None:
+            return Finding(UNCHECKED, "how far the archive reaches is not known")
+        text = f"replayed to {lsn}, the archive reaches {archived}, newest commit {newest.isoformat() if newest else 'none replayed'}"
+        return verdict_of(archived - lsn < segment_size, text)
+
+    return "pg_last_wal_replay_lsn() against the end of the archive", ask
 
 
 def canary_rows(sandbox: Sandbox, dbname: str, moment: SourceMoment) -> tuple[str, Callable[[], Finding]]:

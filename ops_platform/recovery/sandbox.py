@@ -96,7 +96,9 @@ class Sandbox:
         self._wanted |= self._from_control_file()
         (self.data / "recovery.signal").touch()
         self.user.own(self.data / "recovery.signal")
-        self._recovery = {
+        # Reading ahead would ask for WAL behind the target, which may never have been archived.
+        ahead = {"recovery_prefetch": "off"} if recovery.kind == "immediate" and self.install.major >= 15 else {}
+        self._recovery = ahead | {
             "restore_command": restore_command,
             "recovery_target_action": action,
             **recovery.settings(),

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ops_platform import __version__
+from ops_platform.backup.archive import open_target_repository, read_archive
 from ops_platform.backup.engine import open_engine
 from ops_platform.backup.model import (
     BackupEngine,
@@ -59,7 +60,7 @@ class Choice:
     recovery: RecoveryTarget
     moment: datetime
     picked: str
-    newest: bool  # to the canary's moment, so that the source is known as it was then
+    newest: bool = False  # to the moment at which the source was looked at, so that it is known as it was then
 
 
 def verdict_of(found: list[Gate]) -> tuple[Verdict, str]:
@@ -166,7 +167,7 @@ class Verification:
             if self.policy.canary:
                 self.moment = canary.take(self.access, self.target, self.id, self.clock)
             else:
-                self.moment = canary.observe(self.access, self.target, self.clock)
+                self.moment = canary.observe(self.access, self.target, self.id, self.clock)
                 self.notes.append(
                     "no canary rows (verification.canary: false): nothing marks the moment, the proof is weaker"
                 )
@@ -188,35 +189,37 @@ class Verification:
         self.notes += [f"{b.backup_id} cannot be read: {b.error}" for b in self.engine.list() if b.error]
 
     def _decide(self, backups: list[BackupInfo], window: RecoveryWindow) -> Choice:
-        if self.backup_id is not None:
-            found = [b for b in backups if b.backup_id == self.backup_id]
-            if not found:
-                raise UsageError(f"there is no backup {self.backup_id}", remedy=f"ops backup list {self.target.id}")
-            return self._past(found[0], self.at or self._soon_after(found[0], window), "asked for")
-        if self.at is not None:
+        if self.backup_id is not None or self.at is not None:
+            return self._asked(backups, window)
+        if self.moment is None:
+            return self._all_there_is(backups[-1], window)
+        return self._by_policy(backups, window, self.moment)
+
+    def _asked(self, backups: list[BackupInfo], window: RecoveryWindow) -> Choice:
+        if self.backup_id is None and self.at is not None:
             recovery = RecoveryTarget("time", self.at)
-            return Choice(self.engine.choose(recovery), recovery, self.at, "a moment that was asked for", newest=False)
+            return Choice(self.engine.choose(recovery), recovery, self.at, "a moment that was asked for")
+        found = [b for b in backups if b.backup_id == self.backup_id]
+        if not found:
+            raise UsageError(f"there is no backup {self.backup_id}", remedy=f"ops backup list {self.target.id}")
+        if self.at is not None:
+            return Choice(found[0], RecoveryTarget("time", self.at), self.at, "asked for")
+        return self._soon_after(found[0], window, "asked for")
+
+    def _by_policy(self, backups: list[BackupInfo], window: RecoveryWindow, seen: SourceMoment) -> Choice:
         how = self.pick or self._turn()
         if how == "chain":
             chains = [b for b in backups if b.kind is BackupKind.INCREMENTAL]
             if chains:
-                return self._past(chains[-1], None, "the newest incremental, with its chain")
+                return self._to_now(chains[-1], window, "the newest incremental, with its chain")
             self.notes.append("there is no incremental backup: the newest one is restored instead of a chain")
         if how == "oldest" and len(backups) > 1:
-            return self._past(
-                backups[0], self._soon_after(backups[0], window), "the oldest backup that is still promised"
-            )
-        if how == "random" and window.pieces:
+            return self._soon_after(backups[0], window, "the oldest backup that is still promised")
+        if how == "random" and window.pieces and seen.canary is not None:
             moment = _random_moment(window, self.id)
             recovery = RecoveryTarget("time", moment)
-            return Choice(
-                self.engine.choose(recovery),
-                recovery,
-                moment,
-                "a moment by chance in the recovery window",
-                newest=False,
-            )
-        return self._past(backups[-1], None, "the newest backup")
+            return Choice(self.engine.choose(recovery), recovery, moment, "a moment by chance in the recovery window")
+        return self._to_now(backups[-1], window, "the newest backup")
 
     def _turn(self) -> Pick:
         """By turns through the policy's list, counted by the proofs that are there."""
@@ -224,17 +227,26 @@ class Verification:
         done = len(repository.proofs()) if repository else 0
         return self.policy.pick[done % len(self.policy.pick)]
 
-    def _past(self, backup: BackupInfo, moment: datetime | None, why: str) -> Choice:
-        """That backup to the moment; without one to the canary's, or to the newest that the archive holds."""
-        if moment is None and self.moment is not None and self.moment.at > backup.ended_at:
-            at = self.moment.at
-            return Choice(backup, RecoveryTarget("time", at), at, why, newest=self.moment.canary is not None)
-        at = moment or self._soon_after(backup, self.window)
-        return Choice(backup, RecoveryTarget("time", at), at, why, newest=False)
+    def _to_now(self, backup: BackupInfo, window: RecoveryWindow, why: str) -> Choice:
+        """That backup, to the moment at which the source was looked at."""
+        moment = self.moment
+        if moment is None or moment.at <= backup.ended_at:
+            return self._soon_after(backup, window, why)
+        if moment.recovery.kind == "lsn" and Lsn.parse(str(moment.recovery.value)) < backup.end:
+            # Nothing was written since the backup: its own end is the newest moment that there is.
+            return Choice(backup, RecoveryTarget("immediate"), moment.at, why, newest=True)
+        return Choice(backup, moment.recovery, moment.at, why, newest=True)
 
-    def _soon_after(self, backup: BackupInfo, window: RecoveryWindow | None) -> datetime:
-        """A moment by chance in the hour after the backup's end, as far as the window reaches."""
-        piece = next((p for p in (window.pieces if window else []) if p[0] <= backup.ended_at <= p[1]), None)
+    def _all_there_is(self, backup: BackupInfo, window: RecoveryWindow) -> Choice:
+        """The source is away: as far as the archive reaches, which is what a recovery in earnest would do now."""
+        until = window.latest or backup.ended_at
+        return Choice(
+            backup, RecoveryTarget("latest"), until, "the newest backup and all WAL, because the source is away"
+        )
+
+    def _soon_after(self, backup: BackupInfo, window: RecoveryWindow, why: str) -> Choice:
+        """A moment by chance in the hour after the backup's end; its very end where no more WAL is at hand."""
+        piece = next((p for p in window.pieces if p[0] <= backup.ended_at <= p[1]), None)
         if piece is None:
             raise CorruptionError(
                 f"the WAL that {backup.backup_id} needs is not whole",
@@ -242,7 +254,12 @@ class Verification:
                 remedy=f"ops wal status {self.target.id} names what is missing; take a new backup",
             )
         end = min(piece[1], backup.ended_at + timedelta(hours=1))
-        return backup.ended_at + (end - backup.ended_at) * random.Random(self.id).uniform(0.3, 0.9)  # noqa: S311 - a choice, no secret
+        # In a piece that ends at a gap or long ago, nothing promises a commit after the moment, and PostgreSQL stops at one only then.
+        last = piece == window.pieces[-1] and self.moment is not None and self.moment.canary is not None
+        if not last or window.gaps:
+            return Choice(backup, RecoveryTarget("immediate"), backup.ended_at, f"{why}, to its own end")
+        moment = backup.ended_at + (end - backup.ended_at) * random.Random(self.id).uniform(0.3, 0.9)  # noqa: S311 - no secret
+        return Choice(backup, RecoveryTarget("time", moment), moment, why)
 
     @property
     def _chosen(self) -> Choice:
@@ -324,7 +341,8 @@ class Verification:
             sandbox.find_superuser(
                 {self.target.connection.user or "postgres": self.target.connection.dbname, "postgres": "postgres"}
             )
-            self.reached = sandbox.wait_paused(
+            wait = sandbox.wait_ended if choice.recovery.kind == "latest" else sandbox.wait_paused
+            self.reached = wait(
                 timeout=REPLAY_TIMEOUT,
                 progress=lambda lsn: self.progress("replay", max(0, lsn - choice.backup.start), None),
             )
@@ -362,23 +380,32 @@ class Verification:
         choice = self._chosen
         assert self.reached is not None  # noqa: S101 - replay came here
         lsn, newest = self.reached
-        self.record.check(
-            "reached",
-            "It stopped at the moment, still in recovery",
-            *gates.reached(sandbox, choice.moment, lsn, newest),
-        )
+        if choice.recovery.kind == "latest":
+            asked = gates.reached_end(lsn, newest, self._archived(), 16 << 20)
+            self.record.check("reached", "It replayed all that is archived", *asked)
+        else:
+            asked = gates.reached(sandbox, choice.recovery, lsn, newest)
+            self.record.check("reached", "It stopped at the moment, still in recovery", *asked)
         dbname = self.target.connection.dbname
-        if choice.newest and self.moment is not None:
+        if choice.newest and self.moment is not None and self.moment.canary is not None:
             self.record.check(
                 "canary", "Row A is there, row B is not", *gates.canary_rows(sandbox, dbname, self.moment)
             )
-        elif self.policy.canary and self.moment is not None:
+        elif self.moment is not None and self.moment.canary is not None:
             history = self._canary_history()
             self.record.check(
                 "canary",
                 "Earlier canary rows are there, later ones are not",
                 *gates.canary_history(sandbox, dbname, choice.moment, history),
             )
+
+    def _archived(self) -> Lsn | None:
+        """How far the archive reaches on its newest timeline; None where another engine keeps it."""
+        if self.target.repository.engine != "native":
+            return None
+        archive = read_archive(open_target_repository(self.access, self.target))
+        ends = [(item.timeline, item.end) for item in archive.ranges] if archive else []
+        return max(ends)[1] if ends else None
 
     def _canary_history(self) -> dict[int, datetime]:
         with self.access.postgres(self.target, role="primary") as connection:
@@ -477,7 +504,7 @@ class Verification:
             reached_lsn=str(self.reached[0]) if self.reached else None,
             newest_commit=self.reached[1] if self.reached else None,
             server=f"PostgreSQL {self.install.version} ({self.install.source})" if self.install else "none",
-            strength="canary" if self.policy.canary and self.moment is not None else "observed",
+            strength="canary" if self.moment is not None and self.moment.canary is not None else "observed",
             objectives=self._objectives(),
             steps=self.steps,
             gates=self.record.gates,
@@ -575,14 +602,9 @@ def _sweep(base: Path, target_id: str) -> None:
 
 
 def _random_moment(window: RecoveryWindow, seed: str) -> datetime:
-    """Uniform over the restorable time, whatever gaps cut it."""
-    lengths = [(end - begin).total_seconds() for begin, end in window.pieces]
-    at = random.Random(seed).uniform(0.02, 0.98) * sum(lengths)  # noqa: S311 - a choice that can be repeated
-    for (begin, _), length in zip(window.pieces, lengths, strict=True):
-        if at <= length:
-            return begin + timedelta(seconds=at)
-        at -= length
-    return window.pieces[-1][1]
+    """Uniform over the newest piece: after its moments there is a commit, the canary's, and PostgreSQL stops only before one."""
+    begin, end = window.pieces[-1]
+    return begin + (end - begin) * random.Random(seed).uniform(0.02, 0.98)  # noqa: S311 - a choice that can be repeated
 
 
 def verify(
