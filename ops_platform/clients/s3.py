@@ -12,11 +12,12 @@ import hashlib
 import hmac
 import random
 import secrets
+import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote_plus, urlsplit
 from xml.etree import ElementTree
 
 import urllib3
@@ -30,13 +31,16 @@ from ops_platform.errors import (
     NotThereError,
     OpsError,
     UnreachableError,
+    UsageError,
 )
 from ops_platform.inventory.values import Secret
 
 _SAFE = "-._~"
 _EMPTY_SHA = hashlib.sha256(b"").hexdigest()
-_RETRY_CODES = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "ThrottlingException"}
-_SKEW = timedelta(minutes=5)
+# BadDigest: what arrived is not what was sent; sent again it may be.
+_RETRY_CODES = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "ThrottlingException", "BadDigest"}
+_ENCODED = {"Key", "Prefix", "NextKeyMarker"}  # what `encoding-type=url` concerns; ids and tokens stay as they are
+_SKEW = timedelta(minutes=15)  # S3's own limit for the age of a signature
 
 
 @dataclass(frozen=True)
@@ -135,15 +139,20 @@ class S3Store:
         return ObjectInfo(key, len(body), self._clock.now(), etag)
 
     def get(self, key: str, *, start: int | None = None, length: int | None = None) -> bytes:
-        headers: dict[str, str] = {}
-        if start is not None or length is not None:
-            begin = start or 0
-            headers["range"] = f"bytes={begin}-" + ("" if length is None else str(begin + length - 1))
-        answer = self._call("GET", key, headers=headers)
+        if start is None and length is None:
+            answer = self._call("GET", key)
+            self._ok(answer, key)
+            return answer.body
+        begin = start or 0
+        if length == 0:
+            return b""
+        end = None if length is None else begin + length
+        answer = self._call("GET", key, headers={"range": f"bytes={begin}-" + ("" if end is None else str(end - 1))})
         if answer.status == 416:
             return b""
         self._ok(answer, key)
-        return answer.body
+        # A store or a proxy that knows no ranges answers 200 with everything.
+        return answer.body if answer.status == 206 else answer.body[begin:end]
 
     def head(self, key: str) -> ObjectInfo | None:
         answer = self._call("HEAD", key)
@@ -162,38 +171,66 @@ class S3Store:
         query = {"list-type": "2", "prefix": self._prefix + prefix, "encoding-type": "url"}
         if start_after:
             query["start-after"] = self._prefix + start_after
-        for page in self._pages(query, "continuation-token", "NextContinuationToken"):
+        for page in self._pages(query, {"continuation-token": "NextContinuationToken"}):
             for item in page.findall("Contents"):
-                key = _unquote(_text(item, "Key"))
-                modified = datetime.fromisoformat(_text(item, "LastModified"))
                 yield ObjectInfo(
-                    key[len(self._prefix) :], int(_text(item, "Size")), modified, _text(item, "ETag").strip('"')
+                    _key(page, item, "Key")[len(self._prefix) :],
+                    int(_text(item, "Size")),
+                    datetime.fromisoformat(_text(item, "LastModified")),
+                    _text(item, "ETag").strip('"'),
                 )
 
     def list_folders(self, prefix: str = "") -> Iterator[str]:
         whole = self._prefix + prefix
         query = {"list-type": "2", "prefix": whole, "delimiter": "/", "encoding-type": "url"}
-        for page in self._pages(query, "continuation-token", "NextContinuationToken"):
+        for page in self._pages(query, {"continuation-token": "NextContinuationToken"}):
             for item in page.findall("CommonPrefixes"):
-                yield _unquote(_text(item, "Prefix"))[len(whole) :].rstrip("/")
+                yield _key(page, item, "Prefix")[len(whole) :].rstrip("/")
 
     def delete(self, key: str) -> DeleteOutcome:
-        info = self.head(key)
-        if info is None:
+        if self.head(key) is None:
             return DeleteOutcome.MISSING
-        retention = self.retention(key) if self._settings.lock else None
+        if not self._settings.lock:
+            self._ok(self._call("DELETE", key), key)
+            return DeleteOutcome.DELETED
+        if self._is_retained(key):
+            return DeleteOutcome.PINNED
+        # A plain delete on a bucket with Object Lock would only add a marker and free nothing, and the newest version
+        # alone would bring the one before it back.
+        outcome = DeleteOutcome.DELETED
+        for version in list(self._versions(key)):
+            answer = self._call("DELETE", key, query={"versionId": version})
+            if answer.status == 403 and (_is_lock(answer) or self._is_retained(key, version)):
+                outcome = DeleteOutcome.PINNED
+            elif answer.status != 404:
+                self._ok(answer, key)
+        return outcome
+
+    def _is_retained(self, key: str, version: str | None = None) -> bool:
+        """By a date that has not come or by a legal hold: some stores refuse for both with a bare AccessDenied."""
+        retention = self._retention(key, version)
         if retention and retention.until > self._clock.now():
-            return DeleteOutcome.PINNED
-        version = self._version(key) if self._settings.lock else None
-        answer = self._call("DELETE", key, query={"versionId": version} if version else None)
-        if answer.status == 403 and _is_lock(answer):
-            return DeleteOutcome.PINNED
-        self._ok(answer, key)
-        return DeleteOutcome.DELETED
+            return True
+        answer = self._call("GET", key, query={"legal-hold": ""} | ({"versionId": version} if version else {}))
+        return answer.status == 200 and _parse(answer.body, self._where(key)).findtext("Status") == "ON"
+
+    def _versions(self, key: str) -> Iterator[str]:
+        """Every version and marker of a key, the newest first."""
+        query = {"versions": "", "prefix": self._prefix + key}
+        markers = {"key-marker": "NextKeyMarker", "version-id-marker": "NextVersionIdMarker"}
+        for page in self._pages(query, markers):
+            for item in (*page.findall("Version"), *page.findall("DeleteMarker")):
+                if _key(page, item, "Key") == self._prefix + key:
+                    yield _text(item, "VersionId")
+            if any(_key(page, item, "Key") != self._prefix + key for item in page.findall("Version")):
+                return  # longer keys follow the key itself
 
     def retention(self, key: str) -> Retention | None:
-        answer = self._call("GET", key, query={"retention": ""})
-        if answer.status in (400, 404, 405, 501):
+        return self._retention(key, None)
+
+    def _retention(self, key: str, version: str | None) -> Retention | None:
+        answer = self._call("GET", key, query={"retention": ""} | ({"versionId": version} if version else {}))
+        if answer.status in (400, 404, 405, 501) and answer.code != "NoSuchBucket":
             return None
         self._ok(answer, key)
         page = _parse(answer.body, self._where(key))
@@ -201,11 +238,13 @@ class S3Store:
         return Retention(mode, datetime.fromisoformat(until)) if mode and until else None
 
     def incomplete_uploads(self, prefix: str = "") -> Iterator[tuple[str, str, datetime]]:
+        # Without encoding-type: some stores answer that they encode these keys, and do not.
         query = {"uploads": "", "prefix": self._prefix + prefix}
-        for page in self._pages(query, "key-marker", "NextKeyMarker"):
+        markers = {"key-marker": "NextKeyMarker", "upload-id-marker": "NextUploadIdMarker"}
+        for page in self._pages(query, markers):
             for item in page.findall("Upload"):
                 begun = datetime.fromisoformat(_text(item, "Initiated"))
-                yield _text(item, "Key")[len(self._prefix) :], _text(item, "UploadId"), begun
+                yield _key(page, item, "Key")[len(self._prefix) :], _text(item, "UploadId"), begun
 
     def abort_upload(self, key: str, upload_id: str) -> None:
         answer = self._call("DELETE", key, query={"uploadId": upload_id})
@@ -229,41 +268,41 @@ class S3Store:
         answer = self._call("HEAD", None)
         if stamp := answer.headers.get("date"):
             skew = (email.utils.parsedate_to_datetime(stamp) - self._clock.now()).total_seconds()
-        versioning = self._bucket_setting("versioning", "Status") or "off"
         return {
             "bucket": self._settings.bucket,
-            "versioning": versioning,
-            "object_lock": self._bucket_setting("object-lock", "ObjectLockEnabled") or "off",
+            "versioning": self._bucket_setting("versioning", "Status"),
+            "object_lock": self._bucket_setting("object-lock", "ObjectLockEnabled"),
             "clock_skew_seconds": round(skew, 1),
         }
 
     # What stands below
 
-    def _bucket_setting(self, which: str, element: str) -> str | None:
+    def _bucket_setting(self, which: str, element: str) -> str:
+        """`off` only where the store says so; a policy that does not let us ask is no answer."""
         answer = self._call("GET", None, query={which: ""})
-        return _parse(answer.body, self.name).findtext(element) if answer.status == 200 else None
-
-    def _version(self, key: str) -> str | None:
-        """The newest version's id: on a bucket with Object Lock a plain delete would only add a marker and free nothing."""
-        answer = self._call("HEAD", key)
-        version = answer.headers.get("x-amz-version-id")
-        return version if version and version != "null" else None
+        if answer.status == 200:
+            return _parse(answer.body, self.name).findtext(element) or "off"
+        return "off" if answer.status in (404, 501) else f"unknown ({answer.code or answer.status})"
 
     def _bucket_is_there(self, key: str) -> None:
         """HEAD has no body that would tell a missing key from a missing bucket."""
         if self._call("HEAD", None).status == 404:
             raise _no_bucket(self._settings.bucket, self._where(key))
 
-    def _pages(self, query: dict[str, str], ask: str, found: str) -> Iterator[ElementTree.Element]:
+    def _pages(self, query: dict[str, str], markers: Mapping[str, str]) -> Iterator[ElementTree.Element]:
+        """Page after page; `markers` says which parameter of the next call takes which element of the answer."""
         while True:
             answer = self._call("GET", None, query=query)
             self._ok(answer, None)
             page = _parse(answer.body, self.name)
             yield page
-            token = page.findtext(found)
-            if page.findtext("IsTruncated") != "true" or not token:
+            found = {ask: _key(page, page, element) for ask, element in markers.items()}
+            if page.findtext("IsTruncated") != "true":
                 return
-            query = {**query, ask: token}
+            after = query | {ask: value for ask, value in found.items() if value}
+            if after == query:
+                raise CorruptionError("the store says that there is more and not where it goes on", where=self.name)
+            query = after
 
     def _where(self, key: str | None) -> str:
         return f"{self.name}: {key}" if key else self.name
@@ -282,13 +321,13 @@ class S3Store:
         for attempt in range(1, self._settings.retries + 2):
             try:
                 answer = self._once(method, path, query or {}, dict(headers or {}), body, attempt)
-            except urllib3.exceptions.SSLError as error:
-                raise UnreachableError(
-                    f"TLS with the store failed: {_reason(error)}",
-                    where=self._where(key),
-                    remedy="set ca to the PEM file of the store's CA",
-                ) from error
             except urllib3.exceptions.HTTPError as error:
+                if isinstance(error, urllib3.exceptions.SSLError) and not _was_cut(error):
+                    raise UnreachableError(
+                        f"TLS with the store failed: {_reason(error)}",
+                        where=self._where(key),
+                        remedy="set ca to the PEM file of the store's CA",
+                    ) from error
                 if attempt > self._settings.retries:
                     raise UnreachableError(
                         f"the store did not answer in {attempt} tries: {_reason(error)}",
@@ -304,14 +343,13 @@ class S3Store:
         raise AssertionError("the loop returns or raises")
 
     def _path(self, key: str | None) -> str:
+        if key is not None and not {"", ".", ".."}.isdisjoint(key.split("/")):
+            # The HTTP library and some stores fold such elements away: it would be another object, above the prefix even.
+            raise UsageError("a key has no empty element, none that is . or ..", where=self._where(key))
         inside = "" if key is None else self._prefix + key
-        return (
-            inside
-            if self._settings.virtual
-            else f"{self._settings.bucket}/{inside}"
-            if key is not None
-            else self._settings.bucket
-        )
+        if self._settings.virtual:
+            return inside
+        return self._settings.bucket if key is None else f"{self._settings.bucket}/{inside}"
 
     def _once(
         self,
@@ -326,18 +364,12 @@ class S3Store:
         text = "&".join(f"{quote(k, safe=_SAFE)}={quote(v, safe=_SAFE)}" for k, v in sorted(query.items()))
         signed = self._sign(method, path, text, headers, payload)
         url = self._base + path + (f"?{text}" if text else "")
+        # urllib3 itself refuses a body that is shorter than was announced.
         response = self._pool.request(
             method, url, headers=signed, body=bytes(body) if method == "PUT" else None, preload_content=True
         )
         found = {k.lower(): v for k, v in response.headers.items()}
         data = response.data
-        if (
-            method == "GET"
-            and response.status < 300
-            and "content-length" in found
-            and int(found["content-length"]) != len(data)
-        ):
-            raise urllib3.exceptions.IncompleteRead(len(data), int(found["content-length"]) - len(data))
         code, message = _error_of(data) if response.status >= 300 and method != "HEAD" else ("", "")
         return _Answer(response.status, found, data, attempt, code, message)
 
@@ -372,21 +404,27 @@ class S3Store:
                 raise _no_bucket(self._settings.bucket, where)
             raise NotThereError(f"the store has no such object ({said})", where=where)
         if answer.status in (401, 403):
-            raise AccessDeniedError(*self._denied(answer, said), where=where)
+            raise self._denied(answer, said, where)
         if answer.status >= 500 or answer.status == 429:
             raise UnreachableError(
                 f"the store refused {answer.tries} tries: {said}", where=where, remedy="look at the store's health"
             )
         raise OpsError(f"the store answered {said}", where=where)
 
-    def _denied(self, answer: _Answer, said: str) -> tuple[str]:
+    def _denied(self, answer: _Answer, said: str, where: str) -> AccessDeniedError:
         stamp = answer.headers.get("date")
-        skew = email.utils.parsedate_to_datetime(stamp) - self._clock.now() if stamp else timedelta(0)
-        if answer.code == "RequestTimeTooSkewed" or abs(skew) > _SKEW:
-            return (
-                f"the store refuses the signature: this machine's clock is {abs(skew.total_seconds()):.0f} s off; set it by NTP",
+        skew = abs(email.utils.parsedate_to_datetime(stamp) - self._clock.now()) if stamp else timedelta(0)
+        if answer.code == "RequestTimeTooSkewed" or (not answer.code and skew > _SKEW):
+            return AccessDeniedError(
+                f"the store refuses the signature: this machine's clock is {skew.total_seconds():.0f} s off",
+                where=where,
+                remedy="set the clock by NTP",
             )
-        return (f"the store refuses access: {said}; check the access key and its policy",)
+        if answer.code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"):
+            remedy = "check the secrets that access_key, secret_key and session_token name, and `region`"
+        else:
+            remedy = "check the access key and its policy for that bucket"
+        return AccessDeniedError(f"the store refuses access: {said}", where=where, remedy=remedy)
 
 
 def _no_bucket(bucket: str, where: str) -> NotThereError:
@@ -398,6 +436,12 @@ def _no_bucket(bucket: str, where: str) -> NotThereError:
 def _is_lock(answer: _Answer) -> bool:
     text = f"{answer.code} {answer.message}".lower()
     return any(word in text for word in ("lock", "retention", "worm", "legal hold", "protected"))
+
+
+def _was_cut(error: urllib3.exceptions.SSLError) -> bool:
+    """A TLS connection that ended in the middle, as against one that cannot be: a certificate that is not trusted."""
+    cause = error.args[0] if error.args else None
+    return isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError)
 
 
 def _reason(error: BaseException) -> str:
@@ -431,7 +475,7 @@ def _text(element: ElementTree.Element, name: str) -> str:
     return element.findtext(name) or ""
 
 
-def _unquote(text: str) -> str:
-    from urllib.parse import unquote_plus
-
-    return unquote_plus(text)
+def _key(page: ElementTree.Element, item: ElementTree.Element, name: str) -> str:
+    """A key or a marker, decoded where the store says that it encoded them."""
+    text = _text(item, name)
+    return unquote_plus(text) if name in _ENCODED and page.findtext("EncodingType") == "url" else text
