@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import ast
+import base64
+import dataclasses
+import hmac
+import json
 import os
+import re
 import runpy
 import secrets
 import shutil
@@ -17,15 +22,18 @@ from typing import Any
 import pytest
 
 from ops_platform.backup.basebackup import run_backup
-from ops_platform.backup.model import BackupKind, Manifest
+from ops_platform.backup.model import Archive, BackupKind, Block, Manifest, Proof, StoredPart
 from ops_platform.backup.receiver import Receiver
-from ops_platform.backup.sealed import seal
+from ops_platform.backup.repository import canonical
+from ops_platform.backup.sealed import Header, seal
+from ops_platform.backup.tarindex import Entry
 from ops_platform.clients.postgres_binaries import PostgresServer, find_postgres, run_as, run_tool
 from ops_platform.clients.vault import FileKeys
 from tests.integration.wal_rig import eventually
 from tests.rig import Cluster, Ground, Platform, scratch
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "standalone_restore.py"
+FORMAT = SCRIPT.parent / "reference" / "repository-format.md"
 ALLOWED = {"cryptography", "zstandard", "lz4", "boto3", *sys.stdlib_module_names}
 
 
@@ -89,6 +97,28 @@ def test_it_imports_nothing_of_ours() -> None:
     names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "." for node in imports if isinstance(node, ast.ImportFrom)}
     assert {name.partition(".")[0] for name in names} <= ALLOWED
+
+
+def test_the_examples_in_the_format_are_true(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "key").write_text(bytes(range(32)).hex())
+    monkeypatch.setenv("OPS_KEY_FILE", str(folder / "key"))
+    script, text = SimpleNamespace(**runpy.run_path(str(SCRIPT))), FORMAT.read_text()
+    stored = base64.b64decode("".join(re.findall(r"```\n(T1BTU0VBTDE[^`]*)```", text)[0].split()))
+    assert script.unseal(stored, "demo/wal/7711581906465923015/00000002.history") == (
+        b"1\t0/3000000\tno recovery target specified\n"
+    )
+    (body, mac) = re.findall(r'the object `({"seconds".*})` has the code\n`(\w{64})`', text)[0]
+    data_key = hmac.digest(bytes(range(100, 132)), b"ops_platform manifest", "sha256")
+    assert hmac.digest(data_key, canonical(json.loads(body)), "sha256").hex() == mac
+
+
+def test_the_format_names_every_field() -> None:
+    text = FORMAT.read_text()
+    models = (Manifest, Archive, Block, StoredPart, Proof)
+    names = {f"`{name}`" for model in models for name in model.model_fields}
+    names |= {f"`{field.name}`" for field in dataclasses.fields(Header) if field.name != "size"}
+    names |= {f'"{field.name}":' for field in dataclasses.fields(Entry)}
+    assert [name for name in sorted(names) if name not in text] == []
 
 
 @pytest.mark.parametrize("compression", ["zstd", "lz4", "none"])
