@@ -5,13 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from ops_platform.clock import SYSTEM_CLOCK, Clock
-from ops_platform.errors import AccessDeniedError, NotThereError, OpsError, UnreachableError, UsageError
+from ops_platform.errors import (
+    AccessDeniedError,
+    ConflictError,
+    NotThereError,
+    OpsError,
+    UnreachableError,
+    UsageError,
+)
 from ops_platform.inventory.loader import LoadedInventory
 from ops_platform.inventory.model import PostgresConnection, Target, Tls
 from ops_platform.inventory.values import Secret, SecretRef
@@ -73,28 +80,28 @@ class Access:
         if ref.scheme == "env":
             value = os.environ.get(ref.path)
             if not value:
-                raise NotThereError("this environment variable is not set", where=str(ref))
+                raise NotThereError(
+                    "this environment variable is not set", where=str(ref), remedy=f"export {ref.path}=…"
+                )
             return Secret(value)
         if ref.scheme == "file":
             return self._file_secret(ref)
         return self._vault_of(ref.path).read(ref.path, ref.field or "value")
 
     def _file_secret(self, ref: SecretRef) -> Secret:
-        file = self.path(ref.path)
+        file, where = self.path(ref.path), str(ref)
         try:
-            mode = file.stat().st_mode
-            # Kubernetes mounts secrets world-readable inside the pod; they are links into a `..data` folder there.
-            if (
-                mode & 0o077
-                and "..data" not in str(file.resolve())
-                and not str(file).startswith(("/run/secrets", "/var/run/secrets"))
-            ):
-                raise AccessDeniedError("others may read this secret", where=str(ref), remedy=f"chmod 600 {file}")
-            value = file.read_text().rstrip("\n")
+            if file.stat().st_mode & 0o077 and not _mounted_by_kubernetes(file):
+                raise AccessDeniedError("others may read this secret", where=where, remedy=f"chmod 600 {file}")
+            value = file.read_text().rstrip("\r\n")
         except OSError as error:
-            raise NotThereError(f"this secret's file cannot be read: {error.strerror}", where=str(ref)) from None
+            raise NotThereError(
+                f"this secret's file cannot be read: {error.strerror}", where=where, remedy=f"write it to {file}"
+            ) from None
+        except UnicodeDecodeError:
+            raise NotThereError("this secret's file holds no text in UTF-8", where=where) from None
         if not value:
-            raise NotThereError("this secret's file is empty", where=str(ref))
+            raise NotThereError("this secret's file is empty", where=where)
         return Secret(value)
 
     def _vault_of(self, path: str) -> VaultSession:
@@ -186,7 +193,7 @@ class Access:
         if connection.credentials:
             path = connection.credentials.removeprefix("vault://")
             data = self._vault_of(path).credentials(path)
-            user, password = data["username"], Secret(data["password"])
+            user, password = data["username"].reveal(), data["password"]
         else:
             user, password = connection.user or "", self.secret(connection.password) if connection.password else None
         mode, ca = self._tls(connection.tls, host)
@@ -202,22 +209,35 @@ class Access:
                 host, port = self.address(place.host, place.port)
                 found.append(ask_member(self.login(target.connection, host), host, port))
             except OpsError as error:
-                found.append(Member(place.host, place.port, error=error.what))
+                said = f"{error.where}: {error.what}" if error.where else error.what
+                found.append(Member(place.host, place.port, error=said, failure=error))
         return found
 
     def member(self, target: Target, role: Literal["primary", "standby", "any"] = "primary") -> Member:
-        """A server in that role. Raises UnreachableError with each server's answer where there is none."""
+        """A server in that role; of several primaries the one of the newest timeline.
+
+        Raises UnreachableError with each server's answer where there is none (or the one kind of error that all of them
+        have: a refused password is AccessDeniedError), ConflictError where the servers contradict each other.
+        """
         members = self.members(target)
-        for member in members:
-            if member.error is None and (role == "any" or member.in_recovery == (role == "standby")):
-                return member
-        said = "; ".join(
-            f"{m.host}:{m.port}: {m.error or ('standby' if m.in_recovery else 'primary')}" for m in members
-        )
-        raise UnreachableError(
-            f"no {'server' if role == 'any' else role} of {target.id} answers: {said}",
-            remedy=f"ops doctor {target.id} looks at each",
-        )
+        answered = [member for member in members if member.error is None]
+        if len({member.system_identifier for member in answered}) > 1:
+            raise ConflictError(
+                f"the hosts of {target.id} belong to different clusters: {_said(answered)}",
+                remedy="correct connection.hosts: one cluster is one target",
+            )
+        fitting = [member for member in answered if role == "any" or member.in_recovery == (role == "standby")]
+        if not fitting:
+            raise _nobody(target.id, role, members)
+        if role == "primary":
+            newest = max(member.timeline or 0 for member in fitting)
+            fitting = [member for member in fitting if (member.timeline or 0) == newest]
+            if len(fitting) > 1:
+                raise ConflictError(
+                    f"{len(fitting)} servers of {target.id} say that they are the primary: {_said(fitting)}",
+                    remedy="stop the one that is not, before both are written to",
+                )
+        return fitting[0]
 
     def postgres(
         self,
@@ -258,3 +278,24 @@ class Access:
     def _tls(self, tls: Tls, host: str) -> tuple[str, str | None]:
         # A unix socket has no TLS, whatever is asked.
         return ("disable" if host.startswith("/") else tls.mode), (str(self.path(tls.ca)) if tls.ca else None)
+
+
+def _mounted_by_kubernetes(file: Path) -> bool:
+    """A secret's volume: a file there is a link through the link `..data`. Only the pod's own containers see it."""
+    return (file.parent / "..data").is_symlink() or str(file).startswith(("/run/secrets/", "/var/run/secrets/"))
+
+
+def _said(members: Sequence[Member]) -> str:
+    return "; ".join(
+        f"{m.host}:{m.port}: {m.error or ('standby' if m.in_recovery else f'primary, timeline {m.timeline}')}"
+        for m in members
+    )
+
+
+def _nobody(target_id: str, role: str, members: Sequence[Member]) -> OpsError:
+    what = f"no {'server' if role == 'any' else role} of {target_id} answers: {_said(members)}"
+    failures = [member.failure for member in members]
+    first = failures[0]
+    if first is not None and all(type(failure) is type(first) for failure in failures):
+        return type(first)(what, remedy=first.remedy)
+    return UnreachableError(what, remedy=f"ops doctor {target_id} looks at each")

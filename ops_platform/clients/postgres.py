@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -20,7 +21,7 @@ APPLICATION = "ops_platform"
 
 @dataclass(frozen=True)
 class Member:
-    """One server of a cluster as it answered, or `error` with the reason why it did not."""
+    """One server of a cluster as it answered, or `error` with the reason why it did not (`failure` is the whole of it)."""
 
     host: str
     port: int
@@ -29,6 +30,7 @@ class Member:
     server_version: int | None = None
     system_identifier: int | None = None
     error: str | None = None
+    failure: OpsError | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,10 @@ def ask_member(login: Login, host: str, port: int) -> Member:
     try:
         with connect(login, host, port) as connection:
             row = connection.execute(_MEMBER).fetchone()
-    except (OpsError, psycopg.Error) as error:
-        return Member(host, port, error=error.what if isinstance(error, OpsError) else str(error).strip())
+    except OpsError as error:
+        return Member(host, port, error=error.what, failure=error)
+    except psycopg.Error as error:
+        return Member(host, port, error=" ".join(str(error).split()))
     if row is None:
         return Member(host, port, error="it gave no answer")
     return Member(host, port, row[0], row[3], row[1], row[2])
@@ -116,16 +120,21 @@ def ask_member(login: Login, host: str, port: int) -> Member:
 def connection_error(message: str, where: str, user: str) -> OpsError:
     """The error that libpq's words stand for."""
     text = " ".join(message.split()).removeprefix("connection failed: ")
+    name = user if re.fullmatch("[a-z_][a-z0-9_]*", user) else '"' + user.replace('"', '""') + '"'
     cases: tuple[tuple[tuple[str, ...], type[OpsError], str, str], ...] = (
         (("password authentication failed", "no password supplied"), AccessDeniedError, f"the password of {user} is refused",
          "check the secret that the inventory references; a rotated one is read at the next connection"),
         (("must be superuser or replication role", "permission denied to start WAL sender", "must have the REPLICATION"), AccessDeniedError,
-         f"the role {user} may not replicate", f"as a superuser: ALTER ROLE {user} REPLICATION"),
+         f"the role {user} may not replicate", f"as a superuser: ALTER ROLE {name} REPLICATION"),
+        (("is not permitted to log in",), AccessDeniedError, f"the role {user} may not log in", f"as a superuser: ALTER ROLE {name} LOGIN"),
+        (("permission denied for database",), AccessDeniedError, f"the role {user} may not connect to this database",
+         f"as its owner: GRANT CONNECT ON DATABASE … TO {name}"),
         (("no pg_hba.conf entry",), AccessDeniedError, f"pg_hba.conf has no line that lets {user} in",
          "add a line for this host, user and database; for backups also one for the database `replication`"),
         (("number of requested standby connections exceeds", "max_wal_senders"), ConflictError, "all WAL sender slots are in use",
          "raise max_wal_senders, or end a replication connection that nobody needs (pg_stat_replication)"),
-        (("too many clients", "remaining connection slots"), ConflictError, "all connections are in use", "raise max_connections"),
+        (("too many clients", "too many connections for", "remaining connection slots"), ConflictError, "all connections are in use",
+         "raise max_connections, or the connection limit of the role or database"),
         (("does not exist",), NotThereError, text.rpartition("FATAL: ")[2].strip(), "correct dbname or user in the inventory"),
         (("certificate", "SSL", "sslmode"), UnreachableError, f"TLS failed: {text}",
          "set tls.ca to the server's CA, or tls.mode for a server without TLS"),

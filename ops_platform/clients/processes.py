@@ -64,7 +64,7 @@ def stop(process: Process, how: signal.Signals = signal.SIGTERM, *, wait: float 
     for sent, seconds in ((how, wait), (signal.SIGKILL, 10.0)):
         if not process.alive:
             break
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(process.pid, sent)
         deadline = time.monotonic() + seconds
         while process.alive and time.monotonic() < deadline:

@@ -1,7 +1,7 @@
 """Vault and OpenBao: secrets behind `vault://` references, and the Transit key that wraps data keys.
 
 One session per server: logs in at first use, renews its token and its leases before they end, logs in again when the token
-is gone, and gives dynamic credentials back when it is closed.
+is gone, asks again when no answer came, and gives dynamic credentials and its token back when it is closed.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from ops_platform.errors import AccessDeniedError, CorruptionError, NotThereErro
 from ops_platform.inventory.model import VaultAuth
 from ops_platform.inventory.values import Secret, SecretRef
 
+_TRIES = 3
 
-@dataclass
+
+@dataclass(frozen=True)
 class _Lease:
     lease_id: str
-    data: dict[str, Any]
+    data: dict[str, Secret]
     renewable: bool
+    whole: timedelta
     renew_at: datetime
     ends: datetime
 
@@ -56,6 +59,7 @@ class VaultSession:
         self._client: Any = None
         self._token_renew_at: datetime | None = None
         self._leases: dict[str, _Lease] = {}
+        self._given_up: list[str] = []  # leases that were replaced: still good for who uses them, revoked at the end
 
     # Reading secrets
 
@@ -67,31 +71,37 @@ class VaultSession:
                 f"the secret has no field {field!r}; it has {', '.join(sorted(data)) or 'none'}",
                 where=f"vault://{path}",
             )
-        return Secret(str(data[field]))
+        return data[field]
 
-    def _kv(self, path: str) -> dict[str, Any]:
+    def _kv(self, path: str) -> dict[str, Secret]:
+        """Version 2 of the engine stands below `data/`; a version 1 mount has nothing there and answers the plain path."""
         mount, _, rest = path.partition("/")
-        where = f"vault://{path}"
-        # Version 2 stands below `data/`; a version 1 mount has nothing there and answers the plain path.
-        found = self.call(lambda client: client.read(f"{mount}/data/{rest}"), where)
-        if found:
-            return found["data"]["data"]
-        found = self.call(lambda client: client.read(path), where)
-        if not found:
-            raise NotThereError(
-                "Vault has nothing there", where=where, remedy="check mount and path, or write the secret"
+        versioned, where = f"{mount}/data/{rest}", f"vault://{path}"
+        denied: dict[str, _DeniedError] = {}
+        for at in (versioned, path):
+            try:
+                found = self.call(lambda client, at=at: client.read(at), where)
+            except _DeniedError as error:
+                denied[at] = error
+                continue
+            if found:
+                data = found["data"]
+                return _secrets(data.get("data") or {} if at == versioned and "metadata" in data else data)
+        if versioned in denied:
+            # A policy for version 2 that forgets `data/` is the usual mistake, and would read as "nothing there".
+            raise AccessDeniedError(
+                denied[versioned].what,
+                where=where,
+                remedy=f"allow read on {versioned} (KV version 2) or on {path} (version 1) in the platform's policy",
             )
-        return found["data"]
+        raise NotThereError("Vault has nothing there", where=where, remedy="check mount and path, or write the secret")
 
-    def credentials(self, path: str) -> dict[str, Any]:
+    def credentials(self, path: str) -> dict[str, Secret]:
         """Dynamic credentials: user and password of one lease, renewed at two thirds of its time, replaced when it ends."""
         with self._lock:
             lease, now = self._leases.get(path), self._clock.now()
             if lease and lease.renewable and lease.renew_at <= now < lease.ends:
-                lease_id = lease.lease_id
-                with contextlib.suppress(OpsError):
-                    answer = self.call(lambda client: client.sys.renew_lease(lease_id), f"vault://{path}")
-                    lease = self._leases[path] = self._lease(answer, lease.data)
+                lease = self._renewed(path, lease)
             if lease is None or lease.renew_at <= now:
                 answer = self.call(lambda client: client.read(path), f"vault://{path}")
                 if not answer:
@@ -100,46 +110,94 @@ class VaultSession:
                         where=f"vault://{path}",
                         remedy="create it in the database secrets engine",
                     )
-                lease = self._leases[path] = self._lease(answer, answer["data"])
+                whole = timedelta(seconds=answer["lease_duration"])
+                lease = self._lease(answer, _secrets(answer["data"]), whole)
+                self._replace(path, lease)
             return lease.data
 
-    def _lease(self, answer: dict[str, Any], data: dict[str, Any]) -> _Lease:
+    def _renewed(self, path: str, lease: _Lease) -> _Lease | None:
+        """The same credentials for longer; None where Vault gives no more time worth speaking of (its max_ttl is near)."""
+        try:
+            answer = self.call(lambda client: client.sys.renew_lease(lease.lease_id), f"vault://{path}")
+        except OpsError:
+            return None
+        if path not in self._leases:
+            return None  # the login was renewed too, and the lease went with the old one
+        renewed = self._lease(answer, lease.data, lease.whole)
+        if renewed.ends - self._clock.now() < lease.whole / 2:
+            return None
+        self._leases[path] = renewed
+        return renewed
+
+    def _replace(self, path: str, lease: _Lease) -> None:
+        if old := self._leases.get(path):
+            self._given_up.append(old.lease_id)
+        self._leases[path] = lease
+
+    def _lease(self, answer: dict[str, Any], data: dict[str, Secret], whole: timedelta) -> _Lease:
         seconds, now = answer["lease_duration"], self._clock.now()
         renew_at = now + timedelta(seconds=seconds * 2 / 3)
-        return _Lease(answer["lease_id"], data, answer["renewable"], renew_at, now + timedelta(seconds=seconds))
+        return _Lease(answer["lease_id"], data, answer["renewable"], whole, renew_at, now + timedelta(seconds=seconds))
 
     # Calls
 
     def call(self, ask: Callable[[Any], Any], where: str) -> Any:
-        """Ask with a living token; a token that is refused is replaced once. Errors are turned into ours."""
+        """Ask with a living token, and again when no answer comes. Errors are turned into ours."""
         with self._lock:
-            for attempt in (1, 2):
-                client = self._logged_in()
+            for attempt in range(1, _TRIES + 1):
                 try:
-                    return ask(client)
-                except Exception as error:  # noqa: BLE001 - hvac and requests raise many kinds; `_translate` names them
-                    found = self._translate(error, where)
-                    if attempt == 2 or not isinstance(found, AccessDeniedError):
-                        raise found from None
-                    self._client = None
+                    return self._with_token(ask, where)
+                except VaultSealedError:
+                    raise
+                except UnreachableError:
+                    if attempt == _TRIES:
+                        raise
+                    self._clock.sleep(0.2 * 2**attempt)
             raise AssertionError("the loop returns or raises")
 
+    def _with_token(self, ask: Callable[[Any], Any], where: str) -> Any:
+        """A token that is refused because it is dead is replaced, once; one that lives is refused by its policy."""
+        client = self._logged_in()
+        try:
+            return ask(client)
+        except Exception as error:  # noqa: BLE001 - hvac and requests raise many kinds; `_translate` names them
+            found = self._translate(error, where)
+            if not isinstance(found, _DeniedError) or self._lives(client):
+                raise found from None
+        self._client = None
+        client = self._logged_in()
+        try:
+            return ask(client)
+        except Exception as error:  # noqa: BLE001
+            raise self._translate(error, where) from None
+
+    def _lives(self, client: Any) -> bool:
+        try:
+            client.auth.token.lookup_self()
+        except Exception:  # noqa: BLE001 - then a new login decides
+            return False
+        return True
+
     def _logged_in(self) -> Any:
-        now = self._clock.now()
-        if self._client is not None and self._token_renew_at is not None and now >= self._token_renew_at:
+        if self._client is not None and self._token_renew_at is not None and self._clock.now() >= self._token_renew_at:
             try:
                 self._note_ttl(self._client.auth.token.renew_self()["auth"])
-            except Exception:  # noqa: BLE001 - then a new login decides
-                self._client = None
+            except Exception as error:  # noqa: BLE001
+                # Without an answer the token may live on, and with it the leases that hang on it.
+                if not isinstance(self._translate(error, "token renewal"), UnreachableError):
+                    self._client = None
         if self._client is None:
             self._client = self._login()
+            # What the old token had leased ends with it, whatever the lease said.
+            self._given_up += [lease.lease_id for lease in self._leases.values()]
+            self._leases.clear()
         return self._client
 
     def _login(self) -> Any:
         import hvac
 
         verify: bool | str = self._ca or True
-        client: Any = hvac.Client(url=self.url, namespace=self._namespace, verify=verify, timeout=int(self._timeout))
+        client: Any = hvac.Client(url=self.url, namespace=self._namespace, verify=verify, timeout=self._timeout)  # pyright: ignore[reportArgumentType] - requests takes fractions
         client.token = None  # never one that happens to stand in the environment
         auth, where = self._auth, f"{self.url} ({self._auth.method} login)"
         try:
@@ -151,57 +209,103 @@ class VaultSession:
                 role, secret = self._resolve(auth.role_id).reveal(), self._resolve(auth.secret_id).reveal()
                 answer = client.auth.approle.login(role, secret, mount_point=auth.mount or "approle")
             else:
-                jwt = Path(auth.jwt_path).read_text()
+                jwt = self._service_account(auth.jwt_path)
                 answer = client.auth.kubernetes.login(auth.role, jwt, mount_point=auth.mount or "kubernetes")
         except OpsError:
             raise
         except Exception as error:  # noqa: BLE001
-            raise self._translate(error, where) from None
+            raise self._translate(error, where, login=True) from None
         client.token = answer["auth"]["client_token"]
         self._note_ttl(answer["auth"])
         return client
+
+    def _service_account(self, path: str) -> str:
+        try:
+            return Path(path).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise NotThereError(
+                f"the pod's service account token cannot be read: {type(error).__name__}",
+                where=path,
+                remedy="mount it (automountServiceAccountToken), or set auth.jwt_path",
+            ) from None
 
     def _note_ttl(self, auth: dict[str, Any]) -> None:
         seconds = auth.get("lease_duration") or 0
         self._token_renew_at = self._clock.now() + timedelta(seconds=seconds * 2 / 3) if seconds else None
 
-    def _translate(self, error: Exception, where: str) -> OpsError:  # noqa: PLR0911 - a table of cases
+    def _translate(self, error: Exception, where: str, *, login: bool = False) -> OpsError:  # noqa: PLR0911 - a table of cases
         import hvac.exceptions as vault
         import requests
 
         text = " ".join(str(error).split(", on ")[0].split())
+        place = f"{self.url} {where}"
         if isinstance(error, OpsError):
             return error
-        if "sealed" in text.lower() or isinstance(error, vault.VaultDown):
-            return UnreachableError(
-                "Vault is sealed", where=f"{self.url} {where}", remedy="unseal it; nothing can be read until then"
-            )
-        if isinstance(error, (vault.Forbidden, vault.Unauthorized)):
+        if isinstance(error, vault.VaultError) and "sealed" in text.lower():
+            return VaultSealedError("Vault is sealed", where=place, remedy="unseal it; nothing can be read until then")
+        if login and isinstance(error, vault.Forbidden | vault.Unauthorized | vault.InvalidRequest):
             return AccessDeniedError(
+                f"Vault refuses the login: {text}", where=where, remedy=_LOGIN_REMEDY[self._auth.method]
+            )
+        if isinstance(error, vault.Forbidden | vault.Unauthorized):
+            return _DeniedError(
                 f"Vault refuses: {text}", where=where, remedy="check the policy of this platform's role for that path"
             )
         if isinstance(error, vault.InvalidPath):
             return NotThereError("Vault has nothing there", where=where, remedy="check mount and path")
         if isinstance(error, vault.InvalidRequest):
-            if "login" in where:
-                return AccessDeniedError(
-                    f"Vault refuses the login: {text}", where=where, remedy="check role_id, secret_id and their age"
-                )
             return _InvalidRequestError(f"Vault refuses the request: {text}", where=where)
-        if isinstance(error, (requests.RequestException, vault.VaultError, OSError)):
-            reason = type(error).__name__ if isinstance(error, requests.RequestException) else text
+        if isinstance(error, vault.VaultError):
             return UnreachableError(
-                f"Vault does not answer: {reason}", where=f"{self.url} {where}", remedy="check address, TLS and network"
+                f"Vault cannot answer: {text or type(error).__name__}", where=place, remedy="look at Vault's own log"
+            )
+        if isinstance(error, requests.exceptions.SSLError):
+            return UnreachableError(
+                "TLS with Vault failed",
+                where=place,
+                remedy="set ca to the PEM file of Vault's CA, and check the address",
+            )
+        if isinstance(error, requests.RequestException | OSError):
+            return UnreachableError(
+                f"Vault does not answer: {type(error).__name__}",
+                where=place,
+                remedy="check address, network and whether it runs",
             )
         return OpsError(f"Vault: {type(error).__name__}: {text}", where=where)
 
     def close(self) -> None:
-        """Give dynamic credentials back. Best effort: a lease that cannot be revoked ends by itself."""
+        """Give dynamic credentials and our own token back. Best effort: what cannot be revoked ends by itself."""
         with self._lock:
-            leases, self._leases = list(self._leases.values()), {}
-            for lease in leases:
-                with contextlib.suppress(OpsError):
-                    self.call(lambda client, lease=lease: client.sys.revoke_lease(lease.lease_id), lease.lease_id)
+            leases = [*self._given_up, *(lease.lease_id for lease in self._leases.values())]
+            client, self._client = self._client, None
+            self._leases, self._given_up = {}, []
+            if client is None:
+                return
+            for lease_id in leases:
+                with contextlib.suppress(Exception):
+                    client.sys.revoke_lease(lease_id)
+            if self._auth.method != "token":  # one that was handed to us is not ours to end
+                with contextlib.suppress(Exception):
+                    client.auth.token.revoke_self()
+
+
+_LOGIN_REMEDY = {
+    "approle": "check role_id, secret_id and their age",
+    "kubernetes": "check auth.role, and the service account and namespace that it is bound to",
+    "token": "check the token",
+}
+
+
+def _secrets(data: dict[str, Any]) -> dict[str, Secret]:
+    return {name: Secret(str(value)) for name, value in data.items()}
+
+
+class VaultSealedError(UnreachableError):
+    """It answers and can read nothing: a person has to unseal it, asking again does not help."""
+
+
+class _DeniedError(AccessDeniedError):
+    """Status 403 to a request: the token is dead or its policy does not allow it. Not a login that was refused."""
 
 
 class _InvalidRequestError(OpsError):
