@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from ops_platform.backup.archive import wait_durable
 from ops_platform.backup.basebackup import run_backup
 from ops_platform.backup.model import Archive, BackupKind, Block, Manifest, Proof, StoredPart
 from ops_platform.backup.receiver import Receiver
@@ -151,8 +152,10 @@ def test_from_s3_and_vault_a_full_backup_and_a_chain(
         cluster.sql("insert into t select i from generate_series(3001, 3500) i")
         newest = run_backup(platform.access, platform.target)
         cluster.sql("insert into t values (4000)")
+        end = cluster.sql("select pg_current_wal_flush_lsn() - '0/0'::pg_lsn")
+        wait_durable(platform.access, platform.target, int(end), timeline=1)  # in an unfinished segment
     finally:
-        receiver.stop()  # it stores what it has received: the last segment as an unfinished one
+        receiver.stop()
         assert receiver.join(60)
     assert [m.kind for m in (full, middle, newest)] == [BackupKind.FULL] + [BackupKind.INCREMENTAL] * 2
     source, env = f"s3://tests/{platform.prefix}", of_ground(ground)
