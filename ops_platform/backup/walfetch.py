@@ -18,17 +18,18 @@ import contextlib
 import os
 import shutil
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 from ops_platform.backup.model import Lsn, segment_name, segment_start
-from ops_platform.backup.repository import Repository
 from ops_platform.backup.wal import (
     HISTORY_NAME,
     SEGMENT_NAME,
     Span,
     Stock,
+    StoredWal,
     check_segment_head,
     history_name,
     parse_history,
@@ -40,22 +41,25 @@ from ops_platform.errors import CorruptionError, OpsError
 _SCRIPT = """#!/bin/sh
 # Written for one recovery. Exit 0: there; 1: the store has none, the end of WAL; 126: could not ask, recovery must stop.
 spool={spool}
-name=$1 to=$2
-say() {{ echo "restore_command: $*" >&2; }}
-take() {{ rm -f "$spool/ask/$name"; mv "$spool/ready/$name" "$to" && exit 0; say "cannot move $name to $to"; exit 126; }}
+name=$1 to=$2 decided=
+# A shell that fails leaves with 1 or 2, which PostgreSQL would take for the end of WAL.
+trap '[ "$decided" ] || exit 126' EXIT
+leave() {{ decided=$1; exit "$1"; }}
+fail() {{ echo "restore_command: $*" >&2; leave 126; }}
+take() {{ rm -f "$spool/ask/$name"; mv "$spool/ready/$name" "$to" || fail "cannot move $name to $to"; leave 0; }}
 [ -e "$spool/ready/$name" ] && take
 rm -f "$spool/absent/$name" "$spool/failed/$name" # answers to a question whose asker was killed
-: > "$spool/ask/$name" || {{ say "cannot ask for $name: $spool is not writable"; exit 126; }}
+true > "$spool/ask/$name" || fail "cannot ask for $name: $spool is not writable"
 last= still=0
-while :; do
+while true; do
     [ -e "$spool/ready/$name" ] && take
-    [ -e "$spool/absent/$name" ] && {{ rm -f "$spool/absent/$name"; exit 1; }}
-    [ -e "$spool/failed/$name" ] && {{ say "$(cat "$spool/failed/$name")"; rm -f "$spool/failed/$name"; exit 126; }}
-    [ -d /proc/self ] && [ ! -d /proc/{pid} ] && {{ say "the fetcher (process {pid}) is gone"; exit 126; }}
+    [ -e "$spool/absent/$name" ] && {{ rm -f "$spool/absent/$name"; leave 1; }}
+    [ -e "$spool/failed/$name" ] && {{ why=$(cat "$spool/failed/$name"); rm -f "$spool/failed/$name"; fail "$why"; }}
+    [ -d /proc/self ] && [ ! -d /proc/{pid} ] && fail "the fetcher (process {pid}) is gone"
     pulse=
     [ -e "$spool/pulse" ] && read -r pulse < "$spool/pulse"
     if [ "$pulse" = "$last" ]; then still=$((still + 1)); else still=0 last=$pulse; fi
-    [ "$still" -gt {patience} ] && {{ say "the fetcher (process {pid}) does not answer"; exit 126; }}
+    [ "$still" -gt {patience} ] && fail "the fetcher (process {pid}) does not answer"
     sleep 0.02 2>/dev/null || sleep 1
 done
 """
@@ -64,6 +68,25 @@ _PULSE_EVERY = 0.5
 # Looks of the script (0.02 s each) without a beat of the pulse, after which it gives up: about a minute on a busy machine.
 _PATIENCE = 1500
 _RELIST_AFTER = 30.0
+
+
+class WalFile(Protocol):
+    @property
+    def plain(self) -> bytes: ...
+
+
+class WalSource(Protocol):
+    """What is asked of an archive: `repository.Repository` answers, and what reads another tool's archive."""
+
+    def wal_listing(self, system_identifier: int | None = None) -> Sequence[StoredWal]: ...
+
+    def get_wal(self, system_identifier: int, name: str, *, partial: bool = False) -> WalFile | None:
+        """None only where the store said that it has no such file."""
+        ...
+
+    def wal_key(self, system_identifier: int, name: str, *, partial: bool = False) -> str:
+        """What errors call the file."""
+        ...
 
 
 class WalFetchAhead:
@@ -75,7 +98,7 @@ class WalFetchAhead:
 
     def __init__(
         self,
-        repository: Repository,
+        repository: WalSource,
         system_identifier: int,
         spool: Path,
         *,
@@ -142,9 +165,12 @@ class WalFetchAhead:
 
     @property
     def restore_command(self) -> str:
-        """For postgresql.conf, without quotes of its own around it. `%` in the path is doubled, as PostgreSQL wants it."""
+        """For postgresql.conf, without quotes of its own around it. `%` in the path is doubled, as PostgreSQL wants it.
+
+        Whatever is neither 0 nor 1 becomes 126: a shell that cannot read the script, because the spool is gone, leaves with 2.
+        """
         script = _quote(str(self._spool.resolve() / "restore.sh")).replace("%", "%%")
-        return f'sh {script} "%f" "%p"'
+        return f'sh {script} "%f" "%p" || {{ [ $? -eq 1 ] && exit 1; exit 126; }}'
 
     @property
     def fetched_bytes(self) -> int:
@@ -174,20 +200,25 @@ class WalFetchAhead:
             self._stop.wait(0.01)
 
     def _turn(self) -> None:
+        for name in [name for name, future in self._flying.items() if future.done()]:
+            self._landed(name, self._flying.pop(name))
         for name in self._names("ask"):
             with contextlib.suppress(FileNotFoundError):
                 (self._spool / "ask" / name).unlink()
             self._asked_for(name)
-        for name in [name for name, future in self._flying.items() if future.done()]:
-            future = self._flying.pop(name)
-            if (error := future.exception()) is not None:
-                self._answer("failed", name, f"{name}: {error}")
-            elif not future.result():
-                self._failed.add(name)
-                if name in self._waiting:
-                    self._submit(name)
-            self._waiting.discard(name)
         self._fill()
+
+    def _landed(self, name: str, future: Future[bool]) -> None:
+        waited_for = name in self._waiting
+        self._waiting.discard(name)
+        if (error := future.exception()) is not None:
+            self._answer("failed", name, f"{name}: {error}")
+        elif not future.result():
+            self._failed.add(name)
+            if waited_for:
+                self._submit(name)
+        elif waited_for and not any((self._spool / kind / name).exists() for kind in ("ready", "absent", "failed")):
+            self._submit(name)  # an earlier question has taken the answer
 
     def _names(self, folder: str) -> list[str]:
         with contextlib.suppress(FileNotFoundError):

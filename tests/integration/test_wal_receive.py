@@ -60,6 +60,17 @@ def new_rig(ground: Ground) -> Iterator[Callable[..., Rig]]:
         remove(server)
 
 
+@pytest.fixture
+def talkative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server is told all the time what we received and what is durable: a lie would not stay unsaid for ten seconds."""
+    monkeypatch.setattr(receiver_module, "STATUS_EVERY", 0.05)
+
+
+def told_received(rig: Rig) -> int:
+    """How far we told the server that we have received, durable or not."""
+    return int(rig.sql("select coalesce(max(write_lsn - '0/0'::pg_lsn), 0) from pg_stat_replication"))
+
+
 def keep_wal(megabytes: int = 400) -> dict[str, str]:
     """Settings under which the server throws no WAL away that a test wants to compare."""
     return {"wal_keep_size": f"{megabytes}MB"}
@@ -109,6 +120,7 @@ def stored_names(rig: Rig) -> list[str]:
     return [info.key.rpartition("/")[2] for info in rig.repository.store.list(rig.repository.wal_prefix())]
 
 
+@pytest.mark.usefixtures("talkative")
 def test_nothing_is_confirmed_past_a_segment_that_is_still_on_its_way(new_rig: Callable[..., Rig]) -> None:
     """Segments are put side by side: a later one in the store does not make the earlier one durable."""
     rig = new_rig(settings=keep_wal())
@@ -126,6 +138,7 @@ def test_nothing_is_confirmed_past_a_segment_that_is_still_on_its_way(new_rig: C
     rig.load(12000)
     eventually(lambda: any(segment_of(key) > blocked for key in rig.store.puts), why="nothing was put side by side")
     assert begun
+    eventually(lambda: told_received(rig) >= (blocked + 2) * MB, why=lambda: f"told {Lsn(told_received(rig))}")
     assert rig.confirmed() <= (blocked + 1) * MB
     assert not rig.holds((blocked + 2) * MB, since=blocked * MB), "the archive has a hole there"
     gate.set()
@@ -261,6 +274,7 @@ def assert_kept_and_caught_up(rig: Rig, away: Callable[[], None], back: Callable
     before = rig.confirmed()
     rig.load(20000)  # far more than is kept in memory
     eventually(lambda: said in str(state.last_error), why=lambda: f"{state.last_error} does not say {said!r}")
+    eventually(lambda: told_received(rig) > before + 2 * MB, why=lambda: f"told {Lsn(told_received(rig))}")
     assert rig.confirmed() <= before + MB, "something was confirmed that cannot be durable"
     assert state.received - state.durable <= (IN_FLIGHT + 1) * MB
     back()
@@ -271,6 +285,7 @@ def assert_kept_and_caught_up(rig: Rig, away: Callable[[], None], back: Callable
     assert rig.assert_identical() >= 4
 
 
+@pytest.mark.usefixtures("talkative")
 def test_a_store_that_answers_503_costs_nothing_but_time(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig(settings=keep_wal())
 
@@ -286,6 +301,7 @@ def test_a_store_that_answers_503_costs_nothing_but_time(new_rig: Callable[..., 
     assert_kept_and_caught_up(rig, away, back, "SlowDown 503")
 
 
+@pytest.mark.usefixtures("talkative")
 def test_a_connection_to_the_store_that_is_reset_in_the_middle_of_a_put_costs_nothing_but_time(
     new_rig: Callable[..., Rig], ground: Ground
 ) -> None:
@@ -302,6 +318,7 @@ def test_a_connection_to_the_store_that_is_reset_in_the_middle_of_a_put_costs_no
         wire.close()
 
 
+@pytest.mark.usefixtures("talkative")
 def test_a_sealed_key_service_costs_nothing_but_time(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig(settings=keep_wal())
 

@@ -516,7 +516,7 @@ def _child(task: Mapping[str, Any]) -> None:
         held.fault = hold
         fetcher = WalFetchAhead(repository, task["cluster"], Path(task["spool"]), segment_size=task["segment_size"])
         fetcher.__enter__()
-        print("serving", flush=True)
+        print("serving", fetcher.restore_command, flush=True)
     threading.Event().wait()
 
 
