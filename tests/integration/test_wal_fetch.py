@@ -436,7 +436,7 @@ def test_a_store_that_stays_away_stops_the_recovery(story: Story, recovered: Cal
 
 def test_a_killed_fetcher_stops_the_recovery(story: Story, ground: Ground) -> None:
     server, spool = ready(story)
-    held = segment_name(1, (story.fork(2) // MB - 2) * MB, MB)
+    before, held = (segment_name(1, (story.fork(2) // MB - back) * MB, MB) for back in (3, 2))
     task = fetch_task(ground.place, story.prefix, story.sysid, spool, MB, hold=held)
     try:
         with Child(task) as child:
@@ -444,6 +444,7 @@ def test_a_killed_fetcher_stops_the_recovery(story: Story, ground: Ground) -> No
 
             def during(_server: PostgresServer) -> None:
                 child.until("held")
+                eventually(lambda: before in server.log_tail(100_000), why=server.log_tail)
                 child.kill9()
 
             promoted = run_recovery(server, command, RecoveryTarget("latest", timeline=2), during)
