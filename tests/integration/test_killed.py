@@ -259,6 +259,20 @@ def nothing_counts(platform: Platform) -> None:
 SLOWLY = {"backup": {"transfer": {"rate_limit": "16MiB"}}}
 
 
+def test_a_backup_that_an_administrator_ends(rig: Rig, new_platform: Callable[..., Platform]) -> None:
+    """The server says so in the middle of a file: that is what is told, not that the archive is cut off."""
+    platform, ended = new_platform({"app-db": [rig.cluster]}, extra=SLOWLY), list[bool]()
+
+    def end(name: str, done: int, total: int | None) -> None:
+        if name == "backup" and not ended:
+            ended.append(rig.cluster.sql("select pg_terminate_backend(pid) from pg_stat_replication"))
+
+    with pytest.raises(UnreachableError, match="administrator command"):
+        run_backup(platform.access, platform.target, progress=end)
+    assert ended == [True]
+    nothing_counts(platform)
+
+
 @pytest.mark.parametrize("victim", ["its process", "the whole server"])
 def test_a_database_killed_during_its_backup(
     victim: str, new_cluster: Callable[..., Cluster], new_platform: Callable[..., Platform]
