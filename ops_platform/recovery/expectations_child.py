@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import sys
 import threading
@@ -152,7 +153,9 @@ def _models(request: Request, frames: dict[str, Frame]) -> tuple[list[Expectatio
     refusals: list[Refusal] = []
     for check in request.checks:
         arguments = expanded(check, request.recovery_target)
-        arguments.setdefault("description", _described(check, _kwargs(check, request)))
+        arguments["description"] = html.escape(
+            _described(check, request), quote=False
+        )  # GX puts it into pages as it is
         for key in _COLUMN_ARGUMENTS:
             if key in arguments:
                 given = arguments[key]
@@ -167,19 +170,21 @@ def _models(request: Request, frames: dict[str, Frame]) -> tuple[list[Expectatio
 
 
 def _refusals(check: Check, errors: list[Any]) -> Iterator[Refusal]:
-    """One for each key: a union of types refuses once for each of them."""
+    """One for each key: a union of types refuses once for each of them. The whole is blamed only if no part of it is."""
     messages: dict[str, list[str]] = {}
     for error in errors:
         key = str(error["loc"][0]) if error["loc"] and error["loc"][0] != "__root__" else ""
         messages.setdefault(key, []).append(error["msg"])
+    if len(messages) > 1:
+        messages.pop("", None)
     for key, several in messages.items():
         yield Refusal(number=check.number, key=key, what="; ".join(dict.fromkeys(several)))
 
 
-def _described(check: Check, kwargs: dict[str, Any]) -> str:
-    """All tables stand on one page of the Data Docs: each line says which one it is about."""
-    rest = ", ".join(f"{key} {value}" for key, value in kwargs.items() if key not in _COLUMN_ARGUMENTS)
-    return f"{check.title} ({rest})" if rest else check.title
+def _described(check: Check, request: Request) -> str:
+    """All tables stand on one page of the Data Docs: each line says which one it is about, in the owners' words or in ours."""
+    told = [f"{key} {value}" for key, value in _kwargs(check, request).items() if key not in _COLUMN_ARGUMENTS]
+    return check.title if "description" in check.arguments or not told else f"{check.title} ({', '.join(told)})"
 
 
 class _Evaluation:
@@ -233,6 +238,7 @@ class _Evaluation:
             result = batch.validate(model, result_format=_RESULT_FORMAT)
         except Exception as error:  # noqa: BLE001 - whatever GX raises, the expectation was not seen to hold
             return _failed(model, reason(str(error)))
+        result.success = bool(result.success)  # sometimes it is numpy's
         if errors := _errors(result.exception_info or {}):
             _blame(result, errors)
         found = dict(result.result or {})
@@ -337,7 +343,7 @@ def _outcome(check: Check, request: Request, result: ExpectationValidationResult
         column=check.column,
         kind=check.kind,
         kwargs=_kwargs(check, request),
-        success=bool(result.success),
+        success=result.success is True,
         observed=_observed(result.result or {}),
         error=str(info["exception_message"]) if info.get("raised_exception") else None,
         seconds=round(seconds, 3),

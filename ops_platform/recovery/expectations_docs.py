@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from great_expectations.core.expectation_validation_result import ExpectationValidationResult
     from great_expectations.data_context.data_context.abstract_data_context import AbstractDataContext
 
+# GX escapes few of the names that it shows: nothing on these pages may run or load anything.
+_HEAD = """<head><meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
 _STYLE = """<style>
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; width: 100%; margin: .5rem 0 1.5rem }
@@ -65,14 +67,14 @@ def _pages(folder: Path) -> set[Path]:
 
 def _without_the_foreign(page: str) -> str:
     kept = _FOREIGN.sub("", re.sub("<style>.*?</style>", "", page, flags=re.DOTALL))
-    return kept.replace("</head>", _STYLE, 1)
+    return kept.replace("<head>", _HEAD, 1).replace("</head>", _STYLE, 1)
 
 
 def _index(folder: Path, title: str, page: Path) -> Path:
     link = html.escape(str(page.relative_to(folder)))
     index = folder / "index.html"
     index.write_text(
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<!doctype html><html lang="en">{_HEAD}<meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta http-equiv="refresh" content="0; url={link}">{_STYLE}'
         f'<body><p><a href="{link}">What was expected of {html.escape(title)}, and what was found</a></p></body></html>\n'
     )

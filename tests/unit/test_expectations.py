@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from ops_platform.clients.processes import identify
 from ops_platform.errors import CouldNotVerifyError, InventoryError, UsageError
 from ops_platform.inventory import InventoryMistakes, format_duration
-from ops_platform.recovery.expectations import SuiteResult, SuiteRunner, load_suite
+from ops_platform.recovery.expectations import SuiteResult, SuiteRunner, load_suite, run_suite
 from ops_platform.recovery.expectations_views import CouldNotAskError, reason, said
 from ops_platform.recovery.suite import Check, expand, expand_sql, expanded, kinds, names
 
@@ -422,8 +422,7 @@ def test_a_result_is_good_when_every_expectation_held(
         "sitecustomize",
         f"import os, sys\nif sys.argv[:1] == ['-m']:\n    os.write(1, {answer.encode()!r}); os._exit(0)",
     )
-    with SuiteRunner(written(GOOD)) as runner:
-        result = runner.run(**RUN)
+    result = run_suite(written(GOOD), **RUN)
     assert (result.success, result.passed, result.failed) == (success, sum(given_outcomes), 2 - sum(given_outcomes))
     assert result.results[0].as_dict()["observed"] == result.results[0].why == "3"
 
