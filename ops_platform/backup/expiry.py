@@ -444,20 +444,23 @@ class ExpiryAction:
     def _look_again(self, seen: _Seen) -> tuple[dict[str, BackupInfo], list[str]]:
         """What can be read now, and what is wrong with a kept backup: each object that its manifest names, at its size."""
         infos: dict[str, BackupInfo] = {}
-        wrong: list[str] = []
+        wrong, unreadable = list[str](), set[str]()
         for backup_id in sorted(self._finished()):
             kept = backup_id in seen.decision.keep
             try:
                 manifest = self._repository.manifest(backup_id)
             except CorruptionError as error:
                 if kept and seen.infos[backup_id].error is None:
-                    wrong.append(f"{backup_id}: {error}")
+                    wrong.append(str(error))
+                unreadable.add(backup_id)
                 continue
             infos[backup_id] = info_of(manifest, None)
             if kept:
                 wrong += self._missing_objects(manifest)
         readable = [backup_id for backup_id in seen.decision.keep if seen.infos[backup_id].error is None]
-        wrong += [f"{backup_id}: its manifest is gone" for backup_id in readable if backup_id not in infos]
+        wrong += [
+            f"{backup_id}: its manifest is gone" for backup_id in readable if backup_id not in {*infos, *unreadable}
+        ]
         for backup_id in readable:
             parent = seen.infos[backup_id].parent_id
             if parent in seen.infos and parent not in infos and seen.infos[parent].error is None:

@@ -452,6 +452,8 @@ def test_what_dead_runs_left_goes_unless_a_backup_is_running(
         assert "a backup is running" in " ".join(held.plan.facts["notes"])
     assert backup_running(platform.access, platform.target) is None
 
+    fresh = shop.action(0.5, running=lambda: None).plan()
+    assert fresh.changes == (), "the upload has just begun"
     action = shop.action()
     assert "was not asked" in " ".join(action.plan().facts["notes"])
 
@@ -479,11 +481,15 @@ def test_a_backup_that_begins_after_the_plan_keeps_dead_runs_alive(new_shop: Cal
     shop.backup("F21")
     running: list[str] = []
     action = shop.action(running=lambda: running[0] if running else None)
+    clock: Any = action._clock
     (change,) = action.plan().changes
     assert action.check(change) is None
     running.append("pid 17")
     assert_contended(action.check(change), "pid 17")
     running.clear()
+    clock.at = shop.day(0.5)  # by which it was put half a day ago
+    assert_contended(action.check(change), "was put into it")
+    clock.at = shop.day(30)
     shop.backup("F3")  # it was not dead: it has just finished
     assert_contended(action.check(change), "a manifest")
 
@@ -628,17 +634,19 @@ def test_a_store_that_does_not_answer_is_not_an_empty_one(new_shop: Callable[...
 
 
 @pytest.mark.parametrize(
-    ("harm", "check"),
+    ("harm", "check", "said"),
     [
-        ("block", "kept backups"),
-        ("manifest", "kept backups"),
-        ("wal", "recovery window"),
-        ("proven", "last proven backup"),
-        ("full", "redundancy"),
-        ("rest", "removed"),
+        ("block", "kept backups", "1 objects are not there"),
+        ("manifest", "kept backups", "the manifest cannot be read"),
+        ("full", "kept backups", "its manifest is gone"),
+        ("full", "kept backups", "on which it builds, is gone"),
+        ("full", "redundancy", "0 full backups are there"),
+        ("full", "last proven backup", "is gone"),
+        ("wal", "recovery window", "lost"),
+        ("rest", "removed", "something is still there"),
     ],
 )
-def test_verification_finds_what_is_missing(new_shop: Callable[..., Shop], harm: str, check: str) -> None:
+def test_verification_finds_what_is_missing(new_shop: Callable[..., Shop], harm: str, check: str, said: str) -> None:
     shop = new_shop()
     shop.backups("F0 F7 F21 I22<F21")
     shop.wal(0, 29)
@@ -653,13 +661,13 @@ def test_verification_finds_what_is_missing(new_shop: Callable[..., Shop], harm:
         store.put(shop.repository.manifest_key(shop.ids["I22"]), b"{}")
     elif harm == "wal":
         store.delete(shop.repository.wal_key(CLUSTER, segment_name(1, 25 * SIZE, SIZE)))
-    elif harm in ("proven", "full"):
+    elif harm == "full":
         store.delete(shop.repository.manifest_key(shop.ids["F21"]))
     else:
         store.put(shop.repository.block_key(shop.ids["F0"], 0, 1), b"x")
     found = action.verify(plan, done)
     assert found.holds is False
-    assert check in [one.name for one in found.checks if one.holds is False]
+    assert said in {one.name: one.detail for one in found.checks if one.holds is False}[check]
 
 
 # Object Lock
