@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from ops_platform.errors import CouldNotVerifyError, UsageError
 from ops_platform.inventory import InventoryMistakes
-from ops_platform.recovery.expectations_child import Outcome, Reply, Request
+from ops_platform.recovery.expectations_child import PREFIX, Outcome, Reply, Request
 from ops_platform.recovery.expectations_views import Server
 from ops_platform.recovery.suite import Suite, load_suite
 
@@ -83,7 +83,7 @@ class SuiteRunner:
         """Start the child, which imports Great Expectations and then waits for its request. Returns at once."""
         if self._process is not None:
             return
-        home = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="ops-expectations-")))
+        home = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX)))
         self._answer, self._log = home / "answer", home / "log"
         work = home / "work"
         work.mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import os
+import shutil
 import sys
 import threading
 import time
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from pydantic import BaseModel, ConfigDict
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from great_expectations.datasource.fluent.interfaces import Batch
     from great_expectations.datasource.fluent.postgres_datasource import PostgresDatasource
     from great_expectations.expectations.expectation import Expectation
+
+PREFIX = "ops-expectations-"  # of the directory in which the child works
 
 # GX counts the values that are not as expected; which ones they are stays in the database.
 _RESULT_FORMAT: Any = {"result_format": "BASIC", "partial_unexpected_count": 0}
@@ -111,7 +114,7 @@ def main() -> int:
 
     line = sys.stdin.readline()
     if not line:
-        return 0
+        _orphaned()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     reply = evaluate(Request.model_validate_json(line)).model_copy(update={"version": gx.__version__})
     out.write(reply.model_dump_json())
@@ -127,6 +130,14 @@ def refuse_network(event: str, _arguments: tuple[Any, ...]) -> None:
 
 def _end_with_parent() -> None:
     sys.stdin.read()
+    _orphaned()
+
+
+def _orphaned() -> NoReturn:
+    """Whoever asked was killed and could not tidy up: remove what was made for this process, and end."""
+    home = Path.cwd().parent
+    if home.name.startswith(PREFIX):
+        shutil.rmtree(home, ignore_errors=True)
     os._exit(1)
 
 

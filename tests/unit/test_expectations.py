@@ -533,8 +533,11 @@ def test_the_child_ends_with_its_parent(
             time.sleep(0.02)
         assert ready.exists()
         assert identify(child) is not None
+        work = Path(f"/proc/{child}/cwd").readlink()
+        assert work.parent.name.startswith("ops-expectations-")
         parent.kill()
     assert gone(child)
+    assert not work.parent.exists()
 
 
 def test_the_child_cannot_open_network_connections() -> None:
