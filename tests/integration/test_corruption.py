@@ -464,7 +464,7 @@ def small_disk(size: str) -> Iterator[Path]:
     try:
         yield place
     finally:
-        subprocess.run(["umount", place], check=True)
+        subprocess.run(["umount", "--lazy", place], check=True)
         place.rmdir()
 
 
