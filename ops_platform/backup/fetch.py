@@ -117,10 +117,11 @@ def fetch_backup(
     workers: int = 4,
     owner: Owner | None = None,
     progress: Progress = no_progress,
+    sync: bool = True,
 ) -> dict[int, Path]:
     """The files of one backup, as the server sent them, into a directory that is empty or its own unfinished restore.
 
-    Returns where each tablespace (by oid) was put. Raises CorruptionError, UsageError, OpsError (no space left).
+    `sync` False: what is made of them is synced, and they are thrown away. Returns where each tablespace (by oid) was put. Raises CorruptionError, UsageError, OpsError (no space left).
     """
     roots = _roots(manifest, into, tablespaces or {})
     spaces = {archive.oid: root for archive, root in zip(manifest.archives, roots, strict=True) if archive.oid}
@@ -130,11 +131,13 @@ def fetch_backup(
                 _fetch_all(repository, manifest, _Tree(into, roots, owner), journal, workers, progress)
                 _write_owned(into / "backup_manifest", repository.pg_manifest(manifest), owner)
                 _link_tablespaces(into, spaces, owner)
-                progress("syncing to disk", 0, None)
-                for root in roots:
-                    sync_file_system(root)
+                if sync:
+                    progress("syncing to disk", 0, None)
+                    for root in roots:
+                        sync_file_system(root)
                 (into / _CONTROL_ASIDE).rename(into / _CONTROL)
-                sync_file_system(into)
+                if sync:
+                    sync_file_system(into)
         (into / JOURNAL).unlink()
     except OSError as error:
         raise _disk_error(error, into) from error
