@@ -62,7 +62,7 @@ class PercentLimit:
         count, of = len(case.plan.of_kind(self.kind)), case.plan.population.get(self.kind)
         if count == 0:
             return Ruling(self.name, True, "none planned")
-        if not of or of < count:
+        if not of:
             return Ruling(self.name, False, f"{count} planned, and the plan does not say of how many")
         share = 100 * count / of
         return Ruling(self.name, share <= self.most, f"{count} of {of} planned, {share:.1f}%; {self.most:g}% allowed")

@@ -46,6 +46,9 @@ class Database:
         self.name = f"ledger_{uuid.uuid4().hex[:10]}"
         cluster.sql(f"create role {self.name} login")
         cluster.sql(f"create database {self.name} owner {self.name}")
+        # Defaults that somebody may have set, and that must not matter: a chain is read and extended in one transaction.
+        cluster.sql(f"alter database {self.name} set default_transaction_isolation = 'serializable'")
+        cluster.sql(f"alter database {self.name} set timezone = 'Asia/Kathmandu'")
 
     def superuser(self) -> psycopg.Connection[Any]:
         return self.cluster.server.connect(self.name)
