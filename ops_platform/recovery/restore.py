@@ -144,7 +144,7 @@ def restore(
     with ExitStack() as stack:
         began = time.monotonic()
         fetcher = stack.enter_context(engine.wal_fetcher(backup, _spool(work)))
-        sandbox = Sandbox(install, into, work, isolate=engine.name == "native", clock=clock)
+        sandbox = Sandbox(install, into, work, clock=clock)
         stack.callback(sandbox.stop, "fast")
         sandbox.prepare(recovery, fetcher.restore_command)
         sandbox.start()
@@ -272,8 +272,12 @@ def sandbox_tablespaces(
     access: Access, target: Target, recovery: RecoveryTarget, home: Path, backup: BackupInfo | None = None
 ) -> dict[str, Path]:
     """Every tablespace's old place mapped below `home`: a sandbox never writes where the source's paths would lead."""
-    if target.repository.engine != "native":
-        return {}
+    if target.repository.engine == "pgbackrest":
+        from ops_platform.backup.pgbackrest import PgBackRestEngine
+
+        engine = PgBackRestEngine(target)
+        places = engine.tablespaces(backup or engine.choose(recovery))
+        return {location: home / f"tablespace-{oid}" for oid, location in places.items()}
     from ops_platform.backup.archive import open_target_repository
 
     chosen = backup or open_engine(access, target).choose(recovery)
