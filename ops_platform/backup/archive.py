@@ -121,10 +121,11 @@ class Archive:
 
 def open_target_repository(access: Access, target: Target) -> Repository:
     where = target.repository
-    if where.store is None or where.keys is None:
+    # Another engine's target may name store and keys, too: for its proofs.
+    if where.engine != "native" or where.store is None or where.keys is None:
         raise UsageError(
-            f"the WAL of {target.id} is kept by {where.engine}, not by us",
-            remedy="its own tool shows it; ops wal is for targets with engine: native",
+            f"backups and WAL of {target.id} are kept by {where.engine}, not by us",
+            remedy="its own tool takes and expires them; ours lists, restores and proves them",
         )
     return Repository(access.store(where.store), access.keys(where.keys), target.id)
 
@@ -157,12 +158,18 @@ def gap_notes(repository: Repository, system_identifier: int) -> list[GapNote]:
     found: list[GapNote] = []
     for info in repository.store.list(_gap_prefix(repository, system_identifier)):
         try:
-            body = json.loads(repository.store.get(info.key))
-            body["noticed_at"] = datetime.fromisoformat(body["noticed_at"])
-            found.append(GapNote(**body))
+            found.append(_gap_note(json.loads(repository.store.get(info.key))))
         except (ValueError, KeyError, TypeError) as error:
-            raise CorruptionError("this note of a gap cannot be read", where=info.key) from error
+            raise CorruptionError(f"this note of a gap cannot be read: {error}", where=info.key) from error
     return found
+
+
+def _gap_note(body: Any) -> GapNote:
+    body["noticed_at"] = datetime.fromisoformat(body["noticed_at"])
+    note = GapNote(**body)
+    if not all(SEGMENT_NAME.fullmatch(name) and int(name[:8], 16) == note.timeline for name in (note.first, note.last)):
+        raise ValueError(f"{note.first} to {note.last} are no segments of timeline {note.timeline}")
+    return note
 
 
 # Pure functions over a listing
@@ -201,6 +208,12 @@ def missing(
     stocks: Mapping[int, Stock], lines: Mapping[int, list[Span]], segment_size: int
 ) -> list[tuple[int, str, str]]:
     """Holes as (timeline, first, last): between stored segments, and where one timeline should lead to the next and does not."""
+    return _named(_holes(stocks, lines, segment_size), segment_size)
+
+
+def _holes(
+    stocks: Mapping[int, Stock], lines: Mapping[int, list[Span]], segment_size: int
+) -> list[tuple[int, int, int]]:
     holes = [(t, *hole) for t, entry in stocks.items() for hole in entry.holes()]
     for timeline, line in lines.items():
         if timeline not in stocks:
@@ -217,7 +230,21 @@ def missing(
                 holes.append(
                     (child.timeline, fork, min(lowest, (child.end or lowest * segment_size) // segment_size) - 1)
                 )
+    return holes
 
+
+def gaps(archive: Archive) -> list[tuple[int, str, str]]:
+    """Every hole: what is missing between stored segments, and what was noted as lost and did not come after all."""
+    size = archive.segment_size
+    holes = _holes(archive.stocks, archive.lines, size)
+    for note in archive.notes:
+        entry = archive.stocks.get(note.timeline, Stock(note.timeline))
+        first, last = (segment_start(name, size)[1] // size for name in (note.first, note.last))
+        holes += [(note.timeline, n, n) for n in range(first, last + 1) if n not in entry.whole]
+    return _named(holes, size)
+
+
+def _named(holes: Iterable[tuple[int, int, int]], segment_size: int) -> list[tuple[int, str, str]]:
     def name(timeline: int, number: int) -> str:
         return segment_name(timeline, number * segment_size, segment_size)
 
@@ -423,7 +450,7 @@ def archive_status(access: Access, target: Target, *, ask_server: bool = True) -
     repository = open_target_repository(access, target)
     archive = read_archive(repository)
     known = [int(name) for name in repository.store.list_folders(repository.wal_prefix()) if name.isdigit()]
-    holes = missing(archive.stocks, archive.lines, archive.segment_size) if archive else []
+    holes = gaps(archive) if archive else []
     backups = repository.infos() if holes else []
     newest = _newest(archive)
     server: dict[str, Any] = _ask_server(access, target) if ask_server else {"slot_error": "not asked"}
@@ -592,6 +619,7 @@ __all__ = [
     "SlotState",
     "archive_status",
     "gap_notes",
+    "gaps",
     "history_name",
     "holds",
     "missing",

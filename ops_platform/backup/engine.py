@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ops_platform.backup.archive import Archive, open_target_repository, read_archive, recovery_window
+from ops_platform.backup.archive import Archive, gaps, open_target_repository, read_archive, recovery_window
 from ops_platform.backup.fetch import Owner, check_empty, combine, fetch_backup
 from ops_platform.backup.model import (
     BackupEngine,
@@ -39,7 +39,7 @@ def open_engine(access: Access, target: Target, *, clock: Clock = SYSTEM_CLOCK) 
     if target.repository.engine == "pgbackrest":
         from ops_platform.backup.pgbackrest import PgBackRestEngine
 
-        return PgBackRestEngine(target)
+        return PgBackRestEngine(target, clock=clock)
     return NativeEngine(open_target_repository(access, target), target, clock=clock)
 
 
@@ -67,8 +67,7 @@ class NativeEngine:
         if archive is None:
             return RecoveryWindow(None, None, [], [])
         mine = [backup for backup in backups if backup.system_identifier == archive.system_identifier]
-        holes = [(note.timeline, note.first, note.last) for note in archive.notes]
-        return recovery_window(mine, archive.ranges, archive.lines, archive.segment_size, holes)
+        return recovery_window(mine, archive.ranges, archive.lines, archive.segment_size, gaps(archive))
 
     def choose(self, target: RecoveryTarget) -> BackupInfo:
         backups = [backup for backup in self.list() if backup.error is None]
@@ -166,6 +165,7 @@ class NativeEngine:
                     tablespaces=mapped,
                     owner=owner,
                     progress=progress,
+                    sync=False,
                 )
             )
         progress("combining the chain", 0, None)

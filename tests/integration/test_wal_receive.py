@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 from ops_platform.backup import receiver as receiver_module
-from ops_platform.backup.archive import archive_status, holds, read_archive, wait_durable
+from ops_platform.backup.archive import archive_status, gap_notes, holds, read_archive, wait_durable
 from ops_platform.backup.basebackup import run_backup
 from ops_platform.backup.engine import open_engine
 from ops_platform.backup.model import Lsn, segment_name, segment_start
@@ -28,6 +28,7 @@ from ops_platform.errors import CorruptionError, UnreachableError
 from ops_platform.local.components import s3_settings
 from tests.integration.wal_rig import (
     Child,
+    Keys,
     Rig,
     Wire,
     copied,
@@ -318,6 +319,26 @@ def test_a_connection_to_the_store_that_is_reset_in_the_middle_of_a_put_costs_no
         wire.close()
 
 
+def test_a_slow_store_is_waited_for_and_the_lag_is_shown(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig(settings=keep_wal())
+    _, state = rig.streaming()
+
+    def slow(verb: str, key: str) -> None:
+        if verb == "put":
+            time.sleep(0.3)
+
+    rig.store.fault = slow
+    before = state.reconnects
+    rig.load(20000)
+    eventually(lambda: state.lag_bytes > MB and state.lag_seconds > 0.2, why=lambda: state)
+    assert state.received - state.durable <= (IN_FLIGHT + 1) * MB
+    rig.await_archived(rig.position())
+    eventually(lambda: state.lag_bytes == 0 and state.lag_seconds == 0, why=lambda: state)
+    assert state.reconnects == before
+    assert state.last_error is None
+    rig.assert_identical()
+
+
 @pytest.mark.usefixtures("talkative")
 def test_a_sealed_key_service_costs_nothing_but_time(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig(settings=keep_wal())
@@ -465,6 +486,28 @@ def test_a_slot_that_lost_its_wal_leaves_a_gap_that_is_named_everywhere(
     assert window.pieces[0][0] == first.ended_at
     assert window.pieces[1][0] == second.ended_at
     assert not window.holds(note.noticed_at)
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        b"not json",
+        b"[]",
+        b'{"timeline": 1}',
+        b'{"timeline": 1, "first": "x", "last": "y", "cause": "", "noticed_at": "2026-01-01T00:00:00+00:00"}',
+        b'{"timeline": 2, "first": "000000010000000000000001", "last": "000000010000000000000002", "cause": "",'
+        b' "noticed_at": "2026-01-01T00:00:00+00:00"}',
+        b'{"timeline": 1, "first": "000000010000000000000001", "last": "000000010000000000000002", "cause": "",'
+        b' "noticed_at": 7}',
+    ],
+)
+def test_a_note_of_a_gap_that_cannot_be_read_is_named(ground: Ground, note: bytes) -> None:
+    repository = Repository(ground.store(uuid.uuid4().hex[:12]), Keys(), "app-db")  # type: ignore[arg-type]
+    key = f"{repository.wal_prefix(7)}gaps/note.json"
+    repository.store.put(key, note)
+    with pytest.raises(CorruptionError, match="note of a gap cannot be read") as caught:
+        gap_notes(repository, 7)
+    assert caught.value.where == key
 
 
 def test_one_receiver_serves_a_target_and_the_other_waits(new_rig: Callable[..., Rig]) -> None:

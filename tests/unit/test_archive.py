@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ops_platform.backup.archive import missing, ranges, recovery_window
+from ops_platform.backup.archive import Archive, GapNote, gaps, missing, ranges, recovery_window
 from ops_platform.backup.model import BackupInfo, BackupKind, Lsn, RecoveryWindow, segment_name, segment_start
 from ops_platform.backup.wal import Span, Stock, parse_history, stock
 from tests.unit.test_wal import SIZE, Item, archives, history, listing, numbers
@@ -134,6 +134,27 @@ def test_a_hole_of_which_two_histories_tell_is_named_once() -> None:
     lines = {2: parse_history(2, history((1, 10 * SIZE))), 3: parse_history(3, history((1, 8 * SIZE)))}
     stored = stock([*listing(1, [1, 2, 3]), *listing(2, [10]), *listing(3, [8])], SIZE)
     assert missing(stored, lines, SIZE) == [(1, segment_name(1, 4 * SIZE, SIZE), segment_name(1, 9 * SIZE, SIZE))]
+
+
+def noted(*notes: tuple[int, int, int]) -> list[GapNote]:
+    return [
+        GapNote(t, segment_name(t, a * SIZE, SIZE), segment_name(t, b * SIZE, SIZE), "removed", NOON)
+        for t, a, b in notes
+    ]
+
+
+def test_what_was_noted_as_lost_is_a_gap_before_anything_comes_after_it() -> None:
+    items = listing(1, [1, 2, 3])
+    archive = Archive(7, SIZE, [], stock(items, SIZE), dict(LINE), ranges(items, SIZE), noted((1, 4, 6)))
+    assert missing(archive.stocks, LINE, SIZE) == []
+    assert gaps(archive) == [(1, segment_name(1, 4 * SIZE, SIZE), segment_name(1, 6 * SIZE, SIZE))]
+
+
+def test_what_was_noted_as_lost_and_came_after_all_is_no_gap() -> None:
+    items = listing(1, [1, 2, 3, 5, 6, 9])
+    archive = Archive(7, SIZE, [], stock(items, SIZE), dict(LINE), ranges(items, SIZE), noted((1, 4, 6), (1, 6, 8)))
+    named = [(first[-2:], last[-2:]) for _, first, last in gaps(archive)]
+    assert named == [("04", "04"), ("07", "08")]
 
 
 # The recovery window
