@@ -49,6 +49,11 @@ def expire_backups() -> None:
     expire()
 
 
+def op_name(key: dg.AssetKey) -> str:
+    """The name under which run config knows an asset's op."""
+    return "__".join(key.path)
+
+
 def build_jobs() -> dict[str, Any]:
     backup, proof = dg.AssetSelection.assets(BASE_BACKUP), dg.AssetSelection.assets(PITR_VERIFICATION)
     tags = {"ops/domain": "backup"}
@@ -57,6 +62,7 @@ def build_jobs() -> dict[str, Any]:
             "nightly_backup",
             selection=backup | proof,
             description="Take a backup and prove it: fails unless it was restored and its data checked.",
+            config={"ops": {op_name(PITR_VERIFICATION): {"config": {"pick": "newest"}}}},
             tags=tags,
         ),
         "verify_recovery": dg.define_asset_job(

@@ -13,7 +13,6 @@ from ops_platform.resources import PlatformResource
 from schedules.postgres import build_schedules
 from sensors.postgres import build_sensors
 
-
 # Observable assets are beta and partitioned checks preview in Dagster 1.13; the pinned version is what is tested.
 warnings.filterwarnings("ignore", category=BetaWarning)
 warnings.filterwarnings("ignore", category=PreviewWarning)

@@ -7,8 +7,8 @@ from typing import Any
 
 import dagster as dg
 
-from assets.postgres import WAL_ARCHIVE, archive_metadata
-from jobs.postgres import TARGET_TAG
+from assets.postgres import BASE_BACKUP, PITR_VERIFICATION, WAL_ARCHIVE, archive_metadata
+from jobs.postgres import TARGET_TAG, op_name
 from ops_platform.errors import OpsError
 from ops_platform.inventory.model import Inventory, Target
 from ops_platform.resources import PlatformResource
@@ -106,7 +106,12 @@ def build_sensors(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.Sens
 
 
 def full_after_gap(target: Target, first: str) -> dg.RunRequest:
-    config = {"ops": {"postgres__base_backup": {"config": {"kind": "full"}}}}
+    config = {
+        "ops": {
+            op_name(BASE_BACKUP): {"config": {"kind": "full"}},
+            op_name(PITR_VERIFICATION): {"config": {"pick": "newest"}},
+        }
+    }
     return dg.RunRequest(
         run_key=f"gap/{target.id}/{first}", partition_key=target.id, tags={TARGET_TAG: target.id}, run_config=config
     )

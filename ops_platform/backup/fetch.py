@@ -121,7 +121,8 @@ def fetch_backup(
 ) -> dict[int, Path]:
     """The files of one backup, as the server sent them, into a directory that is empty or its own unfinished restore.
 
-    `sync` False: what is made of them is synced, and they are thrown away. Returns where each tablespace (by oid) was put. Raises CorruptionError, UsageError, OpsError (no space left).
+    `sync` False: what is made of them is synced, and they are thrown away.
+    Returns where each tablespace (by oid) was put. Raises CorruptionError, UsageError, OpsError (no space left).
     """
     roots = _roots(manifest, into, tablespaces or {})
     spaces = {archive.oid: root for archive, root in zip(manifest.archives, roots, strict=True) if archive.oid}

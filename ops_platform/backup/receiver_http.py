@@ -5,27 +5,28 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
+from ops_platform.backup.receiver import TargetState
 from ops_platform.clock import SYSTEM_CLOCK
 from ops_platform.errors import UsageError
 
 if TYPE_CHECKING:
-    from ops_platform.backup.receiver import Receiver, TargetState
+    from ops_platform.backup.receiver import Receiver
 
 STUCK_AFTER = 180.0  # seconds without a sign of life of a target's thread
 
 # name: (what it is, counter or gauge, how it is read from the state)
-METRICS: dict[str, tuple[str, str, Any]] = {
+METRICS: dict[str, tuple[str, str, Callable[[TargetState], float | None]]] = {
     "ops_wal_streaming": ("1 while WAL is being received.", "gauge", lambda s: s.phase == "streaming"),
     "ops_wal_lag_bytes": ("WAL of the server that is not yet durable in the store.", "gauge", lambda s: s.lag_bytes),
     "ops_wal_lag_seconds": ("Age of the oldest received bytes that are not yet durable.", "gauge", lambda s: s.lag_seconds),
     "ops_wal_received_lsn_bytes": ("Position received.", "gauge", lambda s: s.received),
     "ops_wal_durable_lsn_bytes": ("Position durable in the store.", "gauge", lambda s: s.durable),
-    "ops_wal_timeline": ("Timeline being received.", "gauge", lambda s: s.timeline or 0),
-    "ops_wal_slot_retained_bytes": ("WAL that the slot holds back on the server.", "gauge", lambda s: s.slot_retained or 0),
+    "ops_wal_timeline": ("Timeline being received.", "gauge", lambda s: s.timeline),
+    "ops_wal_slot_retained_bytes": ("WAL that the slot holds back on the server.", "gauge", lambda s: s.slot_retained),
     "ops_wal_slot_lost": ("1 when the slot is missing or lost its WAL.", "gauge", lambda s: s.slot_status in ("lost", "missing")),
     "ops_wal_segments": ("Whole segments stored.", "counter", lambda s: s.segments),
     "ops_wal_partials": ("Unfinished segments stored.", "counter", lambda s: s.partials),
@@ -47,13 +48,13 @@ class _Collector:
         for name, (what, kind, read) in METRICS.items():
             family = (CounterMetricFamily if kind == "counter" else GaugeMetricFamily)(name, what, labels=["target"])
             for state in self._receiver.states:
-                family.add_metric([state.target_id], float(read(state)))
+                family.add_metric([state.target_id], float(read(state) or 0))
             yield family
 
 
 def health(receiver: Receiver, now: float) -> tuple[bool, dict[str, str]]:
     """Whether every target's thread is alive. A target that waits for its server is healthy: a restart would not help it."""
-    dead = {target_id: "ended" for target_id in receiver.dead()}
+    dead = dict.fromkeys(receiver.dead(), "ended")
     stuck = {
         s.target_id: f"no sign of life for {now - s.alive_at:.0f} s"
         for s in receiver.states

@@ -50,7 +50,10 @@ def execute(job: str, config: dict[str, Any], say: Say) -> None:
     """`dagster job execute` for the demo's target. Raises OpsError with the end of its log where it does not succeed."""
     command = [sys.executable, "-m", "dagster", "job", "execute", "-m", "ops_platform.definitions", "-j", job]
     command += ["--tags", json.dumps({"dagster/partition": TARGET, "ops/target": TARGET})]
-    command += ["--config-json", json.dumps(config)] if config else []
+    if config:
+        file = state_dir() / "demo-run.json"
+        file.write_text(json.dumps(config))  # YAML reads it too
+        command += ["--config", str(file)]
     log = place().log(f"demo-{job}")
     say(f'dagster job execute -m ops_platform.definitions -j {job} --tags \'{{"dagster/partition": "{TARGET}"}}\'')
     with log.open("wb") as out:
@@ -89,6 +92,7 @@ def damage(say: Say) -> Loss:
     with admin(place(), TARGET, "shop") as connection:
         before, total = connection.execute(f"select count(*), sum(amount)::text from {TABLE}").fetchone()
         moment: datetime = connection.execute("select clock_timestamp()").fetchone()[0]
+        _loss_file().write_text(json.dumps({"moment": moment.isoformat(), "before": before, "sum_before": total}))
         time.sleep(0.2)
         say(f"delete from {TABLE};   -- somebody forgot the where")
         connection.execute(f"delete from {TABLE}")
@@ -96,6 +100,30 @@ def damage(say: Say) -> Loss:
     with admin(place(), TARGET, "shop") as connection:
         after = connection.execute(f"select count(*) from {TABLE}").fetchone()[0]
     return Loss(moment, before, total, after)
+
+
+def _loss_file() -> Path:
+    return state_dir() / "demo-loss.json"
+
+
+def unfinished() -> Loss | None:
+    """The damage of an earlier demonstration that was interrupted before it was made good."""
+    try:
+        noted = json.loads(_loss_file().read_text())
+    except FileNotFoundError:
+        return None
+    loss = Loss(datetime.fromisoformat(noted["moment"]), noted["before"], noted["sum_before"], 0)
+    if _still_there(loss) == (loss.before, loss.sum_before):
+        _loss_file().unlink()
+        return None
+    return loss
+
+
+def _still_there(loss: Loss) -> tuple[int, str]:
+    with admin(place(), TARGET, "shop") as connection:
+        return connection.execute(
+            f"select count(*), sum(amount)::text from {TABLE} where paid_at <= %s", [loss.moment]
+        ).fetchone()
 
 
 def bring_back(access: Access, loss: Loss, progress: Progress) -> tuple[int, str]:
@@ -112,10 +140,12 @@ def bring_back(access: Access, loss: Loss, progress: Progress) -> tuple[int, str
         dump = Path(folder) / "payments.dump"
         dump_tables(access, target, RecoveryTarget("time", loss.moment), [TABLE], dump, progress=progress)
         _restore_dump(restorer, dump)
-    with admin(place(), TARGET, "shop") as connection:
-        count, total = connection.execute(
-            f"select count(*), sum(amount)::text from {TABLE} where paid_at <= %s", [loss.moment]
-        ).fetchone()
+    count, total = _still_there(loss)
+    if (count, total) != (loss.before, loss.sum_before):
+        raise OpsError(
+            f"{count} payments ({total}) came back, {loss.before} ({loss.sum_before}) were there before the damage"
+        )
+    _loss_file().unlink(missing_ok=True)
     return count, total
 
 
