@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import os
 import pwd
+import random
 import re
 import shutil
 import signal
@@ -175,9 +176,13 @@ def _version(bindir: Path) -> str | None:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+    """A port that is free, and below those that Linux gives to outgoing connections: a server that binds it seconds later finds it so."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for port in (*random.sample(range(12000, 32000), 100), 0):  # 0: whatever the system has left
+        with socket.socket(family) as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return probe.getsockname()[1]
+    raise OpsError(f"no free port on {host}", remedy="look at what listens on this machine: ss -ltn")
 
 
 def run_tool(
