@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ops_platform.backup.engine import open_engine
-from ops_platform.backup.model import Progress, no_progress
+from ops_platform.backup.model import Progress, RecoveryWindow, no_progress
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.recovery import records
 from ops_platform.recovery.model import Scorecard
@@ -76,37 +77,55 @@ def reports_directory(access: Access) -> Path:
     return access.path(access.inventory.platform.reports)
 
 
+@dataclass(frozen=True)
+class Glance:
+    """What the page over all targets says of one. Kept beside the target's page, so that the index costs no look into every store."""
+
+    card: Scorecard | None
+    window: RecoveryWindow
+
+
 def write_target_report(access: Access, target: Target, *, clock: Clock = SYSTEM_CLOCK) -> Path:
-    """The target's page and the page over all targets, from what stands in the stores."""
+    """The target's page and the page over all targets. The target is read from its store, the others as their pages were."""
+    from pydantic import TypeAdapter
+
     from ops_platform.reports.html import target_report, write_report
 
-    cards = _cards(access, target)
+    repository = records.repository_of(access, target)
+    cards = records.scorecards(repository, newest=HISTORY) if repository is not None else []
     engine = open_engine(access, target, clock=clock)
-    backups = records.with_proofs(engine.list(), records.repository_of(access, target))
-    html = target_report(
-        target, cards[-1] if cards else None, cards, engine.window(), backups, generated_at=clock.now()
-    )
+    window = engine.window()
+    backups = records.with_proofs(engine.list(), repository)
+    newest = cards[-1] if cards else None
+    html = target_report(target, newest, cards, window, backups, generated_at=clock.now())
     page = write_report(reports_directory(access), target.id, html)
+    body = TypeAdapter(Glance).dump_json(Glance(newest, window))
+    fresh = _glance_file(access, target).with_suffix(f".{os.getpid()}")
+    fresh.write_bytes(body)
+    fresh.replace(_glance_file(access, target))
     write_index(access, clock=clock)
     return page
 
 
 def write_index(access: Access, *, clock: Clock = SYSTEM_CLOCK) -> Path:
-    """One line for each target, worst first. A target whose store cannot be read stands there with the reason."""
-    from ops_platform.errors import OpsError
+    """One line for each target, worst first. One without a page, or with one that cannot be read, stands there with the reason."""
+    from pydantic import TypeAdapter
+
     from ops_platform.reports.html import Row, index_report, write_report
 
     rows: list[Row] = []
     for target in access.inventory.targets:
         try:
-            cards = _cards(access, target, newest=1)
-            window = open_engine(access, target, clock=clock).window()
-            rows.append(Row(target, cards[-1] if cards else None, window))
-        except OpsError as error:
-            rows.append(Row(target, None, None, str(error)))
+            seen = TypeAdapter(Glance).validate_json(_glance_file(access, target).read_bytes())
+            rows.append(Row(target, seen.card, seen.window))
+        except FileNotFoundError:
+            rows.append(Row(target, None, None, f"no report was written here yet: ops report {target.id}"))
+        except (OSError, ValueError) as error:
+            rows.append(
+                Row(target, None, None, f"its summary cannot be read ({type(error).__name__}): ops report {target.id}")
+            )
     return write_report(reports_directory(access), None, index_report(rows, clock.now()))
 
 
-def _cards(access: Access, target: Target, newest: int = HISTORY) -> list[Scorecard]:
-    repository = records.repository_of(access, target)
-    return records.scorecards(repository, newest=newest) if repository is not None else []
+def _glance_file(access: Access, target: Target) -> Path:
+    return reports_directory(access) / f".{target.id}.json"
