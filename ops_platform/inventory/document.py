@@ -60,7 +60,7 @@ def _text(data: bytes, name: str) -> str:
     if len(data) > _MAX_BYTES:
         raise InventoryError("the inventory is larger than 64 MiB", where=name)
     try:
-        return data.decode("utf-8-sig")
+        return data.decode()
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise InventoryError("this is not UTF-8", where=f"{name}:{line}", remedy="save the file as UTF-8") from None

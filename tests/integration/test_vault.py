@@ -329,7 +329,10 @@ def _says(status: int, *errors: str) -> faults.Fault:
 
 
 @pytest.mark.parametrize("mount", [None, "clusters/berlin"])
-def test_a_pod_logs_in_with_its_service_account(tmp_path: Path, desk: Desk, mount: str | None) -> None:
+def test_a_pod_logs_in_with_its_service_account(
+    tmp_path: Path, desk: Desk, monkeypatch: pytest.MonkeyPatch, mount: str | None
+) -> None:
+    monkeypatch.setenv("VAULT_TOKEN", "one-that-happens-to-stand-in-the-environment")
     with FaultyProxy(None) as server:
         answer = json.dumps({"data": {"data": {"password": VALUE}, "metadata": {"version": 1}}}).encode()
         server.faults.extend([_logged_in(), faults.reply(200, answer, content_type="application/json")])
@@ -569,6 +572,22 @@ def test_dynamic_credentials_open_the_database_and_end_with_the_session(database
     assert data["password"].reveal() not in f"{data}{session._leases}{vars(session)}"
     session.close()
     assert not database.opens(data)
+
+
+def test_every_lease_ends_with_the_session_also_where_its_token_does_not(database: Database, desk: Desk) -> None:
+    desk.root.sys.create_or_update_policy(desk.name, POLICY.format(mount=database.path.partition("/")[0]))
+    token = desk.root.auth.token.create(policies=[desk.name], ttl="24h")["auth"]["client_token"]
+    desk.resolved["TOKEN"] = token
+    clock = MovedClock()
+    session = desk.session(VaultAuth(method="token", token=SecretRef("env", "TOKEN")), clock=clock)
+    one = session.credentials(database.path)
+    clock.ahead = timedelta(hours=3)
+    other = session.credentials(database.path)
+    assert one["username"] != other["username"]
+    session.close()
+    assert not database.opens(one)
+    assert not database.opens(other)
+    assert desk.root.auth.token.lookup(token)["data"]["id"] == token
 
 
 def test_a_lease_is_renewed_at_two_thirds_and_replaced_near_its_end(database: Database, desk: Desk) -> None:

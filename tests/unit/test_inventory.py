@@ -215,6 +215,25 @@ def test_a_mistake_in_a_policy_or_a_default_is_said_once_for_all_targets(tmp_pat
     ]
 
 
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (('    schedule: { cron: "15 2 * * *", timezone: Europe/Berlin }\n', ""), "backup_policies.nightly.schedule"),
+        (("    recovery_window: 14d", "    recovery_windw: 14d"), "backup_policies.nightly.recovery_windw"),
+        (
+            ("classification: internal", "classification: internal\n      labls: {}"),
+            "environments.production.defaults.labls",
+        ),
+        (("  nightly:\n", "  other:\n"), None),
+    ],
+    ids=["missing in a policy", "unknown in a policy", "unknown in defaults", "policy renamed"],
+)
+def test_one_mistake_is_one_whatever_hangs_on_it(tmp_path: Path, change: tuple[str, str], key: str | None) -> None:
+    found = [mistake.split(": ")[1] for mistake in mistakes(tmp_path, changed(change))]
+    # A policy that is gone is missed at both places that name it.
+    assert found == [key] if key else ["environments.production.defaults.backup", "targets[1].backup.policy"]
+
+
 def test_an_override_is_blamed_itself_and_not_its_policy(tmp_path: Path) -> None:
     text = changed(("proven_within: 3d", "amcheck: some"))
     (found,) = mistakes(tmp_path, text)
@@ -304,7 +323,8 @@ def test_a_merged_key_keeps_its_line(tmp_path: Path) -> None:
         pytest.param(b"version: 1\nplatform:\n\tname: x\n", "indent with spaces, not with tabs", id="tab, remedy"),
         pytest.param(b"version: 1\nname: K\xf6ln\n", "platform.yaml:2: this is not UTF-8", id="latin-1"),
         pytest.param("version: 1\n".encode("utf-16"), "platform.yaml:1: this is not UTF-8", id="utf-16"),
-        pytest.param(b"version: 1\nname: \xc3\xb6\nbell: \x07\n", "platform.yaml:3: this is not YAML: control characters", id="control character"),
+        pytest.param(f"name: {'ö' * 99}\nbell: \x07\na:\nb:\nc:\n".encode() + b"d:\n" * 40, "platform.yaml:2: this is not YAML: control characters",
+                     id="control character"),
         pytest.param(b"version: 1\n---\nversion: 1\n", "platform.yaml:2: a second document begins here", id="two documents"),
         pytest.param(b"? [a, b]\n: c\n", "platform.yaml:1: a key is a word or a number", id="structure as a key"),
         pytest.param(b"a: !!python/object/apply:os.system [id]\n", "platform.yaml:1: tags (!…) have no meaning here", id="tag"),

@@ -239,6 +239,7 @@ def test_no_protocol_of_pickle_writes_a_secret(protocol: int) -> None:
 
 
 def test_a_secret_hands_its_value_out_when_asked() -> None:
+    assert repr(Secret(VALUE)) == "Secret(***)"
     assert Secret(VALUE).reveal() == VALUE
 
 
