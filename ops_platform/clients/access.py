@@ -179,7 +179,7 @@ class Access:
                 remedy="declare platform.database",
             )
         host, port = self.address(database.host, database.port)
-        mode, ca = self._tls(database.tls, host)
+        mode, ca = self._tls(database.tls)
         return connect(
             Login(database.dbname, database.user, self.secret(database.password), mode, ca),
             host,
@@ -196,7 +196,7 @@ class Access:
             user, password = data["username"].reveal(), data["password"]
         else:
             user, password = connection.user or "", self.secret(connection.password) if connection.password else None
-        mode, ca = self._tls(connection.tls, host)
+        mode, ca = self._tls(connection.tls)
         return Login(connection.dbname, user, password, mode, ca, int(connection.connect_timeout.total_seconds()))
 
     def members(self, target: Target) -> list[Member]:
@@ -275,9 +275,9 @@ class Access:
         parts = urlsplit(text)
         return endpoint(parts.netloc).url if parts.scheme == "local" else urlunsplit(parts).rstrip("/")
 
-    def _tls(self, tls: Tls, host: str) -> tuple[str, str | None]:
-        # A unix socket has no TLS, whatever is asked.
-        return ("disable" if host.startswith("/") else tls.mode), (str(self.path(tls.ca)) if tls.ca else None)
+    def _tls(self, tls: Tls) -> tuple[str, str | None]:
+        """Over a unix socket libpq leaves TLS out, whatever is asked."""
+        return tls.mode, (str(self.path(tls.ca)) if tls.ca else None)
 
 
 def _mounted_by_kubernetes(file: Path) -> bool:

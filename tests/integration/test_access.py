@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -223,6 +224,23 @@ def test_a_store_opens_once_and_names_its_missing_secret(
     assert len({id(store) for store in found}) == 1
     bare.close()
     assert bare.store("s") is not found[0]
+
+
+def test_two_threads_do_not_open_the_same_twice(bare: Access) -> None:
+    begun, made = threading.Event(), []
+
+    def make() -> object:
+        made.append(threading.current_thread())
+        begun.set()
+        threading.Event().wait(0.1)  # time for the other one to come in, where nothing keeps it out
+        return object()
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(bare._once, "kind", "name", make)
+        assert begun.wait(10)
+        other = pool.submit(bare._once, "kind", "name", make)
+        assert one.result() is other.result()
+    assert len(made) == 1
 
 
 def test_keys_in_a_file_stand_beside_the_inventory(bare: Access, tmp_path: Path) -> None:

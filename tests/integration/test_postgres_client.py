@@ -42,7 +42,9 @@ def refused(kind: type[OpsError], ask: Callable[[], Any]) -> OpsError:
     with pytest.raises(kind) as caught:
         ask()
     assert type(caught.value) is kind
-    assert PASSWORD not in f"{caught.value}{caught.value!r}{caught.value.__cause__}"
+    assert PASSWORD not in f"{caught.value}{caught.value!r}"
+    # psycopg's own error may quote parameters: no traceback leads to it.
+    assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
     return caught.value
 

@@ -221,8 +221,8 @@ def test_a_mistake_in_a_policy_or_a_default_is_said_once_for_all_targets(tmp_pat
         (('    schedule: { cron: "15 2 * * *", timezone: Europe/Berlin }\n', ""), "backup_policies.nightly.schedule"),
         (("    recovery_window: 14d", "    recovery_windw: 14d"), "backup_policies.nightly.recovery_windw"),
         (
-            ("classification: internal", "classification: internal\n      labls: {}"),
-            "environments.production.defaults.labls",
+            ("classification: internal", "classification: internal\n      zzz: {}"),
+            "environments.production.defaults.zzz",
         ),
         (("  nightly:\n", "  other:\n"), None),
     ],
