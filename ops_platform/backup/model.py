@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
 
 
 class Lsn(int):
@@ -31,6 +32,16 @@ class Lsn(int):
 
     def __repr__(self) -> str:
         return f"Lsn({self})"
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """In JSON it is the text that PostgreSQL writes."""
+        as_text = core_schema.str_schema(pattern=r"^[0-9A-F]{1,8}/[0-9A-F]{1,8}$")
+        return core_schema.no_info_plain_validator_function(
+            lambda value: value if isinstance(value, cls) else cls.parse(value),
+            json_schema_input_schema=as_text,
+            serialization=core_schema.plain_serializer_function_ser_schema(str, return_schema=as_text),
+        )
 
 
 def segment_name(timeline: int, lsn: int, segment_size: int) -> str:
