@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, LiteralString
 
 from ops_platform.clients.postgres_binaries import PostgresServer, RunAs, free_port, need_postgres, run_as
-from ops_platform.clients.processes import Process, spawn
+from ops_platform.clients.processes import Process, identify, spawn, stop
 from ops_platform.errors import OpsError
 
 HOST = "127.0.0.1"
@@ -66,13 +66,23 @@ class Place:
 
     def port(self, name: str) -> int:
         if name not in self.ports:
-            self.ports[name] = free_port()
+            self.ports[name] = self.new_port()
         return self.ports[name]
+
+    def new_port(self) -> int:
+        """A free one that is meant for no other component: those that are not running do not hold theirs."""
+        while (port := free_port()) in self.ports.values():
+            pass
+        return port
 
 
 @dataclass(frozen=True)
 class Component:
-    """`start` starts it (it is not running); `ready` asks it; `finish` makes it usable once it is ready."""
+    """`start` starts it (it is not running); `ready` asks it; `finish` makes it usable once it is ready.
+
+    `mark` is an argument that only this component of this state directory is called with: by it a process is found again
+    whose number nobody had the time to write down.
+    """
 
     name: str
     kind: str
@@ -80,8 +90,11 @@ class Component:
     start: Callable[[Place], Process]
     ready: Callable[[Place], bool]
     finish: Callable[[Place], None]
+    mark: Callable[[Place], str]
     stop_signal: signal.Signals = signal.SIGTERM
     port_names: tuple[str, ...] = ()
+    hopeless: Callable[[Place], bool] = lambda place: False
+    """Whether it runs and can never become ready: it is stopped then, and started anew."""
 
 
 # OpenBao
@@ -128,6 +141,15 @@ def _vault_ready(place: Place) -> bool:
         return False
 
 
+def _vault_hopeless(place: Place) -> bool:
+    """Initialised by a command that was killed before it had written the key down."""
+    if place.secret_file("vault.unseal_key").exists():
+        return False
+    with contextlib.suppress(Exception):
+        return bool(_vault_client(place).sys.is_initialized())
+    return False
+
+
 _POLICY = """
 path "transit/datakey/plaintext/ops-backup" { capabilities = ["update"] }
 path "transit/decrypt/ops-backup" { capabilities = ["update"] }
@@ -146,8 +168,8 @@ def _vault_finish(place: Place) -> None:
     client = _vault_client(place)
     if not client.sys.is_initialized():
         made = client.sys.initialize(secret_shares=1, secret_threshold=1)
-        place.write_secret("vault.unseal_key", made["keys_base64"][0])
         place.write_secret("vault.root_token", made["root_token"])
+        place.write_secret("vault.unseal_key", made["keys_base64"][0])  # the last: with it, all is there
     deadline = time.monotonic() + 30
     while not _vault_ready(place):
         if time.monotonic() > deadline:
@@ -157,7 +179,7 @@ def _vault_finish(place: Place) -> None:
     mounts = client.sys.list_mounted_secrets_engines()["data"]
     if "transit/" not in mounts:
         client.sys.enable_secrets_engine("transit")
-        client.secrets.transit.create_key("ops-backup", key_type="aes256-gcm96")
+    client.secrets.transit.create_key("ops-backup", key_type="aes256-gcm96")  # leaves one that is there as it is
     if "secret/" not in mounts:
         client.sys.enable_secrets_engine("kv", path="secret", options={"version": "2"})
     if "approle/" not in client.sys.list_auth_methods()["data"]:
@@ -307,13 +329,17 @@ def postgres_server(place: Place, name: str) -> PostgresServer:
     )
 
 
-def _sockets(place: Place) -> Path:
+def sockets_path(place: Place) -> Path:
     """One directory for all sockets; in the state directory unless its path is too long for a socket."""
     import hashlib
 
     inside = place.directory / "run"
     short = Path("/tmp") / f"ops-{hashlib.sha256(str(place.directory).encode()).hexdigest()[:12]}-{os.getuid()}"  # noqa: S108
-    path = inside if len(str(inside)) <= 85 else short
+    return inside if len(str(inside)) <= 85 else short
+
+
+def _sockets(place: Place) -> Path:
+    path = sockets_path(place)
     path.mkdir(mode=0o700, exist_ok=True)
     if path.stat().st_uid not in (os.getuid(), place.user.uid):
         raise OpsError(f"{path} belongs to somebody else", remedy="remove it, or set OPS_STATE_DIR to a shorter path")
@@ -321,8 +347,7 @@ def _sockets(place: Place) -> Path:
     return path
 
 
-_HBA = """local all postgres peer map=ops
-local all all scram-sha-256
+_HBA = """local all all scram-sha-256
 host all all 127.0.0.1/32 scram-sha-256
 host replication all 127.0.0.1/32 scram-sha-256
 host all all ::1/128 scram-sha-256
@@ -333,23 +358,58 @@ host replication all ::1/128 scram-sha-256
 def _postgres_start(name: str, settings: dict[str, str]) -> Callable[[Place], Process]:
     def start(place: Place) -> Process:
         server = postgres_server(place, name)
-        password = place.secret(f"{name}.postgres.password")
         if not (server.directory / "PG_VERSION").exists():
-            shutil.rmtree(server.directory, ignore_errors=True)  # an initdb that was killed
-            handed = server.directory.parent / f".{name}.pw"
-            with open(os.open(handed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:  # noqa: PTH123
-                out.write(password)
-            try:
-                place.user.own(handed)
-                server.initdb(password_file=handed)
-            finally:
-                handed.unlink()
-            server.configure(settings, hba=_HBA.replace("local all postgres peer map=ops\n", ""))
+            _new_cluster(place, name, settings)
+        for left in strays(server.directory):  # of a postmaster that was killed; a new one would refuse beside them
+            stop(left, signal.SIGKILL)
         server.log.touch()
         server.log.chmod(0o644)
         return server.spawn()
 
     return start
+
+
+def _new_cluster(place: Place, name: str, settings: dict[str, str]) -> None:
+    """Made under another name and renamed when it is complete: an initdb that was killed leaves a PG_VERSION too."""
+    for left in (*place.directory.glob(f"{name}.new-*"), place.directory / name):
+        shutil.rmtree(left, ignore_errors=True)
+    fresh = place.directory / f"{name}.new-{secrets.token_hex(4)}"
+    server = PostgresServer(need_postgres(MAJOR), fresh, sockets=_sockets(place))
+    handed = place.directory / f".{name}.pw"
+    handed.unlink(missing_ok=True)
+    with open(os.open(handed, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:  # noqa: PTH123 - the mode counts
+        out.write(place.secret(f"{name}.postgres.password"))
+    try:
+        place.user.own(handed)
+        server.initdb(password_file=handed)
+        server.configure(settings, hba=_HBA)
+        fresh.rename(place.directory / name)
+    finally:
+        handed.unlink()
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def find_marked(marks: dict[str, str]) -> dict[str, Process]:
+    """Of each name the process that carries its mark and leads its own session, where there is one."""
+    found: dict[str, Process] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            name = next((name for name, mark in marks.items() if mark in arguments), None)
+            pid = int(entry.name)
+            if name is not None and os.getsid(pid) == pid and (process := identify(pid)):
+                found[name] = process
+    return found
+
+
+def strays(directory: Path) -> list[Process]:
+    """Processes that work in that directory: the children of a server that was killed."""
+    found: list[Process] = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (entry / "cwd").readlink() == directory.resolve() and (process := identify(int(entry.name))):
+                found.append(process)
+    return found
 
 
 def admin(place: Place, name: str, dbname: str = "postgres") -> Any:
@@ -392,12 +452,20 @@ def ensure_role(connection: Any, name: str, password: str, attributes: LiteralSt
     connection.execute(text)
 
 
+def ensure_database(connection: Any, name: LiteralString, owner: LiteralString) -> None:
+    """The database; a command that was killed may be making it this very moment, for its session goes on."""
+    from psycopg import errors
+
+    if not connection.execute("select 1 from pg_database where datname = %s", [name]).fetchone():
+        with contextlib.suppress(errors.DuplicateDatabase, errors.UniqueViolation):
+            connection.execute(f"create database {name} owner {owner}")
+
+
 def _platform_finish(place: Place) -> None:
     with admin(place, "platform-db") as connection:
         ensure_role(connection, "ops", place.secret("platform-db.password"), "")
         for database in ("ops", "dagster"):
-            if not connection.execute("select 1 from pg_database where datname = %s", [database]).fetchone():
-                connection.execute(f"create database {database} owner ops")
+            ensure_database(connection, database, "ops")
 
 
 def _app_finish(place: Place) -> None:
@@ -409,9 +477,25 @@ def _app_finish(place: Place) -> None:
 # The WAL receiver
 
 
+def _receiver_mark(place: Place) -> str:
+    return f"ops-local={place.directory}"
+
+
 def _receiver_start(place: Place) -> Process:
     listen = f"{HOST}:{place.port('wal-receiver')}"
-    command = [sys.executable, "-m", "ops_platform.cli.main", "wal", "receive", "--all", "--listen", listen]
+    # Python takes any -X and leaves it in peace: it only says to whom the process belongs.
+    command = [
+        sys.executable,
+        "-X",
+        _receiver_mark(place),
+        "-m",
+        "ops_platform.cli.main",
+        "wal",
+        "receive",
+        "--all",
+        "--listen",
+        listen,
+    ]
     return spawn(
         command,
         place.log("wal-receiver"),
@@ -470,7 +554,15 @@ _APP = {
 
 COMPONENTS: tuple[Component, ...] = (
     Component(
-        "vault", "openbao", _vault_url, _vault_start, _vault_ready, _vault_finish, port_names=("vault", "vault-cluster")
+        "vault",
+        "openbao",
+        _vault_url,
+        _vault_start,
+        _vault_ready,
+        _vault_finish,
+        lambda place: f"-config={place.directory / 'vault.json'}",
+        port_names=("vault", "vault-cluster"),
+        hopeless=_vault_hopeless,
     ),
     Component(
         "s3",
@@ -479,6 +571,7 @@ COMPONENTS: tuple[Component, ...] = (
         _s3_start,
         _s3_ready,
         _s3_finish,
+        lambda place: f"-dir={place.directory / 's3'}",
         port_names=(
             "s3",
             "s3-http",
@@ -493,6 +586,7 @@ COMPONENTS: tuple[Component, ...] = (
         _postgres_start("platform-db", _COMMON),
         _postgres_ready("platform-db"),
         _platform_finish,
+        lambda place: str(place.directory / "platform-db"),
         signal.SIGINT,
         ("platform-db",),
     ),
@@ -503,6 +597,7 @@ COMPONENTS: tuple[Component, ...] = (
         _postgres_start("app-db", _APP),
         _postgres_ready("app-db"),
         _app_finish,
+        lambda place: str(place.directory / "app-db"),
         signal.SIGINT,
         ("app-db",),
     ),
@@ -513,6 +608,7 @@ COMPONENTS: tuple[Component, ...] = (
         _receiver_start,
         _receiver_ready,
         _nothing,
+        _receiver_mark,
         port_names=("wal-receiver",),
     ),
 )

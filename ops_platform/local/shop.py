@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ops_platform.local.components import Place, admin, ensure_role
+from ops_platform.local.components import Place, admin, ensure_database, ensure_role
 
 SHOP_SQL = Path(__file__).with_name("shop.sql")
 
@@ -19,8 +19,7 @@ def prepare_shop(place: Place) -> None:
     """Database, role and shop; each only where it is missing, so that a killed `up` goes on where it was."""
     with admin(place, "app-db") as connection:
         ensure_role(connection, "ops_backup", place.secret("app-db.ops_backup.password"), "replication")
-        if not connection.execute("select 1 from pg_database where datname = 'shop'").fetchone():
-            connection.execute("create database shop")
+        ensure_database(connection, "shop", "postgres")
     with admin(place, "app-db", "shop") as connection:
         connection.execute(_RIGHTS)
         if not connection.execute("select 1 from pg_namespace where nspname = 'shop'").fetchone():

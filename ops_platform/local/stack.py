@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ops_platform.clients.postgres_binaries import free_port
-from ops_platform.clients.processes import Process, spawn, stop
+from ops_platform.clients.processes import Process, reap, spawn, stop
 from ops_platform.errors import OpsError
 from ops_platform.local import STATE_FILE, state_dir
-from ops_platform.local.components import COMPONENTS, HOST, Component, Place
+from ops_platform.local.components import COMPONENTS, HOST, Component, Place, find_marked, sockets_path
 
 READY_SECONDS = 60.0
+_BEGUN = {"lock", "stack.new"}  # all that there is before the first state is written
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,21 @@ class Stack:
             found.append(Status(component.name, component.kind, url, process.pid if process else None, ready))
         return found
 
+    def adopt(self) -> None:
+        """Take up what runs and does not stand in the state: its starter was killed before it could write it down."""
+        marks = {c.name: c.mark(self.place) for c in COMPONENTS} | {"supervisor": supervisor_mark(self.place)}
+        missing = {name: mark for name, mark in marks.items() if self.alive(name) is None}
+        if missing:
+            self.running.update(find_marked(missing))
+
     def ensure(self, component: Component, say: Callable[[str], None]) -> None:
         """Running, ready and set up, whatever it was before."""
+        if (process := self.alive(component.name)) and component.hopeless(self.place):
+            stop(process, component.stop_signal)
         if self.alive(component.name) is None:
             say("starting")
             self._free_ports(component)
+            self.save()  # before it starts: whoever finds it must know where it listens
             try:
                 self.running[component.name] = component.start(self.place)
             except OSError as error:
@@ -110,13 +120,24 @@ class Stack:
                 ) from error
             self.save()
         self._await(component)
-        component.finish(self.place)
+        try:
+            component.finish(self.place)
+        except OpsError:
+            raise
+        except Exception as error:
+            raise OpsError(
+                f"{component.name} could not be set up: {str(error).strip() or type(error).__name__}",
+                where=str(self.place.log(component.name)),
+                remedy="look at free disk space and at this log; ops local up goes on where it stopped",
+            ) from error
 
     def _free_ports(self, component: Component) -> None:
         """Keep the ports that the state names; choose another for one that somebody else has taken meanwhile."""
         for name in component.port_names:
             if not _is_free(self.place.port(name)):
-                self.place.ports[name] = free_port()
+                self.place.ports[name] = self.place.new_port()
+                if (reader := self.alive("wal-receiver")) is not None:
+                    stop(reader)  # it knows the old address; it comes back with the new one
 
     def _await(self, component: Component) -> None:
         deadline = time.monotonic() + READY_SECONDS
@@ -137,11 +158,13 @@ class Stack:
 
 
 @contextlib.contextmanager
-def opened(directory: Path | None = None) -> Generator[Stack]:
+def opened(directory: Path | None = None, *, create: bool = False) -> Generator[Stack]:
     """The stack under an exclusive lock, which ends with this process whatever ends it."""
     place = (directory or state_dir()).absolute()
+    _refuse_foreign(place)
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        if create:
+            place.mkdir(parents=True, exist_ok=True)
         place.chmod(0o711)  # the servers' user passes through, and sees only what is its own
         lock = (place / "lock").open("w")
     except OSError as error:
@@ -150,14 +173,32 @@ def opened(directory: Path | None = None) -> Generator[Stack]:
         ) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield Stack.load(place)
+        stack = Stack.load(place)
+        stack.adopt()
+        yield stack
+
+
+def _refuse_foreign(place: Path) -> None:
+    """A folder with other things in it is left alone: its mode would be changed, and `reset` would remove it."""
+    try:
+        inside = {entry.name for entry in place.iterdir()} if place.exists() else set[str]()
+    except OSError as error:
+        raise OpsError(
+            f"the state directory cannot be used: {error.strerror}", where=str(place), remedy="set OPS_STATE_DIR"
+        ) from error
+    if STATE_FILE not in inside and not inside <= _BEGUN:
+        raise OpsError(
+            "this folder is no state of a local stack; nothing in it was touched",
+            where=str(place),
+            remedy="set OPS_STATE_DIR to an empty folder, or to one that ops local up made",
+        )
 
 
 def up(
     directory: Path | None = None, *, say: Callable[[str, str], None] = lambda name, text: None, supervise: bool = True
 ) -> list[Status]:
     """Everything running, ready and set up. Idempotent. Raises OpsError naming the component and the end of its log."""
-    with opened(directory) as stack:
+    with opened(directory, create=True) as stack:
         _check_reachable(stack.place)
         stack.save()
         for component in COMPONENTS:
@@ -166,7 +207,14 @@ def up(
             say(component.name, f"ready ({time.monotonic() - begun:.1f} s)")
             stack.save()
         if supervise and stack.alive("supervisor") is None:
-            command = [sys.executable, "-m", "ops_platform.local.stack", str(stack.place.directory)]
+            command = [
+                sys.executable,
+                "-X",
+                supervisor_mark(stack.place),
+                "-m",
+                "ops_platform.local.stack",
+                str(stack.place.directory),
+            ]
             stack.running["supervisor"] = spawn(command, stack.place.log("supervisor"))
             stack.save()
         return stack.status()
@@ -174,6 +222,8 @@ def up(
 
 def down(directory: Path | None = None) -> list[str]:
     """Stop everything, the supervisor first. Returns the names of what ran. Raises OpsError if something does not go."""
+    if not (directory or state_dir()).exists():
+        return []
     with opened(directory) as stack:
         names = ["supervisor", *(component.name for component in reversed(COMPONENTS))]
         signals = {component.name: component.stop_signal for component in COMPONENTS}
@@ -191,9 +241,13 @@ def reset(directory: Path | None = None) -> Path:
     """Stop everything and remove the state directory."""
     place = (directory or state_dir()).absolute()
     if place.exists():
-        if not (place / STATE_FILE).exists() and any(place.iterdir()):
-            raise OpsError("this folder is no state of a local stack; nothing was removed", where=str(place))
+        _refuse_foreign(place)
+        try:
+            Stack.load(place)
+        except OpsError:
+            (place / STATE_FILE).write_text("{}")  # unreadable: what runs is found by its arguments
         down(place)
+        shutil.rmtree(sockets_path(Place(place)), ignore_errors=True)
         shutil.rmtree(place)
     return place
 
@@ -232,6 +286,10 @@ def _check_reachable(place: Place) -> None:
                 )
 
 
+def supervisor_mark(place: Place) -> str:
+    return f"ops-local-supervisor={place.directory}"
+
+
 def supervise(directory: Path) -> None:
     """Restart what died, with a growing pause for what keeps dying. Ends when it is no longer the one that the state names."""
     pause: dict[str, float] = {}
@@ -244,6 +302,8 @@ def supervise(directory: Path) -> None:
                 return
             for component in COMPONENTS:
                 name = component.name
+                if (dead := stack.running.get(name)) is not None and not dead.alive:
+                    reap(dead.pid)
                 if stack.alive(name) or time.monotonic() < due.get(name, 0):
                     continue
                 pause[name] = min(30.0, pause.get(name, 0.5) * 2)
