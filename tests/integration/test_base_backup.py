@@ -32,8 +32,9 @@ from ops_platform.errors import (
     UnreachableError,
     UsageError,
 )
+from tests.integration.memory import in_memory
 from tests.integration.wal_rig import eventually
-from tests.rig import HBA, PASSWORD, Cluster, Platform, missing, scratch
+from tests.rig import HBA, PASSWORD, Cluster, Platform, missing
 
 NewCluster = Callable[..., Cluster]
 NewPlatform = Callable[..., Platform]
@@ -44,7 +45,7 @@ DIGEST = "select count(*) || ' ' || coalesce(md5(string_agg(r::text, chr(10) ord
 @pytest.fixture
 def place() -> Iterator[Path]:
     """Where restores go: a folder that the servers' user can pass through."""
-    path = scratch("ops-restore-")
+    path = in_memory("ops-restore-", need=6 << 30)
     yield path
     shutil.rmtree(path, ignore_errors=True)
 

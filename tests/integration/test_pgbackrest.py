@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
-import tempfile
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -32,8 +33,12 @@ from ops_platform.inventory import Target
 from ops_platform.recovery import records
 from ops_platform.recovery.restore import restore
 from ops_platform.recovery.verify import verify
+from tests.integration.memory import in_memory
 from tests.integration.wal_rig import eventually
-from tests.rig import Cluster, Ground, Platform, missing, scratch
+from tests.rig import Cluster, Ground, Platform, missing
+
+# The company is made once; other workers have other tests.
+pytestmark = pytest.mark.xdist_group("pgbackrest")
 
 NewCluster = Callable[..., Cluster]
 SECRET = "a passphrase of the repository"
@@ -119,16 +124,6 @@ def written(path: Path, text: str) -> Path:
     path.write_text(text)
     path.chmod(0o640)
     run_as().own(path)
-    return path
-
-
-def in_memory(prefix: str) -> Path:
-    """A folder in memory where the machine has some: pgBackRest syncs each of a thousand files, of every backup and restore."""
-    shared = Path("/dev/shm")
-    if not shared.is_dir() or shutil.disk_usage(shared).free < 2 << 30:
-        return scratch(prefix)
-    path = Path(tempfile.mkdtemp(prefix=prefix, dir=shared))
-    path.chmod(0o755)
     return path
 
 
@@ -401,6 +396,24 @@ def test_a_verification_proves_it(company: Company) -> None:
         company.incremental: "PASS",
         company.damaged: None,
     }
+
+
+def test_the_command_line_lists_and_plans_with_it_and_takes_nothing(company: Company) -> None:
+    def ops(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [str(Path(sys.executable).with_name("ops")), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=company.platform.env)
+
+    listed = ops("backup", "list", "app-db")
+    assert listed.returncode == 0, listed.stderr
+    assert company.incremental in listed.stdout
+    assert "restorable: every moment from" in listed.stdout
+    into = f"{company.home}/nowhere"
+    planned = ops("restore", "app-db", "--to", company.moment.isoformat(), "--into", into, "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    assert company.incremental in planned.stdout
+    assert not Path(into).exists()
+    taken = ops("backup", "run", "app-db")
+    assert (taken.returncode, "kept by pgbackrest, not by us" in taken.stderr) == (2, True), taken.stderr
 
 
 # What is not whole is never taken for whole
