@@ -554,6 +554,8 @@ def holds(
     sysid = newest_cluster(repository) if system_identifier is None else system_identifier
     if sysid is None:
         return False
+    if lsn == since:
+        return True  # no byte is asked for, and the segment before may be from before the archive's beginning
     if timeline is None:
         folders = repository.store.list_folders(repository.wal_prefix(sysid))
         newest = max((int(name, 16) for name in folders if re.fullmatch("[0-9A-F]{8}", name)), default=1)

@@ -191,6 +191,28 @@ def test_a_position_is_durable_only_on_its_own_timeline(new_rig: Callable[..., R
     assert holds(rig.repository, (at - MB) // MB * MB), "before the fork, where timeline 1 counts"
 
 
+def test_the_few_segments_before_a_position_must_be_there_too(new_rig: Callable[..., Rig]) -> None:
+    rig = new_rig()
+    receiver, state = rig.streaming()
+    begin = rig.confirmed() // MB * MB
+    for _ in range(4):
+        rig.load(1)
+        rig.switch()
+    rig.await_archived(rig.position())
+    rig.stop(receiver)
+    whole = sorted(rig.archived())
+    end = segment_start(whole[-1], MB)[1] + MB
+    assert rig.holds(end)
+    assert rig.holds(end, since=begin)
+    assert rig.holds(begin, since=begin), "nothing is asked for"
+    assert not rig.holds(end, since=begin - MB), "from before the archive's beginning"
+    assert not rig.holds(end + MB)
+    rig.store.delete(rig.repository.wal_key(state.system_identifier or 0, whole[-2]))
+    assert not rig.holds(end)
+    assert not rig.holds(end, since=begin)
+    assert rig.holds(end, since=end - MB)
+
+
 def test_waiting_for_a_position_that_never_comes_ends_with_what_to_look_at(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig()
     receiver, _ = rig.streaming()
