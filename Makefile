@@ -9,7 +9,7 @@ UV := $(BIN)/uv pip
 SAY = @printf '\033[1m==> %s\033[0m\n'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test ui lint types unit bench clean lock install install-dev services
+.PHONY: help demo test ui lint types unit bench clean docs lock install install-dev services
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -64,6 +64,11 @@ unit: $(VENV)/.dev ## The tests that need no server
 bench: $(VENV)/.dev services ## Measure beside the peers (minutes; BENCH_ARGS=--quick for a smoke run)
 	$(SAY) "benchmarks"
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+docs: $(VENV)/.local ## Write the reference in docs/ anew from the code
+	$(SAY) "reference pages and the JSON Schema of platform.yaml"
+	@$(BIN)/ops inventory schema > docs/reference/platform.schema.json
+	@$(BIN)/python docs/generate.py
 
 lock: ## Recompile the pinned requirements
 	$(SAY) "pinning requirements with hashes"

@@ -40,12 +40,16 @@ _Mode = Annotated[Mode, Field(strict=False)]
 
 
 class Owner(Strict):
-    name: str
-    email: str | None = None
+    """Whoever answers for a target."""
+
+    name: str = Field(description="As reports and the Dagster UI show it.")
+    email: str | None = Field(default=None, description="Where the owner is reached.")
     slack: str | None = Field(default=None, description="Channel that hears of failures, such as #platform-oncall.")
 
 
 class Objectives(Strict):
+    """What was promised; every verification measures against it."""
+
     rto: Duration = Field(
         default=timedelta(hours=4), description="Recovery time objective: the service is back within this time."
     )
@@ -55,20 +59,31 @@ class Objectives(Strict):
 
 
 class Tls(Strict):
-    mode: Literal["disable", "require", "verify-ca", "verify-full"] = "verify-full"
+    """How a connection to PostgreSQL is secured."""
+
+    mode: Literal["disable", "require", "verify-ca", "verify-full"] = Field(
+        default="verify-full", description="As libpq's sslmode; only verify-full knows whom it talks to."
+    )
     ca: str | None = Field(
         default=None, description="PEM file of the certificate authority; {state} and {inventory} are expanded."
     )
 
 
 class VaultAuth(Strict):
-    method: Literal["approle", "kubernetes", "token"]
+    """How we log in to Vault."""
+
+    method: Literal["approle", "kubernetes", "token"] = Field(
+        description="approle needs role_id and secret_id, kubernetes needs role, token needs token."
+    )
     mount: str | None = Field(default=None, description="Path of the auth method; its name by default.")
     role: str | None = Field(default=None, description="kubernetes: the role.")
-    role_id: SecretRef | None = None
-    secret_id: SecretRef | None = None
-    token: SecretRef | None = None
-    jwt_path: str = "/var/run/secrets/kubernetes.io/serviceaccount/token"
+    role_id: SecretRef | None = Field(default=None, description="approle: its role id; not from Vault itself.")
+    secret_id: SecretRef | None = Field(default=None, description="approle: its secret id; not from Vault itself.")
+    token: SecretRef | None = Field(default=None, description="token: the token; not from Vault itself.")
+    jwt_path: str = Field(
+        default="/var/run/secrets/kubernetes.io/serviceaccount/token",
+        description="kubernetes: file of the service account's token.",
+    )
 
     @model_validator(mode="after")
     def _needs(self) -> Self:
@@ -84,20 +99,22 @@ class VaultAuth(Strict):
 class Vault(Strict):
     """A Vault (or OpenBao) server: secrets of `vault://` references and key services use it."""
 
-    url: Url
-    namespace: str | None = None
-    ca: str | None = None
-    auth: VaultAuth
-    timeout: PositiveDuration = timedelta(seconds=10)
+    url: Url = Field(description="Its address, such as https://vault.example.com:8200.")
+    namespace: str | None = Field(default=None, description="Vault Enterprise: the namespace.")
+    ca: str | None = Field(
+        default=None, description="PEM file of its certificate authority; {state} and {inventory} are expanded."
+    )
+    auth: VaultAuth = Field(description="How we log in.")
+    timeout: PositiveDuration = Field(default=timedelta(seconds=10), description="One request takes at most this long.")
 
 
 class KeyService(Strict):
     """Wraps the data keys of backups. `vault-transit` is the one for earnest; `file` keeps a key on a local disk."""
 
-    kind: Literal["vault-transit", "file"]
+    kind: Literal["vault-transit", "file"] = Field(description="vault-transit needs vault, file needs path.")
     vault: Id | None = Field(default=None, description="vault-transit: the id under `vaults`.")
-    mount: str = "transit"
-    key: str = "ops-backup"
+    mount: str = Field(default="transit", description="vault-transit: path of the secrets engine.")
+    key: str = Field(default="ops-backup", description="vault-transit: name of the key; it need not be exportable.")
     path: str | None = Field(
         default=None, description="file: a file of 32 random bytes in hex, readable by its owner alone."
     )
@@ -112,47 +129,53 @@ class KeyService(Strict):
 
 
 class ObjectLock(Strict):
-    mode: Literal["GOVERNANCE", "COMPLIANCE"]
+    """Objects that nobody can delete before their date. The bucket must have been made with Object Lock."""
+
+    mode: Literal["GOVERNANCE", "COMPLIANCE"] = Field(
+        description="GOVERNANCE can be lifted by who has the right to; COMPLIANCE by nobody."
+    )
     retain: PositiveDuration = Field(description="How long each object is locked, counted from its upload.")
 
 
 class Store(Strict):
     """An S3 bucket."""
 
-    kind: Literal["s3"] = "s3"
-    endpoint: Origin
-    region: str = "us-east-1"
-    bucket: str
+    kind: Literal["s3"] = Field(default="s3", description="The S3 protocol, whoever speaks it.")
+    endpoint: Origin = Field(description="Address of the service, such as https://s3.example.com; no bucket, no path.")
+    region: str = Field(default="us-east-1", description="Region that requests are signed for.")
+    bucket: str = Field(description="Its name; the bucket must exist.")
     prefix: str = Field(default="", description="Everything stands below it; no slash at either end.")
-    access_key: SecretRef
-    secret_key: SecretRef
-    session_token: SecretRef | None = None
-    addressing: Literal["path", "virtual"] = "path"
+    access_key: SecretRef = Field(description="The access key's id.")
+    secret_key: SecretRef = Field(description="The secret access key.")
+    session_token: SecretRef | None = Field(default=None, description="Of temporary credentials.")
+    addressing: Literal["path", "virtual"] = Field(
+        default="path", description="path: endpoint/bucket/key; virtual: bucket.endpoint/key."
+    )
     ca: str | None = Field(default=None, description="PEM file of the store's certificate authority.")
-    object_lock: ObjectLock | None = None
-    timeout: PositiveDuration = timedelta(seconds=30)
+    object_lock: ObjectLock | None = Field(default=None, description="Lock every object that is written.")
+    timeout: PositiveDuration = Field(
+        default=timedelta(seconds=30), description="An answer is waited for at most this long before the next try."
+    )
 
 
 class Weekly(Strict):
     """A window that comes back every week, in a named zone."""
 
-    days: list[Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]] = [
-        "mon",
-        "tue",
-        "wed",
-        "thu",
-        "fri",
-        "sat",
-        "sun",
-    ]
-    start: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")]
-    length: PositiveDuration
-    timezone: Zone
+    days: list[Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]] = Field(
+        default=["mon", "tue", "wed", "thu", "fri", "sat", "sun"], description="Days on which it begins."
+    )
+    start: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")] = Field(
+        description="Local time at which it begins, such as 22:00."
+    )
+    length: PositiveDuration = Field(description="How long it lasts.")
+    timezone: Zone = Field(description="The zone of `start`.")
 
 
 class Schedule(Strict):
-    cron: Cron
-    timezone: Zone = "UTC"
+    """When something is due."""
+
+    cron: Cron = Field(description="When it is due, in local time of the zone.")
+    timezone: Zone = Field(default="UTC", description="The zone of the cron expression; daylight saving is followed.")
     spread: Duration = Field(
         default=timedelta(0),
         description="Targets start spread over this time, each at its own fixed moment, so that they do not start at once.",
@@ -160,7 +183,9 @@ class Schedule(Strict):
 
 
 class Incremental(Strict):
-    enabled: bool = True
+    """Incremental backups: PostgreSQL 17 and later with summarize_wal; elsewhere a full one is taken, and says why."""
+
+    enabled: bool = Field(default=True, description="Take them where the server can.")
     full_every: Duration = Field(default=timedelta(days=7), description="A full backup at least this often.")
     max_chain: Annotated[int, Field(ge=1, le=100)] = Field(
         default=7, description="Incrementals on top of one full at most."
@@ -170,17 +195,21 @@ class Incremental(Strict):
 class Transfer(Strict):
     """How bytes travel from the server to the store."""
 
-    compression: Literal["zstd", "lz4", "none"] = "zstd"
-    level: Annotated[int, Field(ge=1, le=19)] = 1
+    compression: Literal["zstd", "lz4", "none"] = Field(default="zstd", description="Of each block.")
+    level: Annotated[int, Field(ge=1, le=19)] = Field(default=1, description="Of the compression.")
     compress_at: Literal["client", "server"] = Field(
         default="client", description="server: PostgreSQL 15+; for thin networks."
     )
     block_size: Size = Field(default=16 << 20, description="Bytes of one block; a multiple of 512.")
-    workers: Annotated[int, Field(ge=1, le=16)] = 2
+    workers: Annotated[int, Field(ge=1, le=16)] = Field(
+        default=2, description="Blocks that are compressed, encrypted and sent at once."
+    )
     rate_limit: Annotated[Size, Field(ge=1)] | None = Field(
         default=None, description="Bytes a second read from the server, at most."
     )
-    retries: Annotated[int, Field(ge=0, le=20)] = 5
+    retries: Annotated[int, Field(ge=0, le=20)] = Field(
+        default=5, description="Further tries of a block that the store did not take."
+    )
 
     @model_validator(mode="after")
     def _block(self) -> Self:
@@ -192,29 +221,39 @@ class Transfer(Strict):
 
 
 class Expectations(Strict):
+    """What the owners expect of the restored data."""
+
     suite: str = Field(description="YAML file with Great Expectations expectations, relative to platform.yaml.")
 
 
 class Verification(Strict):
     """How backups of a target are proven."""
 
-    schedule: Schedule | None = None
+    schedule: Schedule | None = Field(
+        default=None, description="When the store is proven, besides the proof that follows each scheduled backup."
+    )
     proven_within: Duration = Field(default=timedelta(days=2), description="Older proof fails the check.")
     pick: list[Literal["newest", "oldest", "chain", "random"]] = Field(
         default=["newest"],
         description="What is restored, by turns: newest backup, the oldest promised one, the longest chain, a random moment.",
     )
-    amcheck: Literal["sample", "full", "off"] = "sample"
+    amcheck: Literal["sample", "full", "off"] = Field(
+        default="sample", description="Whether tables and indexes are checked page by page: some by turns, all, none."
+    )
     full_every: Duration = Field(default=timedelta(days=7), description="Everything is checked at least this often.")
     canary: bool = Field(
         default=True, description="Write canary rows to the source; without, the proof is weaker and says so."
     )
-    row_count_tolerance: Annotated[float, Field(ge=0, le=1)] = 0.02
-    expectations: Expectations | None = None
+    row_count_tolerance: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.02, description="Share by which the rows of a table may differ from what the source had."
+    )
+    expectations: Expectations | None = Field(default=None, description="What the owners expect of the data.")
 
 
 class Expiry(Strict):
-    mode: _Mode = Mode.OBSERVE
+    """Deleting what no promise needs any more."""
+
+    mode: _Mode = Field(default=Mode.OBSERVE, description="observe says what would be deleted; enforce deletes it.")
     max_count: Annotated[int, Field(ge=1)] = Field(default=10, description="Backups that one run may delete at most.")
     max_percent: Annotated[float, Field(gt=0, le=100)] = Field(
         default=34, description="Share of the backups that one run may delete."
@@ -222,7 +261,9 @@ class Expiry(Strict):
 
 
 class BackupPolicy(Strict):
-    schedule: Schedule
+    """When backups are taken, how long they are kept, how they are proven."""
+
+    schedule: Schedule = Field(description="When backups are taken.")
     recovery_window: Duration = Field(
         default=timedelta(days=14), description="Every moment of this time stays restorable."
     )
@@ -232,32 +273,38 @@ class BackupPolicy(Strict):
     max_age: Duration = Field(
         default=timedelta(hours=26), description="An older newest backup fails the freshness check."
     )
-    incremental: Incremental = Incremental()
-    transfer: Transfer = Transfer()
-    verification: Verification = Verification()
-    expiry: Expiry = Expiry()
+    incremental: Incremental = Field(default=Incremental(), description="When a backup builds on an earlier one.")
+    transfer: Transfer = Field(default=Transfer(), description="How bytes travel from the server to the store.")
+    verification: Verification = Field(default=Verification(), description="How backups are proven.")
+    expiry: Expiry = Field(default=Expiry(), description="How backups are deleted.")
     from_standby: bool = Field(default=False, description="Prefer a standby as the source of base backups.")
 
 
 class HostPort(Strict):
-    host: Host
-    port: Annotated[int, Field(ge=1, le=65535)] = 5432
+    """One member of a cluster."""
+
+    host: Host = Field(description="Where it is reached.")
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(default=5432, description="Its port.")
 
 
 class PostgresConnection(Strict):
     """How to reach a cluster: every member, any order; which one is the primary is asked, not declared."""
 
-    hosts: Annotated[list[HostPort], Field(min_length=1)]
-    dbname: str = "postgres"
-    user: str | None = None
-    password: SecretRef | None = None
+    hosts: Annotated[list[HostPort], Field(min_length=1)] = Field(description="Every member, primary and standbys.")
+    dbname: str = Field(
+        default="postgres", description="The database that is connected to; the canary and the expectations are there."
+    )
+    user: str | None = Field(default=None, description="The role that takes backups; or `credentials`.")
+    password: SecretRef | None = Field(default=None, description="Its password; none where the server asks for none.")
     credentials: str | None = Field(
         default=None,
         pattern=r"^vault://[^#]+$",
         description="Dynamic credentials, such as vault://database/creds/ops-backup: user and password of one lease.",
     )
-    tls: Tls = Tls()
-    connect_timeout: PositiveDuration = timedelta(seconds=10)
+    tls: Tls = Field(default=Tls(), description="How the connection is secured.")
+    connect_timeout: PositiveDuration = Field(
+        default=timedelta(seconds=10), description="A member that has not answered by then is taken for away."
+    )
 
     @model_validator(mode="after")
     def _one_login(self) -> Self:
@@ -269,7 +316,9 @@ class PostgresConnection(Strict):
 class WalArchive(Strict):
     """How the receiver keeps a target's WAL."""
 
-    slot: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,63}$")] = "ops_wal"
+    slot: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,63}$")] = Field(
+        default="ops_wal", description="The replication slot; the receiver makes it."
+    )
     partial_every: PositiveDuration = Field(
         default=timedelta(seconds=5), description="The unfinished segment is stored this often."
     )
@@ -282,9 +331,12 @@ class WalArchive(Strict):
 class Repository(Strict):
     """Where the backups of a target are and which engine wrote them."""
 
-    engine: Literal["native", "pgbackrest"] = "native"
-    store: Id | None = None
-    keys: Id | None = None
+    engine: Literal["native", "pgbackrest"] = Field(
+        default="native",
+        description="native needs store and keys; pgbackrest, which is read and never written, stanza and config.",
+    )
+    store: Id | None = Field(default=None, description="The id under `stores`; pgbackrest: where its proofs are kept.")
+    keys: Id | None = Field(default=None, description="The id under `key_services`.")
     stanza: str | None = Field(default=None, description="pgbackrest: the stanza.")
     config: str | None = Field(default=None, description="pgbackrest: its configuration file.")
 
@@ -311,25 +363,29 @@ class Sandbox(Strict):
 class Target(Strict):
     """One PostgreSQL cluster."""
 
-    id: Id
-    kind: Literal["postgresql"] = "postgresql"
-    description: str = ""
-    environment: Id
-    owner: Id
-    classification: _Classification
-    objectives: Objectives
-    connection: PostgresConnection
-    repository: Repository
-    wal: WalArchive = WalArchive()
-    backup: BackupPolicy
-    maintenance_windows: list[Weekly] = []
-    sandbox: Sandbox = Sandbox()
-    labels: dict[str, str] = {}
+    id: Id = Field(description="Its name in commands, reports, partitions and the store; it cannot change later.")
+    kind: Literal["postgresql"] = Field(default="postgresql", description="What it is.")
+    description: str = Field(default="", description="For people.")
+    environment: Id = Field(description="The id under `environments`.")
+    owner: Id = Field(description="The id under `owners`.")
+    classification: _Classification = Field(description="Of its data; every report shows it.")
+    objectives: Objectives = Field(description="What was promised.")
+    connection: PostgresConnection = Field(description="How to reach it.")
+    repository: Repository = Field(description="Where its backups are.")
+    wal: WalArchive = Field(default=WalArchive(), description="How its WAL is kept.")
+    backup: BackupPolicy = Field(description="Its policy.")
+    maintenance_windows: list[Weekly] = Field(
+        default=[], description="Checked and shown; nothing that is built so far waits for them."
+    )
+    sandbox: Sandbox = Field(default=Sandbox(), description="Where it is restored to be verified.")
+    labels: dict[str, str] = Field(default={}, description="For people; nothing is derived from them.")
     legal_hold: bool = Field(default=False, description="Nothing of this target is deleted while it is true.")
 
 
 class Environment(Strict):
-    description: str = ""
+    """What targets have in common."""
+
+    description: str = Field(default="", description="For people.")
     defaults: dict[str, Any] = Field(
         default={}, description="Keys of a target that every target of this environment has unless it says otherwise."
     )
@@ -338,40 +394,52 @@ class Environment(Strict):
 class LedgerConfig(Strict):
     """The platform's own database, which holds the ledger."""
 
-    host: Host
-    port: Annotated[int, Field(ge=1, le=65535)] = 5432
-    dbname: str = "ops"
-    user: str
-    password: SecretRef
-    tls: Tls = Tls()
+    host: Host = Field(description="Where it is reached.")
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(default=5432, description="Its port.")
+    dbname: str = Field(default="ops", description="The database.")
+    user: str = Field(description="A role that may create a schema there, or write into ops_ledger.")
+    password: SecretRef = Field(description="Its password.")
+    tls: Tls = Field(default=Tls(), description="How the connection is secured.")
 
 
 class SlackConfig(Strict):
-    webhook: SecretRef
+    """Where failed runs are told of."""
+
+    webhook: SecretRef = Field(
+        description="Address of an incoming webhook; whoever knows it may write, so it is a secret."
+    )
 
 
 class Platform(Strict):
-    name: str
-    database: LedgerConfig | None = None
-    slack: SlackConfig | None = None
+    """The platform itself."""
+
+    name: str = Field(description="For people.")
+    database: LedgerConfig | None = Field(
+        default=None, description="The ledger's database. Without it nothing is recorded and expiry only observes."
+    )
+    slack: SlackConfig | None = Field(default=None, description="Without it failed runs are told to nobody.")
     reports: str = Field(
         default="reports", description="Folder for reports, relative to platform.yaml; {state} is expanded."
     )
-    maintenance_windows: list[Weekly] = []
+    maintenance_windows: list[Weekly] = Field(
+        default=[], description="Checked and shown; nothing that is built so far waits for them."
+    )
 
 
 class Inventory(Strict):
     """All of platform.yaml."""
 
-    version: Literal[1]
-    platform: Platform
-    owners: dict[Id, Owner]
-    environments: dict[Id, Environment]
-    vaults: dict[Id, Vault] = {}
-    key_services: dict[Id, KeyService] = {}
-    stores: dict[Id, Store] = {}
-    backup_policies: dict[Id, BackupPolicy] = {}
-    targets: list[Target] = []
+    version: Literal[1] = Field(description="Of this format.")
+    platform: Platform = Field(description="The platform itself.")
+    owners: dict[Id, Owner] = Field(description="Who answers for targets.")
+    environments: dict[Id, Environment] = Field(description="What targets have in common, such as production.")
+    vaults: dict[Id, Vault] = Field(default={}, description="Where secrets stand.")
+    key_services: dict[Id, KeyService] = Field(default={}, description="What wraps the data keys of backups.")
+    stores: dict[Id, Store] = Field(default={}, description="Where backups are kept.")
+    backup_policies: dict[Id, BackupPolicy] = Field(
+        default={}, description="Backup policies, by the name that targets use."
+    )
+    targets: list[Target] = Field(default=[], description="What is operated.")
 
     def target(self, target_id: str) -> Target:
         """The target of that id. Raises UsageError that names the nearest ids."""
