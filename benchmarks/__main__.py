@@ -1,0 +1,67 @@
+"""`python -m benchmarks [--quick] [--only NAME ...] [--rounds N] [--out FILE]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from benchmarks.comparisons import COMPARISONS, QUICK, Sizes
+from benchmarks.ground import World, facts
+from benchmarks.measure import Comparison, document, report
+
+_PREFACE = """# Benchmarks
+
+Written by `make bench` (`python -m benchmarks`). Each comparison runs ours and the peer in turn within one run, so that both meet
+the same machine; ratios say more than seconds. Shown are minimum, median and maximum over the rounds, the ratio of the medians, and
+the spread of the ratios of each round. Server, tools and object store share the cores: a ratio here is one of CPU more than of network.
+A goal that was missed stays in the table with its figure.
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure beside the peers.")
+    parser.add_argument("--quick", action="store_true", help="small sizes, one round: shows that it runs, not how fast")
+    parser.add_argument("--only", nargs="+", choices=COMPARISONS, metavar="NAME", help=", ".join(COMPARISONS))
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--noise-gib", type=float, help="size of the incompressible cluster")
+    parser.add_argument("--out", type=Path, help="write the tables as Markdown")
+    asked = parser.parse_args()
+    if shutil.which("pgbackrest") is None:
+        print("pgBackRest is not here; make services installs it", file=sys.stderr)
+        return 3
+    sizes = QUICK if asked.quick else Sizes()
+    sizes = replace(sizes, rounds=asked.rounds or sizes.rounds)
+    if asked.noise_gib:
+        sizes = replace(sizes, noise=int(asked.noise_gib * (1 << 30)))
+    results = _measure([name for name in COMPARISONS if name in (asked.only or COMPARISONS)], sizes)
+    if asked.out:
+        at = {
+            "measured": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+            "load average at the end": f"{os.getloadavg()[0]:.1f}",
+        }
+        asked.out.write_text(document(results, facts() | at, _PREFACE))
+        print(f"written: {asked.out}")
+    return 0
+
+
+def _measure(names: list[str], sizes: Sizes) -> list[Comparison]:
+    world, results = World(), list[Comparison]()
+    try:
+        for name in names:
+            began = time.monotonic()
+            print(f"{name} …", flush=True)
+            results.append(COMPARISONS[name](world, sizes))
+            print(report(results[-1]), f"  ({time.monotonic() - began:.0f} s)", sep="\n", flush=True)
+    finally:
+        world.close()
+    return results
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""One operation of ours in a process of its own, as an operator would run it: `python -m benchmarks.child JSON`.
+
+The inventory comes by OPS_INVENTORY. The last line that is printed is JSON: seconds inside of the process, its peak of memory.
+`receive` and `restore` with `wait` first say `ready` and go on when a line arrives: a receiver is long-lived, and what an
+interpreter takes to start is no part of archiving.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    task = json.loads(sys.argv[1])
+    done = {"backup": _backup, "fetch": _fetch, "receive": _receive, "restore": _restore, "verify": _verify}[
+        task["do"]
+    ](task)
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next((int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM")), 0.0)
+    print(json.dumps({**done, "peak_mb": peak}), flush=True)
+
+
+def _access() -> Any:
+    import os
+
+    from ops_platform.clients.access import Access
+    from ops_platform.inventory import load
+
+    return Access(load(Path(os.environ["OPS_INVENTORY"])))
+
+
+def _backup(task: dict[str, Any]) -> dict[str, Any]:
+    from ops_platform.backup.basebackup import run_backup
+
+    access = _access()
+    manifest = run_backup(access, access.inventory.targets[0], kind=task.get("kind", "full"))
+    shown = manifest.model_dump(include={"backup_id", "raw", "stored", "seconds", "why"})
+    return {**shown, "kind": manifest.kind.value}
+
+
+def _fetch(task: dict[str, Any]) -> dict[str, Any]:
+    """The base backup to disk, synced: what `pgbackrest restore` does."""
+    from ops_platform.backup.archive import open_target_repository
+    from ops_platform.backup.engine import NativeEngine
+
+    access = _access()
+    target = access.inventory.targets[0]
+    engine = NativeEngine(open_target_repository(access, target), target)
+    info = next(backup for backup in engine.list() if backup.backup_id == task["backup"])
+    restored = engine.fetch_base(info, Path(task["into"]))
+    return {"seconds": restored.seconds, "raw": restored.raw}
+
+
+def _restore(task: dict[str, Any]) -> dict[str, Any]:
+    from datetime import datetime
+
+    from ops_platform.backup.model import RecoveryTarget
+    from ops_platform.recovery.restore import restore
+
+    access = _access()
+    target = RecoveryTarget("time", datetime.fromisoformat(task["to"]))
+    restored = restore(access, access.inventory.targets[0], target, Path(task["into"]))
+    return {
+        "fetch": restored.fetch_seconds,
+        "replay": restored.replay_seconds,
+        "wal": restored.wal_bytes,
+        "newest": str(restored.newest_commit),
+    }
+
+
+def _verify(task: dict[str, Any]) -> dict[str, Any]:
+    from ops_platform.recovery.verify import verify
+
+    access = _access()
+    card = verify(access, access.inventory.targets[0], pick="newest")
+    return {
+        "verdict": card.verdict.value,
+        "reason": card.reason,
+        "gates": {gate.id: gate.seconds for gate in card.gates},
+        "steps": {step.name: step.seconds for step in card.steps},
+    }
+
+
+def _receive(task: dict[str, Any]) -> dict[str, Any]:
+    """`ready`; then for each line `LSN` the moment at which everything before it was durable; an empty line ends it."""
+    from ops_platform.backup.model import Lsn
+    from ops_platform.backup.receiver import Receiver
+
+    access = _access()
+    access.keys(access.inventory.targets[0].repository.keys)
+    receiver = Receiver(access, access.inventory.targets)
+    print("ready", flush=True)
+    started = False
+    for line in sys.stdin:
+        word = line.strip()
+        if not word:
+            break
+        if not started:
+            receiver.start()
+            started = True
+        if word != "start":
+            while receiver.states[0].durable < Lsn.parse(word):
+                threading.Event().wait(0.005)
+        else:
+            while receiver.states[0].phase != "streaming":
+                threading.Event().wait(0.005)
+        print(json.dumps({"at": time.time(), "durable": receiver.states[0].durable}), flush=True)
+    receiver.stop()
+    receiver.join(60)
+    return {}
+
+
+if __name__ == "__main__":
+    main()
