@@ -339,6 +339,7 @@ class PostgresServer:
 
         return psycopg.connect(
             host=str(self.sockets),
+            hostaddr="",  # PGHOSTADDR would lead away from the socket
             port=self.socket_port,
             dbname=dbname,
             user=user,

@@ -277,6 +277,14 @@ def _s3_finish(place: Place) -> None:
     """The bucket is made when the store is asked whether it is ready."""
 
 
+def _key_usage(ca: bool) -> Any:
+    from cryptography import x509
+
+    uses = ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
+    never: dict[str, bool] = dict.fromkeys((*uses, "encipher_only", "decipher_only"), False)
+    return x509.KeyUsage(digital_signature=not ca, key_cert_sign=ca, crl_sign=ca, **never)
+
+
 def _make_certificate(place: Place) -> None:
     """A certificate authority and a server certificate for loopback, so that TLS is used here as it is in earnest."""
     from datetime import UTC, datetime, timedelta
@@ -296,6 +304,10 @@ def _make_certificate(place: Place) -> None:
         made = made.subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
         made = made.issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
         made = made.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=3650))
+        # From Python 3.13 on a certificate is refused that does not say whose key it carries and which one signed it.
+        made = made.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
+        made = made.add_extension(signer, critical=False).add_extension(_key_usage(ca), critical=True)
         return made.add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
 
     def pem(key: Any) -> str:
@@ -413,11 +425,14 @@ def strays(directory: Path) -> list[Process]:
 
 
 def admin(place: Place, name: str, dbname: str = "postgres") -> Any:
-    """A superuser's connection to a component of the stack."""
+    """A superuser's connection to a component of the stack, wherever PGHOSTADDR, PGSSLMODE and PGOPTIONS point."""
     import psycopg
 
     return psycopg.connect(
         host=HOST,
+        hostaddr=HOST,
+        sslmode="disable",
+        options="",
         port=place.port(name),
         dbname=dbname,
         user="postgres",

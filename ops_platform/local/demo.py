@@ -151,7 +151,8 @@ def bring_back(access: Access, loss: Loss, progress: Progress) -> tuple[int, str
 
 def _restore_dump(restorer: Path, dump: Path) -> None:
     here = place()
-    env = {**os.environ, "PGPASSWORD": here.secret("app-db.postgres.password")}
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PG")}  # they may mean another server
+    env |= {"PGPASSWORD": here.secret("app-db.postgres.password")}
     command = [
         str(restorer),
         "--data-only",
