@@ -12,28 +12,47 @@ from ops_platform.errors import UsageError
 @click.option("--host", default="127.0.0.1", show_default=True)
 def ui(port: int | None, host: str) -> None:
     """Dagster's web UI and daemon over the local stack, until Ctrl-C."""
-    import subprocess
     import sys
 
     from ops_platform.local import dagster_home
 
     env = dagster_home.prepare()
     chosen = port or _free(host)
-    command = [sys.executable, "-m", "dagster", "dev", "-m", "ops_platform.definitions", "-h", host, "-p", str(chosen)]
-    click.echo(
-        f"http://{f'[{host}]' if ':' in host else host}:{chosen}  (Ctrl-C ends it; the local stack stays up)", err=True
+    code = ["-m", "ops_platform.definitions"]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{chosen}"
+    click.echo(f"{url}  (ready in some seconds; Ctrl-C ends it; the local stack stays up)", err=True)
+    raise SystemExit(
+        _together(
+            [
+                [sys.executable, "-m", "dagster_webserver", *code, "-h", host, "-p", str(chosen)],
+                [sys.executable, "-m", "dagster._daemon", "run", *code],
+            ],
+            env,
+        )
     )
-    child = subprocess.Popen[bytes](command, env=env)
+
+
+def _together(commands: list[list[str]], env: dict[str, str]) -> int:
+    """Run them until one ends or we are told to; none outlives the others."""
+    import subprocess
+    import time
+
+    # Sessions of their own: Ctrl-C reaches us alone, and we end them in order.
+    children = [subprocess.Popen[bytes](command, env=env, start_new_session=True) for command in commands]
     try:
-        raise SystemExit(child.wait())
-    except (KeyboardInterrupt, SystemExit):
-        if child.poll() is None:
-            child.terminate()
+        while all(child.poll() is None for child in children):
+            time.sleep(0.3)
+        return max(abs(child.poll() or 0) for child in children)
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.terminate()
+        for child in children:
             try:
-                child.wait(20)
+                child.wait(30)
             except subprocess.TimeoutExpired:
                 child.kill()
-        raise
+                child.wait()
 
 
 def _free(host: str) -> int:
