@@ -355,7 +355,7 @@ class _Waker:
         self._read, self._write = os.pipe()
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may wake while its own thread does
         self._open = True
 
     def watch(self, poller: select.poll) -> None:

@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 from ops_platform.backup import receiver as receiver_module
-from ops_platform.backup.archive import archive_status, gap_notes, holds, read_archive, wait_durable
+from ops_platform.backup.archive import GapNote, archive_status, gap_notes, holds, read_archive, wait_durable
 from ops_platform.backup.basebackup import run_backup
 from ops_platform.backup.engine import open_engine
 from ops_platform.backup.model import Lsn, segment_name, segment_start
@@ -115,6 +115,28 @@ def test_a_commit_is_durable_without_waiting_for_a_full_segment(new_rig: Callabl
     eventually(
         lambda: f"{name}.partial" not in stored_names(rig), why="the unfinished segment was left beside the whole one"
     )
+
+
+@pytest.mark.majors
+@pytest.mark.parametrize("major", [14, 15, 16, 17])
+def test_every_major_is_received_and_its_losses_are_understood(new_rig: Callable[..., Rig], major: int) -> None:
+    small = {"max_slot_wal_keep_size": "2MB", "max_wal_size": "4MB", "min_wal_size": "2MB"}
+    rig = new_rig(major=major, settings=small)
+    receiver, _ = rig.streaming()
+    rig.switch()
+    rig.load(100)
+    rig.await_archived(rig.position())
+    assert rig.assert_identical() >= 1
+    rig.stop(receiver)
+    rig.load(60000)
+    rig.sql("checkpoint")
+    assert rig.slot("wal_status") == "lost"
+    _, state = rig.streaming()
+    rig.load(100)
+    rig.await_archived(rig.position())
+    assert state.gaps == 1
+    assert len(rig.holes()) == 1
+    assert rig.assert_identical() >= 1
 
 
 def stored_names(rig: Rig) -> list[str]:
@@ -508,6 +530,42 @@ def test_a_slot_that_lost_its_wal_leaves_a_gap_that_is_named_everywhere(
     assert window.pieces[0][0] == first.ended_at
     assert window.pieces[1][0] == second.ended_at
     assert not window.holds(note.noticed_at)
+
+
+def test_a_slot_that_loses_its_wal_while_the_store_is_away_leaves_one_gap(
+    new_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiver_module, "STALL_AFTER", 1.0)
+    monkeypatch.setattr(receiver_module, "GOODBYE", 0.2)
+    rig = new_rig(settings={"max_slot_wal_keep_size": "2MB", "max_wal_size": "4MB", "min_wal_size": "2MB"})
+    _, state = rig.streaming()
+    rig.await_archived(rig.load(1000))
+    away = threading.Event()
+    away.set()
+
+    def refuse(verb: str, key: str) -> None:
+        if verb == "put" and away.is_set():
+            raise UnreachableError("the store is away")
+
+    rig.store.fault = refuse
+    rig.load(25000)
+    rig.sql("checkpoint")
+    eventually(lambda: state.reconnects > 0, why="the end of the connection was not noticed")
+    eventually(lambda: "the store is away" in str(state.last_error), why=lambda: state.last_error)
+    assert stored_gaps(rig) == []
+    away.clear()
+    at = rig.load(1000)
+    rig.await_archived(at)
+    (note,) = stored_gaps(rig)
+    assert rig.holes() == [(1, note.first, note.last)]
+    assert not set(note.names(MB)) & set(rig.archived())
+    assert rig.slot("wal_status") == "reserved"
+    rig.assert_identical()
+
+
+def stored_gaps(rig: Rig) -> list[GapNote]:
+    archive = read_archive(rig.repository)
+    return archive.notes if archive else []
 
 
 @pytest.mark.parametrize(
