@@ -23,10 +23,14 @@ def verify_manifest(directory: Path, workers: int = 2) -> Any:
     from ops_platform.recovery.gates import Finding, verdict_of
 
     raw = (directory / "backup_manifest").read_bytes()
-    manifest = json.loads(raw)
-    # The checksum covers everything up to and including the newline before its own line.
-    body = raw[: raw.rindex(b'"Manifest-Checksum"')]
-    if hashlib.sha256(body).hexdigest() != manifest["Manifest-Checksum"]:
+    try:
+        manifest = json.loads(raw)
+        # The checksum covers everything up to and including the newline before its own line.
+        body = raw[: raw.rindex(b'"Manifest-Checksum"')]
+        known = manifest["Manifest-Checksum"]
+    except (ValueError, LookupError, TypeError) as error:
+        return Finding(GateStatus.FAILED, f"backup_manifest cannot be read: {error}")
+    if hashlib.sha256(body).hexdigest() != known:
         return Finding(GateStatus.FAILED, "the manifest's own SHA-256 differs")
     files = {
         entry.get("Path") or bytes.fromhex(entry["Encoded-Path"]).decode(errors="surrogateescape"): entry
@@ -77,7 +81,6 @@ def _names(directory: Path) -> set[str]:
         if path.is_file() and not name.startswith("pg_wal/"):
             found.add(name)
     for link in (directory / "pg_tblspc").glob("*"):
-        found |= {
-            f"pg_tblspc/{link.name}/{p.relative_to(link).as_posix()}" for p in link.resolve().rglob("*") if p.is_file()
-        }
+        place = link.resolve()  # rglob does not go through links
+        found |= {f"pg_tblspc/{link.name}/{p.relative_to(place).as_posix()}" for p in place.rglob("*") if p.is_file()}
     return found

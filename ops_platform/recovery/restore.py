@@ -6,20 +6,24 @@ recovery, so that what stands in the directory afterwards starts anywhere withou
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter
 
 from ops_platform.backup.engine import open_engine
-from ops_platform.backup.fetch import sync_file_system
+from ops_platform.backup.fetch import JOURNAL, sync_file_system
 from ops_platform.backup.model import (
     BackupEngine,
     BackupInfo,
@@ -31,7 +35,7 @@ from ops_platform.backup.model import (
 )
 from ops_platform.clients.postgres_binaries import find_tool, need_postgres, run_as
 from ops_platform.clock import SYSTEM_CLOCK, Clock
-from ops_platform.errors import CouldNotVerifyError, OpsError, UsageError
+from ops_platform.errors import ConflictError, CouldNotVerifyError, OpsError, UsageError
 from ops_platform.recovery.sandbox import Sandbox
 
 if TYPE_CHECKING:
@@ -88,15 +92,11 @@ def plan(
     engine = open_engine(access, target, clock=clock)
     backup = engine.choose(recovery)
     install = need_postgres(backup.server_version // 10000, target.sandbox.postgres.values())
-    chain = _chain(engine.list(), backup)
-    # A chain lies there twice for a while: its parts and what they are combined to.
-    needed = sum(part.raw for part in chain) + (backup.raw if len(chain) > 1 else 0)
-    free = shutil.disk_usage(_existing(into)).free
-    problems: list[str] = []
-    if needed * 1.05 > free:
-        problems.append(f"{needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free at {into}")
+    backups = engine.list()
+    room, occupied = _no_room(backups, backup, into), _occupied(into)
+    problems = [f"{problem}: {into}" for problem in (room, _NOT_EMPTY if occupied else None) if problem]
     return RestorePlan(
-        target.id, str(recovery), backup, engine.window(), str(into), needed, free,
+        target.id, str(recovery), backup, engine.window(), str(into), _needed(backups, backup), shutil.disk_usage(_existing(into)).free,
         f"PostgreSQL {install.version} in {install.bindir}", problems,
     )  # fmt: skip
 
@@ -133,45 +133,150 @@ def restore(
     backup = _begin(engine, target, recovery, into)
     install = need_postgres(backup.server_version // 10000, target.sandbox.postgres.values())
     work = work_directory(into)
-    if not (work / "fetched").exists():
-        began = time.monotonic()
-        base = engine.fetch_base(backup, into, tablespaces=tablespaces, progress=progress)
-        spaces = {str(oid): str(path) for oid, path in base.tablespaces.items()}
-        (work / "fetched").write_text(
-            json.dumps({"raw": base.raw, "seconds": time.monotonic() - began, "tablespaces": spaces})
-        )
-    fetched = json.loads((work / "fetched").read_text())
+    sandbox = Sandbox(install, into, work, clock=clock)
+    with ExitStack() as stack:
+        stack.callback(sandbox.stop, "fast")
+        stack.enter_context(_alone(into))
+        sandbox.wait_gone()
+        if not (work / "restored").exists():
+            fetched = _fetched(engine, backup, into, tablespaces, progress)
+            done = _replay(engine, backup, recovery, target, sandbox, fetched, progress)
+            _write_whole(work / "restored", TypeAdapter(Restored).dump_json(done).decode())
+        done = TypeAdapter(Restored).validate_json((work / "restored").read_text())
+        progress("syncing to disk", 0, None)
+        for place in (into, *(Path(path) for path in done.tablespaces.values())):
+            sync_file_system(place)
+        sandbox.release()
+        sync_file_system(into)
+    return done
+
+
+@contextlib.contextmanager
+def _alone(into: Path) -> Generator[None]:
+    """Two programs that replay in one directory would ruin it. The system frees the lock of one that was killed."""
+    with (work_directory(into) / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConflictError("another program restores into this directory", where=str(into)) from None
+        yield
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """`boot`: after a crash of the machine what was written may not have reached the disk, and is fetched again."""
+
+    raw: int
+    seconds: float
+    tablespaces: dict[int, str]
+    boot: str
+
+
+def _fetched(
+    engine: BackupEngine,
+    backup: BackupInfo,
+    into: Path,
+    tablespaces: dict[str, Path] | None,
+    progress: Progress,
+) -> _Fetched:
+    """The files of the backup in `into`: those that stand there, where they can still be replayed."""
+    work = work_directory(into)
+    note = work / "fetched"
+    if note.exists():
+        known = TypeAdapter(_Fetched).validate_json(note.read_text())
+        if known.boot == _boot() and not _promoted(into):
+            return known
+        # Half promoted, it is neither at the target nor on its own timeline; replay does not sync to disk.
+        _clear(into, *map(Path, known.tablespaces.values()), _spool(work))
+        note.unlink()
+        for mark in ("replaying", "promoting"):
+            (work / mark).unlink(missing_ok=True)
+    elif engine.name == "native" and (into / _CONTROL).exists() and not (into / JOURNAL).exists():
+        # Whole, but killed before that was written down.
+        _clear(into, *[link.resolve() for link in (into / "pg_tblspc").glob("*")])
+    began = time.monotonic()
+    base = engine.fetch_base(backup, into, tablespaces=tablespaces, progress=progress)
+    spaces = {oid: str(path) for oid, path in base.tablespaces.items()}
+    fetched = _Fetched(base.raw, time.monotonic() - began, spaces, _boot())
+    _write_whole(note, TypeAdapter(_Fetched).dump_json(fetched).decode())
+    return fetched
+
+
+def _promoted(into: Path) -> bool:
+    """Whether a killed replay had begun to leave recovery; without a target PostgreSQL does so by itself."""
+    work = work_directory(into)
+    by_itself = (work / "replaying").exists() and not (into / "recovery.signal").exists()
+    return by_itself or (work / "promoting").exists()
+
+
+def _replay(
+    engine: BackupEngine,
+    backup: BackupInfo,
+    recovery: RecoveryTarget,
+    target: Target,
+    sandbox: Sandbox,
+    fetched: _Fetched,
+    progress: Progress,
+) -> Restored:
+    into, work, install = sandbox.data, sandbox.work, sandbox.install
     with ExitStack() as stack:
         began = time.monotonic()
         fetcher = stack.enter_context(engine.wal_fetcher(backup, _spool(work)))
-        sandbox = Sandbox(install, into, work, clock=clock)
         stack.callback(sandbox.stop, "fast")
         sandbox.prepare(recovery, fetcher.restore_command)
+        (work / "replaying").touch()
         sandbox.start()
         lsn, newest = replayed(sandbox, recovery, backup, target, progress)
         because = sandbox.stopped_because()
+        (work / "promoting").touch()
         timeline = sandbox.promote()
         replay = time.monotonic() - began
-    sandbox.release()
-    progress("syncing to disk", 0, None)
-    for place in (into, *(Path(path) for path in fetched["tablespaces"].values())):
-        sync_file_system(place)
     return Restored(
-        target.id, backup.backup_id, str(recovery), str(into), {int(k): v for k, v in fetched["tablespaces"].items()}, str(lsn), newest,
-        because, timeline, fetched["raw"], fetcher.fetched_bytes, round(fetched["seconds"], 3), round(replay, 3), str(install.bindir),
+        target.id, backup.backup_id, str(recovery), str(into), dict(fetched.tablespaces), str(lsn), newest,
+        because, timeline, fetched.raw, fetcher.fetched_bytes, round(fetched.seconds, 3), round(replay, 3), str(install.bindir),
     )  # fmt: skip
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Never half of it, whenever we are killed."""
+    fresh = path.with_name(f"{path.name}.new")
+    fresh.write_text(text)
+    fresh.rename(path)
+
+
+def _clear(*directories: Path) -> None:
+    """What this restore itself has put there."""
+    for directory in directories:
+        for entry in list(directory.iterdir()):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+
+def _boot() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
 
 
 def _begin(engine: BackupEngine, target: Target, recovery: RecoveryTarget, into: Path) -> BackupInfo:
     """The backup to use: newly chosen, or that of the unfinished restore that stands here."""
     work = work_directory(into)
     note = work / "restore.json"
-    wanted = {"target": target.id, "recovery_target": str(recovery), "into": str(into)}
+    wanted = {
+        "target": target.id,
+        "recovery_target": str(recovery),
+        "inclusive": recovery.inclusive,
+        "timeline": recovery.timeline,
+        "into": str(into),
+    }
     if note.exists():
         begun = json.loads(note.read_text())
-        if {key: begun[key] for key in wanted} != wanted:
+        if {key: begun.get(key) for key in wanted} != wanted:
+            stop = "" if begun.get("inclusive", True) else ", exclusive"
             raise UsageError(
-                f"here stands an unfinished restore of {begun['target']} to {begun['recovery_target']}",
+                f"here stands an unfinished restore of {begun['target']} to {begun['recovery_target']}{stop}",
                 where=str(into),
                 remedy=f"finish it with the same options, or remove {into} and {work}",
             )
@@ -179,11 +284,12 @@ def _begin(engine: BackupEngine, target: Target, recovery: RecoveryTarget, into:
         if not found:
             raise OpsError(f"the backup {begun['backup']} of this unfinished restore is gone", where=str(into))
         return found[0]
-    if into.exists() and any(into.iterdir()):
-        raise UsageError(
-            "the directory is not empty", where=str(into), remedy="name another one; nothing is restored over files"
-        )
+    if _occupied(into):
+        raise UsageError(_NOT_EMPTY, where=str(into), remedy="name another one; nothing is restored over files")
     backup = engine.choose(recovery)
+    if problem := _no_room(engine.list(), backup, into):
+        raise OpsError(problem, where=str(into), remedy="free space, or name a directory on another disk")
+    _check_passage(into)
     user = run_as()
     try:
         into.parent.mkdir(parents=True, exist_ok=True)
@@ -192,9 +298,27 @@ def _begin(engine: BackupEngine, target: Target, recovery: RecoveryTarget, into:
     except OSError as error:
         raise UsageError(f"the directory cannot be made: {error.strerror}", where=str(error.filename or into)) from None
     user.own(work, into)
-    _check_passage(into)
-    note.write_text(json.dumps({**wanted, "backup": backup.backup_id}))
+    _write_whole(note, json.dumps({**wanted, "backup": backup.backup_id}))
     return backup
+
+
+_NOT_EMPTY = "the directory is not empty"
+_CONTROL = "global/pg_control"
+
+
+def _occupied(into: Path) -> bool:
+    return into.exists() and (not into.is_dir() or any(into.iterdir()))
+
+
+def _needed(backups: Sequence[BackupInfo], backup: BackupInfo) -> int:
+    """Bytes on disk. A chain lies there twice for a while: its parts and what they are combined to."""
+    chain = _chain(backups, backup)
+    return sum(part.raw for part in chain) + (backup.raw if len(chain) > 1 else 0)
+
+
+def _no_room(backups: Sequence[BackupInfo], backup: BackupInfo, into: Path) -> str | None:
+    needed, free = _needed(backups, backup) * 1.05, shutil.disk_usage(_existing(into)).free
+    return f"{needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free" if needed > free else None
 
 
 def _check_passage(into: Path) -> None:
@@ -202,7 +326,7 @@ def _check_passage(into: Path) -> None:
     if os.geteuid() != 0:
         return
     for parent in into.parents:
-        if not parent.stat().st_mode & 0o001:
+        if parent.exists() and not parent.stat().st_mode & 0o001:
             raise UsageError(
                 f"PostgreSQL runs as {run_as().name}, who cannot pass through {parent}",
                 where=str(into),
@@ -251,21 +375,37 @@ def dump_tables(
     """
     import tempfile
 
+    if not tables:
+        raise UsageError("no table is named", remedy="--tables shop.orders,shop.order_items")
     if file.exists():
         raise UsageError("this file exists", where=str(file), remedy="name another one; nothing is overwritten")
+    if not file.parent.is_dir():
+        raise UsageError("there is no such directory", where=str(file.parent), remedy="make it, or name another file")
+    backup = open_engine(access, target, clock=clock).choose(recovery)
+    program = _pg_dump(target, backup.server_version // 10000)
     base = Path(target.sandbox.directory or tempfile.gettempdir())
     home = Path(tempfile.mkdtemp(prefix=f"ops-tables-{target.id}-", dir=base))
     home.chmod(0o711)
     try:
         done = restore(
             access, target, recovery, home / "data",
-            tablespaces=sandbox_tablespaces(access, target, recovery, home), progress=progress, clock=clock,
+            tablespaces=sandbox_tablespaces(access, target, recovery, home, backup), progress=progress, clock=clock,
         )  # fmt: skip
         progress("dumping", 0, None)
-        _dump(target, home / "data", home / "work", Path(done.bindir), tables, file, dbname or target.connection.dbname)
+        install = need_postgres(backup.server_version // 10000, target.sandbox.postgres.values())
+        sandbox = Sandbox(install, home / "data", home / "work", clock=clock)
+        _dump(sandbox, program, target, tables, file, dbname or target.connection.dbname)
         return done
     finally:
         shutil.rmtree(home, ignore_errors=True)
+
+
+def _pg_dump(target: Target, major: int) -> Path:
+    """Asked for before the restore: hours later would be too late."""
+    program = find_tool("pg_dump", major, target.sandbox.postgres.values())
+    if program is None:
+        raise CouldNotVerifyError("pg_dump is needed here", remedy=f"install postgresql-client-{major}")
+    return program
 
 
 def sandbox_tablespaces(
@@ -285,45 +425,60 @@ def sandbox_tablespaces(
     return {a.location or "": home / f"tablespace-{a.oid}" for a in manifest.archives if a.oid is not None}
 
 
-def _dump(target: Target, data: Path, work: Path, bindir: Path, tables: Sequence[str], file: Path, dbname: str) -> None:
-    from ops_platform.clients.postgres_binaries import PgInstall
-
-    version = next((int(line) for line in (data / "PG_VERSION").read_text().split()), 0)
-    program = find_tool("pg_dump", version, target.sandbox.postgres.values())
-    if program is None:
-        raise CouldNotVerifyError("pg_dump is needed here", remedy=f"install postgresql-client-{version}")
-    sandbox = Sandbox(PgInstall(bindir, version, str(version), "found"), data, work)
+def _dump(sandbox: Sandbox, program: Path, target: Target, tables: Sequence[str], file: Path, dbname: str) -> None:
+    fresh = file.with_name(f".{file.name}.new")
     try:
         sandbox.serve()
-        sandbox.find_superuser({target.connection.user or "postgres": dbname, "postgres": dbname})
-        with sandbox.connect(dbname) as connection:
-            missing = [t for t in tables if connection.execute("select to_regclass(%s)", [t]).fetchone()[0] is None]
-        if missing:
-            raise UsageError(
-                f"not there at that moment: {', '.join(missing)}", where=dbname, remedy='write SCHEMA.TABLE, quoted as in SQL: \'shop."My table"\''
-            )  # fmt: skip
-        fresh = file.with_name(f".{file.name}.new")
-        command = [
-            str(program),
-            "-Fc",
-            "-h",
-            str(sandbox.server.sockets),
-            "-p",
-            str(sandbox.server.socket_port),
-            "-U",
-            sandbox.superuser,
-        ]
-        command += [part for table in tables for part in ("-t", _pattern(table))]
+        sandbox.find_superuser({target.connection.user or "postgres": "postgres", "postgres": "postgres"})
+        names = _named(sandbox, tables, dbname)
+        server = sandbox.server
+        command: list[str] = [str(program), "-Fc", "-h", str(server.sockets), "-p", str(server.socket_port)]
+        command += ["-U", sandbox.superuser, *(part for name in names for part in ("-t", name)), "-d", dbname]
         with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:  # noqa: PTH123 - the mode counts
-            done = subprocess.run([*command, dbname], stdout=out, stderr=subprocess.PIPE, check=False)
+            done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, check=False)
         if done.returncode:
-            fresh.unlink()
             raise OpsError(f"pg_dump failed: {done.stderr.decode(errors='replace').strip()[-600:]}", where=dbname)
         fresh.rename(file)
     finally:
+        fresh.unlink(missing_ok=True)
         sandbox.stop("fast")
 
 
-def _pattern(table: str) -> str:
-    """pg_dump's -t takes a pattern: an unquoted name is one already, quotes keep the rest literal."""
-    return table
+# pg_dump's -t leaves out partitions and children, where a partitioned table has all its rows.
+_WITH_CHILDREN = """
+with recursive family as (
+  select c.oid from pg_class c where c.oid = to_regclass(%s) and c.relkind in ('r', 'p', 'm', 'v', 'f', 'S')
+  union select i.inhrelid from pg_inherits i join family f on i.inhparent = f.oid
+)
+select format('%%I.%%I', n.nspname, c.relname) from family f join pg_class c using (oid) join pg_namespace n on n.oid = c.relnamespace
+where c.relkind in ('r', 'p', 'm', 'v', 'f', 'S')
+"""
+
+
+def _named(sandbox: Sandbox, tables: Sequence[str], dbname: str) -> list[str]:
+    """The tables and all that hangs below them, quoted so that pg_dump takes them literally."""
+    import psycopg
+
+    names: list[str] = []
+    missing: list[str] = []
+    try:
+        connection: Any = sandbox.connect(dbname)
+    except psycopg.OperationalError as error:
+        raise UsageError(
+            f"the restored server has no such database: {' '.join(str(error).split())}", where=dbname
+        ) from None
+    with connection:
+        for table in tables:
+            try:
+                found = [row[0] for row in connection.execute(_WITH_CHILDREN, [table]).fetchall()]
+            except psycopg.Error:  # no name at all, such as `a.b.c.d` or an open quote
+                found = []
+            names += found
+            missing += [] if found else [table]
+    if missing:
+        raise UsageError(
+            f"not there at that moment: {', '.join(missing)}",
+            where=dbname,
+            remedy="write SCHEMA.TABLE, quoted as in SQL: 'shop.\"My table\"'",
+        )
+    return list(dict.fromkeys(names))

@@ -20,7 +20,7 @@ from typing import Any
 from ops_platform.backup.model import Lsn, RecoveryTarget
 from ops_platform.clients.postgres_binaries import PgInstall, PostgresServer, run_as, run_tool
 from ops_platform.clock import SYSTEM_CLOCK, Clock
-from ops_platform.errors import CouldNotVerifyError, OpsError
+from ops_platform.errors import ConflictError, CouldNotVerifyError, OpsError
 
 # Must not be smaller than on the primary, or recovery stops (PostgreSQL documentation, "Hot Standby").
 _NOT_SMALLER = (
@@ -47,6 +47,16 @@ _ACTING = frozenset(
         "wal2json",
     ]
 )
+_STOPPING = 120.0
+# What may have been hung on a database or a role, and would hide damage or refuse what a check has to make.
+_PLAIN = {
+    "statement_timeout": "0",
+    "search_path": "pg_catalog",
+    "zero_damaged_pages": "off",
+    "ignore_checksum_failure": "off",
+    "default_transaction_read_only": "off",
+    "session_preload_libraries": "",
+}
 _LOWER = re.compile(r"(\w+) = -?\d+ is a lower setting than on the primary server, where its value was (\d+)")
 
 
@@ -150,8 +160,19 @@ class Sandbox:
         if auto.exists() and not (self.work / "postgresql.auto.conf").exists():
             shutil.move(auto, self.work / "postgresql.auto.conf")
         self._write(auto, "")
+        self.wait_gone()
         for name in ("standby.signal", "postmaster.pid", "postmaster.opts"):
             (self.data / name).unlink(missing_ok=True)
+
+    def wait_gone(self) -> None:
+        """A killed program's server ends by itself; two of them over one directory would ruin it."""
+        began = self.clock.monotonic()
+        while not self.server.gone():
+            if self.clock.monotonic() - began > _STOPPING:
+                raise ConflictError(
+                    "a server runs over this directory", where=str(self.data), remedy="stop it: pg_ctl stop -D …"
+                )
+            self.clock.sleep(0.05)
 
     def _libraries(self) -> list[str]:
         """Of the libraries that the source preloads, those that are here and do nothing by themselves."""
@@ -292,9 +313,8 @@ class Sandbox:
 
     def connect(self, dbname: str = "postgres", **more: Any) -> Any:
         """As the bootstrap superuser, whatever the source called it; without the settings that were hung on role or database."""
-        return self.server.connect(
-            dbname, self.superuser, options="-c statement_timeout=0 -c search_path=pg_catalog", **more
-        )
+        options = " ".join(f"-c {name}={value}" for name, value in _PLAIN.items())
+        return self.server.connect(dbname, self.superuser, options=options, **more)
 
     @property
     def superuser(self) -> str:
