@@ -36,6 +36,8 @@ class Examination:
 
 def examine(access: Access, target: Target) -> Examination:
     """Every part is asked, whatever the others answered: one look shows all that is to be done."""
+    import psycopg
+
     findings: list[Found] = []
     parts: list[tuple[str, Callable[[], Iterator[Found]]]] = [
         ("servers", lambda: _servers(access, target)),
@@ -45,7 +47,10 @@ def examine(access: Access, target: Target) -> Examination:
     ]
     for name, part in parts:
         try:
-            findings += list(part())
+            for found in part():  # one by one: what was found before a part broke off is kept
+                findings.append(found)
+        except psycopg.Error as error:
+            findings.append(Found(name, "unknown", " ".join(str(error).split()), "read the server's log"))
         except OpsError as error:
             findings.append(
                 Found(name, "bad", f"{error.where}: {error.what}" if error.where else error.what, error.remedy)
@@ -263,7 +268,7 @@ def _store(access: Access, target: Target) -> Iterator[Found]:
             "look at NTP on this machine",
         )
     wanted = access.inventory.stores[target.repository.store].object_lock
-    locked = bool(checks.get("object_lock"))
+    locked = checks.get("object_lock") == "Enabled"
     if wanted is not None:
         yield Found(
             "Object Lock",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ops_platform.cli.common import (
+    Commands,
     actor,
     ago,
     chosen,
@@ -45,7 +46,7 @@ _SHOWN = (
 target_argument = click.argument("target", shell_complete=complete_targets)
 
 
-@click.group()
+@click.group(cls=Commands)
 def backup() -> None:
     """Take, list, prove and expire backups."""
 
@@ -216,7 +217,12 @@ def verify(
 @backup.command()
 @click.argument("targets", nargs=-1, shell_complete=complete_targets)
 @click.option("--all", "everything", is_flag=True, help="Every target of the inventory.")
-@click.option("--enforce", "mode", flag_value="enforce", help="Do it, whatever the policy's mode.")
+@click.option(
+    "--enforce",
+    "mode",
+    flag_value="enforce",
+    help="Do it. Where the policy says observe it also needs --approve DIGEST, the plan that an earlier call printed.",
+)
 @click.option("--dry-run", "mode", flag_value="observe", help="Only say what would be done.")
 @click.option("--approve", metavar="DIGEST", help="Exactly this plan, as an earlier call printed it.")
 @json_option
@@ -224,7 +230,10 @@ def verify(
 def expire(
     ctx: click.Context, targets: tuple[str, ...], everything: bool, mode: str | None, approve: str | None, as_json: bool
 ) -> None:
-    """Delete what no promise needs any more; observes unless the policy or --enforce says otherwise."""
+    """Delete what no promise needs any more; observes unless the policy or --enforce says otherwise.
+
+    Exit 1 where it was refused, failed or left something out, 3 where nobody could look whether what was done holds.
+    """
     from ops_platform.backup.expiry import expire as run_expiry
 
     results: list[ActionResult] = []
@@ -236,7 +245,16 @@ def expire(
                 _show_action(target.id, result)
     if as_json:
         emit(list[dict[str, Any]], [result.as_json() for result in results])
-    ctx.exit(0 if all(result.ok for result in results) else 1)
+    codes = [_exit_code(result) for result in results]
+    ctx.exit(1 if 1 in codes else max(codes))
+
+
+def _exit_code(result: ActionResult) -> int:
+    from ops_platform.actions import Status
+
+    if result.ok:
+        return 0
+    return 3 if result.status is Status.UNVERIFIED and result.unrecorded is None else 1
 
 
 def _show_action(target_id: str, result: ActionResult) -> None:

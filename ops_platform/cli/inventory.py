@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ops_platform.cli.common import complete_targets, emit, json_option, table
+from ops_platform.cli.common import Commands, complete_targets, emit, json_option, table
 
 if TYPE_CHECKING:
     from ops_platform.inventory.model import Schedule
 
 
-@click.group()
+@click.group(cls=Commands)
 def inventory() -> None:
     """Check and show platform.yaml; print its JSON Schema."""
 

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import re
+
 import click
 
-from ops_platform.cli.common import emit, json_option, opened, parse_moment, stamp, table
+from ops_platform.cli.common import Commands, emit, json_option, opened, parse_moment, stamp, table
+from ops_platform.errors import UsageError
 
 
-@click.group()
+@click.group(cls=Commands)
 def ledger() -> None:
     """The tamper-evident record of every plan, refusal, change and proof."""
 
 
 @ledger.command()
+@click.option(
+    "--anchor",
+    metavar="SEQ:SHA256",
+    help="An entry as it was noted elsewhere: without one a chain that was rewritten as a whole looks good.",
+)
 @json_option
 @click.pass_context
-def verify(ctx: click.Context, as_json: bool) -> None:
+def verify(ctx: click.Context, anchor: str | None, as_json: bool) -> None:
     """Recompute the whole chain. Exit 1 where an entry was changed, dropped or put in."""
     from ops_platform.ledger import Ledger, LedgerCheck
 
+    held = _anchor(anchor) if anchor is not None else None
     with opened() as access, Ledger(access.platform_db) as book:
-        found = book.verify()
+        found = book.verify(anchor=held)
     if as_json:
         emit(LedgerCheck, found)
     elif found.broken is None:
@@ -30,6 +39,16 @@ def verify(ctx: click.Context, as_json: bool) -> None:
     for what in found.unprotected:
         click.secho(f"NOT PROTECTED: {what}", fg="red", err=True)
     ctx.exit(0 if found.ok else 1)
+
+
+def _anchor(text: str) -> tuple[int, str]:
+    match = re.fullmatch(r"([1-9][0-9]*):([0-9a-f]{64})", text.strip().lower())
+    if match is None:
+        raise UsageError(
+            f"--anchor: {text!r} is not SEQ:SHA256",
+            remedy="write it like 42: and 64 hex digits; ops ledger list --json shows both",
+        )
+    return int(match[1]), match[2]
 
 
 @ledger.command(name="list")

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import click
 
-from ops_platform.cli.common import emit, json_option, table
+from ops_platform.cli.common import Commands, emit, json_option, table
 
 
-@click.group()
+@click.group(cls=Commands)
 def local() -> None:
     """The embedded stack: real servers as child processes on free loopback ports. For trying, not for earnest.
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from difflib import get_close_matches
 from typing import Any, NoReturn
 
 import click
 
 from ops_platform import __version__
+from ops_platform.cli.common import Commands
 from ops_platform.errors import OpsError
 
 # name: (module, function, what it does)
@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 }
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Commands):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(COMMANDS)
 
@@ -44,15 +44,6 @@ class LazyGroup(click.Group):
 
         module, function, _ = COMMANDS[cmd_name]
         return getattr(import_module(module), function)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            near = get_close_matches(args[0], COMMANDS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "ops --help lists them"
-            raise click.UsageError(f"there is no command {args[0]!r}; {hint}", ctx)
-        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from tempfile import gettempdir
 from typing import TYPE_CHECKING
 
 import click
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
 @click.option("--database", help="With --tables: the database; the target's own by default.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and whether there is room.")
 @json_option
+@click.pass_context
 def restore(
+    ctx: click.Context,
     target: str,
     moment: str | None,
     lsn: str | None,
@@ -60,21 +64,27 @@ def restore(
         raise UsageError("--tables and --as-dump belong together")
     if (into is None) == (as_dump is None):
         raise UsageError("name where it goes: --into DIRECTORY, or --tables A,B --as-dump FILE")
+    if database is not None and tables is None:
+        raise UsageError("--database belongs to --tables: a directory holds all databases")
+    if mapping and into is None:
+        raise UsageError("--tablespace belongs to --into: a dump holds no tablespaces")
+    spaces, names = _mapping(mapping), _names(tables or "")
     with opened() as access:
         found = access.inventory.target(target)
         if dry_run:
-            plan = room.plan(access, found, recovery, into or as_dump or Path())
+            # A dump's restore stands in a new directory below this one.
+            place = into or Path(found.sandbox.directory or gettempdir()) / f"ops-tables-{found.id}"
+            plan = room.plan(access, found, recovery, place.absolute())
             emit(room.RestorePlan, plan) if as_json else _show_plan(plan)
-            return
+            ctx.exit(1 if plan.problems else 0)
         with progress_bar(target) as progress:
             if as_dump is not None:
-                names = [part.strip() for part in (tables or "").split(",") if part.strip()]
                 done = room.dump_tables(
                     access, found, recovery, names, as_dump.absolute(), dbname=database, progress=progress
                 )
             else:
                 assert into is not None  # noqa: S101 - checked above
-                done = room.restore(access, found, recovery, into, tablespaces=_mapping(mapping), progress=progress)
+                done = room.restore(access, found, recovery, into, tablespaces=spaces, progress=progress)
     if as_json:
         emit(room.Restored, done)
     else:
@@ -97,6 +107,8 @@ def _recovery(
     if timeline is not None and not timeline.isdigit():
         raise UsageError(f"--timeline: {timeline!r} is not a number")
     line = int(timeline) if timeline is not None else "latest"
+    if exclusive and (name is not None or latest):
+        raise UsageError("--exclusive belongs to --to, --lsn and --xid: a restore point and the end have no before")
     if moment is not None:
         return RecoveryTarget("time", parse_moment(moment, option="--to"), not exclusive, line)
     if lsn is not None:
@@ -109,6 +121,12 @@ def _recovery(
             raise UsageError(f"--xid: {xid!r} is not a transaction's number")
         return RecoveryTarget("xid", xid, not exclusive, line)
     return RecoveryTarget("name", name, True, line) if name is not None else RecoveryTarget("latest", None, True, line)
+
+
+def _names(text: str) -> list[str]:
+    """Separated by commas, but for those within double quotes."""
+    parts = re.findall(r'(?:[^,"]|"(?:[^"]|"")*"?)+', text)
+    return [part.strip() for part in parts if part.strip()]
 
 
 def _mapping(pairs: tuple[str, ...]) -> dict[str, Path]:

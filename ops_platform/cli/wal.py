@@ -6,11 +6,11 @@ import signal
 
 import click
 
-from ops_platform.cli.common import chosen, complete_targets, emit, json_option, opened, size, stamp
+from ops_platform.cli.common import Commands, chosen, complete_targets, emit, json_option, opened, size, stamp
 from ops_platform.errors import OpsError, UsageError
 
 
-@click.group()
+@click.group(cls=Commands)
 def wal() -> None:
     """Receive WAL into the repository; the state of the archive."""
 
