@@ -44,7 +44,7 @@ class TarIndexer:
     def feed(self, data: memoryview | bytes) -> None:
         view, end = memoryview(data), self._position + len(data)
         while self._next_header < end:
-            begin = max(self._next_header + len(self._header), self._position)
+            begin = max(self._next_header, self._position)  # a header that was begun goes on where the last piece ended
             take = view[begin - self._position : begin - self._position + BLOCK - len(self._header)]
             self._header += take
             if len(self._header) < BLOCK:

@@ -242,7 +242,10 @@ def first_lacking(stored: Mapping[int, Stock], line: list[Span], lost: set[str])
     return None
 
 
-forks = st.lists(st.integers(SIZE // 4, 30 * SIZE), max_size=3, unique=True).map(sorted)
+# In the middle of segments, and where one ends.
+forks = st.lists(
+    st.integers(SIZE // 4, 30 * SIZE) | st.integers(1, 30).map(lambda number: number * SIZE), max_size=3, unique=True
+).map(sorted)
 
 
 @st.composite
