@@ -93,27 +93,29 @@ def take(access: Access, target: Target, verification_id: str, clock: Clock) -> 
 def observe(access: Access, target: Target, verification_id: str, clock: Clock) -> SourceMoment:
     """Without a row of ours: the source as it is read now. The proof is weaker, because no row marks the moment.
 
-    Where we may, a restore point names the moment in the WAL; otherwise it is the newest record that is known to have another
-    after it, because PostgreSQL stops at a target only when it reads on.
+    A message in the WAL, which needs no right to write anywhere, makes a commit after the moment; without one PostgreSQL cannot know
+    that the moment was reached. Where even that is forbidden, the newest record that the server itself has read back is the target.
     """
     with contextlib.closing(access.postgres(target, role="primary")) as connection:
+        connection.execute("set synchronous_commit to local")
         facts = database_facts(connection)
-        row = connection.execute("select clock_timestamp()").fetchone()
-        recovery = _restore_point(connection, f"ops-{verification_id}") or _known_record(connection)
+        moment = _between(connection)
+        marked = _message(connection, verification_id)
+        recovery = RecoveryTarget("time", moment) if marked else _known_record(connection)
         lsn, timeline = _position(connection)
-    assert row is not None  # noqa: S101 - a select without a table has a row
     ensure_archived(access, target, lsn, timeline, clock)
-    return SourceMoment(row[0], {target.connection.dbname: facts}, recovery, None)
+    return SourceMoment(moment, {target.connection.dbname: facts}, recovery, None)
 
 
-def _restore_point(connection: Any, name: str) -> RecoveryTarget | None:
+def _message(connection: Any, verification_id: str) -> bool:
+    """A transaction that changes nothing and whose commit stands in the WAL."""
     import psycopg
 
     try:
-        connection.execute("select pg_create_restore_point(%s)", [name])
+        connection.execute("select pg_logical_emit_message(true, 'ops_platform', %s)", [verification_id])
     except psycopg.errors.InsufficientPrivilege:
-        return None
-    return RecoveryTarget("name", name)
+        return False
+    return True
 
 
 def _known_record(connection: Any) -> RecoveryTarget:

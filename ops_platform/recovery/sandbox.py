@@ -324,17 +324,27 @@ class Sandbox:
         """Ask for the role with oid 10, as any role that can log in. `known`: role to database."""
         import psycopg
 
-        errors: list[str] = []
-        for role, dbname in known.items():
-            try:
-                with self.server.connect(dbname or "postgres", role) as connection:
-                    self._superuser = connection.execute("select rolname from pg_roles where oid = 10").fetchone()[0]
-                    return
-            except psycopg.OperationalError as error:
-                errors.append(str(error).strip())
-        raise CouldNotVerifyError(
-            f"no role can log in to the restored server: {'; '.join(errors)}", where=str(self.data)
-        )
+        began = self.clock.monotonic()
+        while True:
+            errors: list[str] = []
+            for role, dbname in known.items():
+                try:
+                    with self.server.connect(dbname or "postgres", role) as connection:
+                        self._superuser = connection.execute("select rolname from pg_roles where oid = 10").fetchone()[
+                            0
+                        ]
+                        return
+                except psycopg.OperationalError as error:
+                    errors.append(str(error).strip())
+            if self.server.pid is None:
+                raise OpsError(f"recovery ended before its target: {self.why()}", where=str(self.data))
+            # A server that is ending says something else for a moment.
+            ending = any("closed the connection" in said or "shutting down" in said for said in errors)
+            if not ending or self.clock.monotonic() - began > _STOPPING:
+                raise CouldNotVerifyError(
+                    f"no role can log in to the restored server: {'; '.join(errors)}", where=str(self.data)
+                )
+            self.clock.sleep(0.05)
 
     def log(self) -> str:
         return self.server.log.read_text(errors="replace") if self.server.log.exists() else ""

@@ -119,6 +119,7 @@ class Verification:
     def run(self) -> Scorecard:
         home: Path | None = None
         try:
+            self._backups()
             self._source()
             self._choose()
             self.install = need_postgres(
@@ -178,15 +179,21 @@ class Verification:
             # The database is away: what stands in the store is still worth proving, and this is when it matters most.
             self.notes.append(f"the source could not be asked, so nothing is compared with it: {error}")
 
-    def _choose(self) -> None:
-        backups = [b for b in self.engine.list() if b.error is None]
-        self.window = self.engine.window()
-        if not backups:
+    def _backups(self) -> list[BackupInfo]:
+        """Those that can be read. Raises CouldNotVerifyError where there are none."""
+        found = self.engine.list()
+        good = [b for b in found if b.error is None]
+        self.notes += [f"{b.backup_id} cannot be read: {b.error}" for b in found if b.error]
+        if not good:
             raise CouldNotVerifyError(
-                f"there is no backup of {self.target.id}", remedy=f"ops backup run {self.target.id}"
+                f"there is no backup of {self.target.id} that can be read", remedy=f"ops backup run {self.target.id}"
             )
+        return good
+
+    def _choose(self) -> None:
+        backups = self._backups()
+        self.window = self.engine.window()
         self.choice = self._decide(backups, self.window)
-        self.notes += [f"{b.backup_id} cannot be read: {b.error}" for b in self.engine.list() if b.error]
 
     def _decide(self, backups: list[BackupInfo], window: RecoveryWindow) -> Choice:
         if self.backup_id is not None or self.at is not None:

@@ -16,6 +16,7 @@ import pytest
 
 from ops_platform.backup.archive import read_archive
 from ops_platform.backup.basebackup import run_backup
+from ops_platform.backup.model import RecoveryTarget
 from ops_platform.clients.postgres_binaries import run_as
 from ops_platform.errors import UsageError
 from ops_platform.recovery import canary, records
@@ -246,7 +247,7 @@ def test_a_row_after_the_moment_fails(
         time.sleep(0.6)
         later = take(access, target, f"{verification_id}-later", clock)  # a commit after the moved moment
         assert later.canary is not None
-        return replace(moment, at=at)
+        return replace(moment, at=at, recovery=RecoveryTarget("time", at))
 
     monkeypatch.setattr(canary, "take", too_late)
     card = verify(platform.access, platform.target)
