@@ -182,9 +182,19 @@ def _newest_start(repository: Repository, timeline: int) -> Lsn | None:
 
 def _ask_for_archiving(access: Access, target: Target, clock: Clock) -> float:
     """For repositories of other tools: switch the segment and wait until PostgreSQL's archiver has handed it on."""
+    import psycopg
+
     began = clock.monotonic()
     with contextlib.closing(access.postgres(target, role="primary")) as connection:
-        row = connection.execute("select pg_walfile_name(pg_switch_wal())").fetchone()
+        try:
+            row = connection.execute("select pg_walfile_name(pg_switch_wal())").fetchone()
+        except psycopg.errors.InsufficientPrivilege:
+            role = target.connection.user or "the backup role"
+            raise CouldNotVerifyError(
+                "our role may not finish a WAL segment, so that its archiver would hand it on",
+                where=target.id,
+                remedy=f"as a superuser in {target.connection.dbname}: GRANT EXECUTE ON FUNCTION pg_switch_wal() TO {role}",
+            ) from None
         name = row[0] if row else ""
         while clock.monotonic() - began < 120:
             done = connection.execute("select last_archived_wal from pg_stat_archiver").fetchone()
