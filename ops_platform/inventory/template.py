@@ -34,8 +34,8 @@ def target_id_of(host: str) -> str:
 
 
 def _text(value: object) -> str:
-    """A YAML scalar, quoted where it must be."""
-    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6).removesuffix("...\n").strip()
+    """A YAML scalar, quoted where it must be, also between braces."""
+    return yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10**6).strip()[1:-1]
 
 
 def render(found: Described) -> str:

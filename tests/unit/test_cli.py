@@ -1,0 +1,320 @@
+"""The command line without servers: usage, help, exit codes, and that nothing heavy is imported for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from ops_platform.actions import ActionResult, Plan, Status
+from ops_platform.cli import main
+from ops_platform.cli.backup import _exit_code
+from ops_platform.cli.common import ago, parse_moment, size, span
+from ops_platform.cli.inventory import inventory as inventory_group
+from ops_platform.cli.ledger import _anchor
+from ops_platform.cli.restore import _mapping, _names, _recovery
+from ops_platform.cli.wal import _address
+from ops_platform.errors import CouldNotVerifyError, OpsError, UsageError
+from ops_platform.inventory import load
+from ops_platform.inventory.template import Described, render, target_id_of
+from ops_platform.inventory.values import SecretRef
+
+OPS = str(Path(sys.executable).with_name("ops"))
+
+
+def ops(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("OPS_")}
+    return subprocess.run(
+        [OPS, *words], capture_output=True, text=True, check=False, cwd="/", env={**clean, **env}, timeout=120
+    )
+
+
+def commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    yield path
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            found = command.get_command(context, name)
+            assert found is not None, name
+            yield from commands(found, (*path, name))
+
+
+EVERY = list(commands(main.cli))
+
+
+@pytest.mark.parametrize("path", EVERY, ids=" ".join)
+def test_every_command_has_help(path: tuple[str, ...]) -> None:
+    for word in ("--help", "-h"):
+        done = CliRunner().invoke(main.cli, [*path, word])
+        assert done.exit_code == 0, done.output
+        assert done.output.startswith("Usage: ")
+
+
+def test_help_says_the_same_as_the_command_itself() -> None:
+    """What stands in the table of lazy commands is the first sentence that each shows of itself, in spirit: none is empty."""
+    context = click.Context(main.cli)
+    assert {name for name, *_ in (path for path in EVERY if len(path) == 1)} == set(main.COMMANDS)
+    for name in main.COMMANDS:
+        command = main.cli.get_command(context, name)
+        assert command is not None
+        assert command.help
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = """
+import sys
+from ops_platform.cli.main import cli
+for words in ([], ["--help"], ["--version"], ["backup", "--help"], ["restore", "--help"]):
+    try:
+        cli.main(words, prog_name="ops", standalone_mode=False)
+    except Exception:
+        pass
+heavy = ("psycopg", "pydantic", "dagster", "rich", "boto3", "yaml", "jinja2", "cryptography", "hvac", "asyncio")
+print([name for name in heavy if name in sys.modules], file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    assert "Exit codes: 0 good" in done.stdout
+
+
+READING = [
+    ("backup", "list"), ("backup", "show"), ("backup", "verify"), ("wal", "status"), ("inventory", "check"), ("inventory", "show"),
+    ("ledger", "list"), ("ledger", "verify"), ("local", "status"), ("doctor",), ("report",), ("restore",),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", READING, ids=" ".join)
+def test_every_reading_command_has_json(path: tuple[str, ...]) -> None:
+    assert "--json" in CliRunner().invoke(main.cli, [*path, "--help"]).output
+
+
+# Wrong usage
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["bakcup"], "did you mean 'backup'?"),
+        (["doktor"], "did you mean 'doctor'?"),
+        (["backup", "lsit"], "did you mean 'list'?"),
+        (["ledger", "verfy"], "did you mean 'verify'?"),
+        (["zzzz"], "ops --help lists them"),
+        (["wal", "zzzz"], "ops wal --help lists them"),
+        (["backup", "run", "--incremntal"], "--incremental"),
+    ],
+)
+def test_a_misspelt_word_is_guessed(words: list[str], meant: str) -> None:
+    done = ops(*words)
+    assert done.returncode == 2
+    assert meant in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--nonsense"], "No such option"),
+        (["backup", "show"], "Missing argument"),
+        (["restore", "app-db", "--to"], "requires an argument"),
+        (["restore", "app-db", "--into", "/nowhere"], "exactly one of --to"),
+        (["restore", "app-db", "--latest", "--lsn", "0/1", "--into", "/x"], "exactly one of --to"),
+        (["restore", "app-db", "--to", "2026-11-23 02:59:59", "--into", "/x"], "'2026-11-23 02:59:59+00:00'"),
+        (["restore", "app-db", "--to", "yesterday", "--into", "/x"], "is not a time"),
+        (["restore", "app-db", "--lsn", "12", "--into", "/x"], "is not a WAL position"),
+        (["restore", "app-db", "--xid", "0x1", "--into", "/x"], "is not a transaction"),
+        (["restore", "app-db", "--latest"], "name where it goes"),
+        (["restore", "app-db", "--latest", "--into", "/x", "--as-dump", "/y"], "belong together"),
+        (["restore", "app-db", "--latest", "--exclusive", "--into", "/x"], "--exclusive belongs to"),
+        (["restore", "app-db", "--latest", "--into", "/x", "--database", "d"], "--database belongs to"),
+        (["restore", "app-db", "--latest", "--into", "/x", "--tablespace", "a=b"], "OLD=NEW"),
+        (
+            ["restore", "app-db", "--latest", "--tables", "t", "--as-dump", "/y", "--tablespace", "/a=/b"],
+            "--tablespace",
+        ),
+        (["restore", "app-db", "--latest", "--timeline", "two", "--into", "/x"], "--timeline"),
+        (["backup", "verify", "app-db", "--to", "2026-11-23T03:00"], "has no zone"),
+        (["ledger", "list", "--since", "2026-11-23"], "has no zone"),
+        (["ledger", "verify", "--anchor", "12"], "42:"),
+        (["completion", "tcsh"], "'tcsh' is not one of"),
+        (["init"], "Missing option '--host'"),
+        (["inventory", "check"], "ops init writes one"),
+        (["-i", "/nowhere/platform.yaml", "inventory", "check"], "/nowhere/platform.yaml"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_usage_exits_2_and_says_what_is_wrong(words: list[str], said: str) -> None:
+    done = ops(*words)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OpsError("broken", where="here", remedy="mend it"), 1),
+        (UsageError("broken", where="here", remedy="mend it"), 2),
+        (CouldNotVerifyError("broken", where="here", remedy="mend it"), 3),
+        (KeyboardInterrupt(), 130),
+        (ValueError("here: broken, mend it"), 1),
+    ],
+)
+def test_errors_have_their_exit_code_and_no_traceback(
+    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(main.cli, "main", broken)
+    monkeypatch.setattr(main.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        main.run()
+    assert ended.value.code == code
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert said.startswith("error: ")
+    if code != 130:
+        assert all(word in said for word in ("here", "broken", "mend it"))
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    pipe = subprocess.Popen[bytes]([OPS, "inventory", "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert pipe.stdout is not None
+    assert pipe.stderr is not None
+    pipe.stdout.close()
+    said = pipe.stderr.read()
+    pipe.wait(60)
+    pipe.stderr.close()
+    assert said == b""
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_script_names_ops(shell: str) -> None:
+    done = ops("completion", shell)
+    assert done.returncode == 0
+    assert "_OPS_COMPLETE" in done.stdout
+
+
+def test_completion_completes_commands_and_says_nothing_without_an_inventory() -> None:
+    asked = ops(_OPS_COMPLETE="bash_complete", COMP_WORDS="ops ba", COMP_CWORD="1")
+    assert "backup" in asked.stdout
+    asked = ops(_OPS_COMPLETE="bash_complete", COMP_WORDS="ops doctor ", COMP_CWORD="2")
+    assert (asked.stdout.strip(), asked.stderr) == ("", "")
+
+
+# Values
+
+
+def test_a_moment_is_read_with_its_zone() -> None:
+    expected = datetime(2026, 11, 23, 1, 59, 59, 500000, tzinfo=UTC)
+    for text in ("2026-11-23 02:59:59.5+01:00", "2026-11-23T01:59:59.5Z", " 2026-11-23 01:59:59.500000+00:00 "):
+        assert parse_moment(text, option="--to") == expected
+    with pytest.raises(UsageError, match="no zone") as refused:
+        parse_moment("2026-11-23 02:59", option="--to")
+    assert "--to '2026-11-23 02:59+00:00'" in str(refused.value.remedy)
+
+
+def test_table_names_are_separated_by_commas_outside_of_quotes() -> None:
+    assert _names('a.b, c.d ,"x,y"."z ""q"", r"') == ["a.b", "c.d", '"x,y"."z ""q"", r"']
+    assert _names(' ,, "open,quote') == ['"open,quote']
+    assert _names("") == []
+
+
+def test_targets_of_a_recovery() -> None:
+    found = _recovery(None, "0/1A", None, None, False, True, "3")
+    assert (found.kind, found.value, found.inclusive, found.timeline) == ("lsn", "0/1A", False, 3)
+    assert _recovery(None, None, "point", None, False, False, None).timeline == "latest"
+    assert _mapping(("/a=/b", "/c d=/e=f")) == {"/a": Path("/b"), "/c d": Path("/e=f")}
+
+
+def test_addresses_and_anchors() -> None:
+    assert _address("127.0.0.1:9187") == ("127.0.0.1", 9187)
+    assert _address("[::1]:9187") == ("::1", 9187)
+    assert _anchor(f"42:{'AB' * 32}") == (42, "ab" * 32)
+    for text in ("9187", ":9187", "host:", "host:0", "host:65536", "host:http"):
+        with pytest.raises(UsageError):
+            _address(text)
+    for text in ("42", "0:" + "a" * 64, "42:abc", "x:" + "a" * 64):
+        with pytest.raises(UsageError):
+            _anchor(text)
+
+
+def test_sizes_and_spans_for_people() -> None:
+    assert [size(value) for value in (0, 1023, 1536, 5 << 30, 1 << 50)] == [
+        "0 B", "1023 B", "1.5 KiB", "5.0 GiB", "1024.0 TiB",
+    ]  # fmt: skip
+    assert [span(value) for value in (0.25, 59, 252, 7200, 90000)] == ["0.2 s", "59 s", "4 min 12 s", "2 h", "1 d 1 h"]
+    assert ago(None) == "never"
+
+
+@pytest.mark.parametrize(
+    ("status", "unrecorded", "code"),
+    [
+        (Status.NOTHING, None, 0), (Status.OBSERVED, None, 0), (Status.DONE, None, 0), (Status.DONE, "no ledger", 1),
+        (Status.REFUSED, None, 1), (Status.INCOMPLETE, None, 1), (Status.FAILED, None, 1),
+        (Status.UNVERIFIED, None, 3), (Status.UNVERIFIED, "no ledger", 1),
+    ],
+)  # fmt: skip
+def test_the_exit_code_of_an_action(status: Status, unrecorded: str | None, code: int) -> None:
+    plan = Plan("backup.expire", "app-db", (), datetime(2026, 11, 23, tzinfo=UTC))
+    assert _exit_code(ActionResult("run", "me", plan, (), status, unrecorded=unrecorded)) == code
+
+
+def test_enforce_says_what_it_needs() -> None:
+    said = " ".join(CliRunner().invoke(main.cli, ["backup", "expire", "--help"]).output.split())
+    assert "Where the policy says observe it also needs --approve DIGEST" in said
+
+
+# The inventory that init writes
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("db-1.example.com", "db-1"), ("Db_Main", "db-main"), ("10.0.0.5", "db"), ("/var/run", "db"), ("::1", "db")],
+)
+def test_an_id_from_a_host(host: str, expected: str) -> None:
+    assert target_id_of(host) == expected
+
+
+def test_what_init_writes_is_a_good_inventory(tmp_path: Path) -> None:
+    nasty = 'it\'s: "#odd" {x}'
+    found = Described(
+        "app-db", [("db-1.example.com", 5432), ("::1", 5433)], nasty, nasty, SecretRef.parse("env://PGPASSWORD"),
+        "verify-full", "/etc/ssl/my ca: #1.pem", "18.1", 5 << 30, True,
+    )  # fmt: skip
+    file = tmp_path / "platform.yaml"
+    file.write_text(render(found))
+    (target,) = load(file).inventory.targets
+    assert (target.connection.user, target.connection.dbname) == (nasty, nasty)
+    assert [host.port for host in target.connection.hosts] == [5432, 5433]
+    assert target.connection.tls.ca == "/etc/ssl/my ca: #1.pem"
+    done = ops("inventory", "check", "--json", OPS_INVENTORY=str(file))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"file": str(file), "targets": 1, "suites": 0}
+    shown = ops("-i", str(file), "inventory", "show", "app-db")
+    assert json.loads(shown.stdout)["id"] == "app-db"
+    listed = json.loads(ops("-i", str(file), "inventory", "show", "--json").stdout)
+    assert [entry["id"] for entry in listed] == ["app-db"]
+    unknown = ops("-i", str(file), "inventory", "show", "app-bd")
+    assert (unknown.returncode, "app-db" in unknown.stderr) == (2, True)
+    file.write_text(file.read_text().replace("owner: team", "ownr: team"))
+    wrong = ops("-i", str(file), "inventory", "check")
+    assert wrong.returncode == 2
+    assert "ownr" in wrong.stderr
+    assert "platform.yaml:16: " in wrong.stderr
+
+
+def test_the_schema_is_json() -> None:
+    done = CliRunner().invoke(inventory_group, ["schema"])
+    assert done.exit_code == 0
+    assert "targets" in json.loads(done.output)["properties"]
