@@ -7,8 +7,8 @@ answer that cannot be had is no kept promise.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from ops_platform.backup.engine import open_engine
@@ -33,6 +33,23 @@ class Kept:
 
 
 Promise = Callable[["Access", "Target", datetime], Kept]
+CLOCKS_APART = timedelta(minutes=5)
+
+
+def _young(target: Target, what: str, moment: datetime, allowed: timedelta, now: datetime, name: str) -> Kept:
+    """Whether what happened at `moment` is young enough. From the future it comes by a wrong clock, and would stay young for ever."""
+    age = now - moment
+    numbers = {name: age.total_seconds()}
+    if age < -CLOCKS_APART:
+        text = f"{what} at {moment:%Y-%m-%d %H:%M} UTC, which lies in the future: a machine's clock is wrong"
+        return Kept(target.id, False, text, numbers, known=False)
+    text = f"{what} {_hours(age)} ago, {_hours(allowed)} are allowed"
+    return Kept(target.id, age <= allowed, text, numbers)
+
+
+def _hours(time: timedelta) -> str:
+    hours = max(0.0, time.total_seconds() / 3600)
+    return f"{hours:.1f}".removesuffix(".0") + " h"
 
 
 def backup_fresh(access: Access, target: Target, now: datetime) -> Kept:
@@ -40,10 +57,11 @@ def backup_fresh(access: Access, target: Target, now: datetime) -> Kept:
     backups = [b for b in open_engine(access, target).list() if b.error is None]
     if not backups:
         return Kept(target.id, False, "there is no backup")
-    age = (now - backups[-1].ended_at).total_seconds()
-    allowed = target.backup.max_age.total_seconds()
-    text = f"{backups[-1].backup_id} is {age / 3600:.1f} h old, {allowed / 3600:.0f} h are allowed"
-    return Kept(target.id, age <= allowed, text, {"backup_age_seconds": age, "backups": float(len(backups))})
+    newest = backups[-1]
+    kept = _young(
+        target, f"{newest.backup_id} ended", newest.ended_at, target.backup.max_age, now, "backup_age_seconds"
+    )
+    return replace(kept, numbers=kept.numbers | {"backups": float(len(backups))})
 
 
 def wal_continuous(access: Access, target: Target, now: datetime) -> Kept:
@@ -68,6 +86,8 @@ def wal_continuous(access: Access, target: Target, now: datetime) -> Kept:
     numbers["lag_bytes"] = float(status.lag_bytes)
     if status.slot is None or status.slot.active_pid is None:
         return Kept(target.id, False, f"nobody receives WAL (slot {status.slot_name})", numbers)
+    if status.lag_bytes and (status.server_time is None or status.until is None):
+        return Kept(target.id, False, f"{status.lag_bytes} bytes behind, of unknown age", numbers, known=False)
     behind = (
         (status.server_time - status.until).total_seconds()
         if status.server_time and status.until and status.lag_bytes
@@ -90,10 +110,8 @@ def proven(access: Access, target: Target, now: datetime) -> Kept:
     last = records.last_proof(repository.proofs())
     if last is None:
         return Kept(target.id, False, "no backup has ever been proven")
-    age = (now - last.verified_at).total_seconds()
-    allowed = target.backup.verification.proven_within.total_seconds()
-    text = f"{last.backup_id} was proven {age / 3600:.1f} h ago, {allowed / 3600:.0f} h are allowed"
-    return Kept(target.id, age <= allowed, text, {"proof_age_seconds": age})
+    allowed = target.backup.verification.proven_within
+    return _young(target, f"{last.backup_id} was proven", last.verified_at, allowed, now, "proof_age_seconds")
 
 
 def rpo_met(access: Access, target: Target, now: datetime) -> Kept:
