@@ -1,7 +1,7 @@
 """When targets are due: cron in a named zone, daylight saving included, each target at its own fixed place in the spread.
 
 Dagster asks every few minutes what was due since it asked last; the answer depends on nothing but the two moments, so that a
-late, repeated or overlapping question gives the same due moments, and the run key made of them is used once.
+late, repeated or overlapping question gives the same due moments under the same keys.
 """
 
 from __future__ import annotations
@@ -47,34 +47,42 @@ def due(schedules: Iterable[tuple[str, Schedule]], after: datetime, until: datet
 
 
 def fires(cron: str, zone: str, after: datetime, until: datetime) -> Iterator[datetime]:
-    """The moments of a cron expression in (after, until], UTC.
+    """The moments of a cron expression in (after, until], UTC, in the order of time.
 
-    A local time that daylight saving skips fires when the clock has jumped over it; one that comes twice fires once, the first time,
-    unless the expression runs in every hour: then each real hour has its own.
+    A local time that daylight saving skips fires once when the clock has jumped over it; one that comes twice fires once, the
+    first time, unless the expression runs by the hour: then each real hour has its own.
     """
     from croniter import croniter
+    from croniter.croniter import CroniterBadDateError
 
     place = ZoneInfo(zone)
-    every_hour = cron.split()[1].startswith("*")
+    by_the_hour = cron.split()[1].startswith("*")
     # Naive local time, from a little before: what daylight saving moves lies within a day.
     start = after.astimezone(place).replace(tzinfo=None) - timedelta(hours=3)
     end = until.astimezone(place).replace(tzinfo=None) + timedelta(hours=3)
-    seen: set[datetime] = set()
+    moments: set[datetime] = set()
     times = croniter(cron, start - timedelta(seconds=1))
-    while (local := times.get_next(datetime)) <= end:
-        folds = (0, 1) if every_hour else (0,)
-        for fold in folds:
-            moment = local.replace(tzinfo=place, fold=fold).astimezone(UTC)
-            if after < moment <= until and moment not in seen:
-                seen.add(moment)
-                yield moment
+    try:
+        while (local := times.get_next(datetime)) <= end:
+            moments.update(_moments(local, place, twice=by_the_hour))
+    except CroniterBadDateError:  # there is no such day, or none in the next fifty years
+        pass
+    return iter(sorted(moment for moment in moments if after < moment <= until))
+
+
+def _moments(local: datetime, place: ZoneInfo, *, twice: bool) -> Iterator[datetime]:
+    """A local time as the moments when the clock shows it. One that is skipped is taken at the offset of before the jump."""
+    first, second = (local.replace(tzinfo=place, fold=fold).astimezone(UTC) for fold in (0, 1))
+    yield first
+    # Of a skipped time the second reading lies before the first.
+    if twice and second > first:
+        yield second
 
 
 def next_fire(cron: str, zone: str, after: datetime) -> datetime | None:
     """The next moment within five years; None for an expression that never fires (31 February)."""
-    step = timedelta(days=1)
     for days in (2, 40, 400, 366 * 5):
-        found = next(fires(cron, zone, after, after + step * days), None)
+        found = next(fires(cron, zone, after, after + timedelta(days=days)), None)
         if found is not None:
             return found
     return None

@@ -3,11 +3,12 @@
 One schedule asks every five minutes what is due, instead of one schedule for each of a thousand targets.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 import dagster as dg
+from dagster._core.storage.tags import RUN_KEY_TAG
 
 from jobs.postgres import TARGET_TAG
 from ops_platform.inventory.model import Inventory, Schedule, Target
@@ -15,8 +16,8 @@ from ops_platform.timing import due
 
 EVERY = timedelta(minutes=5)
 _CRON = "*/5 * * * *"
-# After a longer outage of the daemon a missed night is still caught up, a missed week is not seven backups at once.
-LOOK_BACK = timedelta(minutes=30)
+# A night that the daemon missed is caught up after an outage of some hours; a missed week is not seven backups at once.
+LOOK_BACK = timedelta(hours=6)
 
 
 def build_schedules(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.ScheduleDefinition]:
@@ -63,12 +64,24 @@ def _by_target(
     def schedule(context: dg.ScheduleEvaluationContext) -> dg.SkipReason | list[dg.RunRequest]:
         until = context.scheduled_execution_time
         schedules = [(target.id, found) for target in inventory.targets if (found := of(target)) is not None]
-        requests = [request(name, item.target_id, item.key) for item in due(schedules, until - LOOK_BACK, until)]
+        asked = [request(name, item.target_id, item.key) for item in due(schedules, until - LOOK_BACK, until)]
+        launched = _launched(context.instance, [str(wanted.run_key) for wanted in asked])
+        requests = [wanted for wanted in asked if wanted.run_key not in launched]
         return requests or dg.SkipReason(f"nothing is due at {until:%Y-%m-%d %H:%M} UTC")
 
     return schedule
 
 
 def request(name: str, target_id: str, key: str) -> dg.RunRequest:
-    """The key names the due moment: however often it is asked for, it is run once."""
+    """The key names the due moment, whichever tick asks for it."""
     return dg.RunRequest(run_key=f"{name}/{key}", partition_key=target_id, tags={TARGET_TAG: target_id})
+
+
+def _launched(instance: dg.DagsterInstance, keys: Sequence[str]) -> set[str]:
+    """The keys that have a run already. Dagster itself looks a schedule's keys up among the runs of the same tick alone."""
+    if not keys:
+        return set()
+    # A run that was made and not launched is the rest of an interrupted tick, which Dagster resumes: it is asked for again.
+    begun = [status for status in dg.DagsterRunStatus if status is not dg.DagsterRunStatus.NOT_STARTED]
+    runs = instance.get_runs(dg.RunsFilter(tags={RUN_KEY_TAG: list(keys)}, statuses=begun))
+    return {run.tags[RUN_KEY_TAG] for run in runs}

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
@@ -36,12 +36,14 @@ def build_sensors(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.Sens
             known = [t for t in native if t.id not in unknown]
             cursor = _Round(context.cursor)
             for target in cursor.turn(known):
-                if len(requests) < MOST_REQUESTS and _has_no_backup(access, target):
+                if _has_no_backup(access, target):
                     requests.append(
                         dg.RunRequest(
                             run_key=f"first/{target.id}", partition_key=target.id, tags={TARGET_TAG: target.id}
                         )
                     )
+                if len(requests) == MOST_REQUESTS:
+                    break
         return dg.SensorResult(run_requests=requests, cursor=cursor.next)
 
     @dg.sensor(
@@ -68,15 +70,19 @@ def build_sensors(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.Sens
                 events.append(
                     dg.AssetObservation(WAL_ARCHIVE, partition=target.id, metadata=archive_metadata(status)[1])
                 )
-                requests += [
-                    full_after_gap(target, gap.first) for gap in status.gaps if gap.recovery_again_from is None
-                ]
+                # However many gaps there are, one full backup after the newest of them mends them all.
+                open_gaps = [gap for gap in status.gaps if gap.recovery_again_from is None]
+                if open_gaps:
+                    newest = max(open_gaps, key=lambda gap: (gap.timeline, gap.first))
+                    requests.append(full_after_gap(target, newest.first))
+                if len(requests) == MOST_REQUESTS:
+                    break
         if away and not events:
             # Nothing could be asked: a failed tick, never "no gaps".
             raise dg.Failure("; ".join(away))
         for text in away:
             context.log.error(text)
-        return dg.SensorResult(run_requests=requests[:MOST_REQUESTS], asset_events=events, cursor=cursor.next)
+        return dg.SensorResult(run_requests=requests, asset_events=events, cursor=cursor.next)
 
     @dg.run_failure_sensor(
         name="failed_runs_to_slack",
@@ -92,13 +98,14 @@ def build_sensors(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.Sens
             if slack is None:
                 return
             target_id = context.dagster_run.tags.get(TARGET_TAG) or context.dagster_run.tags.get("dagster/partition")
-            reasons = [event.event_specific_data for event in context.get_step_failure_events()]
+            steps = [_reason(event.event_specific_data) for event in context.get_step_failure_events()]
             message = run_failed(
                 access.inventory,
                 context.dagster_run.job_name,
                 context.dagster_run.run_id,
                 target_id,
-                [_reason(r) for r in reasons],
+                # A run that was ended from outside has no failed step; what ended it says why.
+                steps or [context.failure_event.message or ""],
             )
             post(access.secret(slack.webhook), message)
 
@@ -134,23 +141,26 @@ def _reason(data: Any) -> str:
 
 
 class _Round:
-    """Goes on with the targets where the last tick's time ended, so that each has its turn however many there are."""
+    """Goes on with the targets where the last tick ended, so that each has its turn however many there are."""
 
     def __init__(self, cursor: str | None) -> None:
         try:
-            self.next = str(json.loads(cursor)["after"]) if cursor else ""
+            self._last = str(json.loads(cursor)["after"]) if cursor else ""
         except (ValueError, KeyError, TypeError):
-            self.next = ""
+            self._last = ""
 
-    def turn(self, targets: list[Target]) -> Iterator[Target]:
+    @property
+    def next(self) -> str:
+        """The cursor behind the target that had its turn last."""
+        return json.dumps({"after": self._last})
+
+    def turn(self, targets: Sequence[Target]) -> Iterator[Target]:
+        """Once around, or as far as the tick's time goes."""
         ids = sorted(targets, key=lambda target: target.id)
-        after = self.next
-        order = [t for t in ids if t.id > after] + [t for t in ids if t.id <= after]
+        after = self._last
         deadline = time.monotonic() + BUDGET
-        last = after
-        for target in order:
+        for target in [t for t in ids if t.id > after] + [t for t in ids if t.id <= after]:
             if time.monotonic() > deadline:
                 break
+            self._last = target.id
             yield target
-            last = target.id
-        self.next = json.dumps({"after": last})
