@@ -123,12 +123,14 @@ class BackupStream(WalStream):
     def copy_data(self) -> Iterator[memoryview]:
         """The messages of one COPY stream. `get_copy_data(0)` would hold the interpreter while it waits, so it is polled."""
         get, wait, consume = self._conn.get_copy_data, self.wait, self.consume
+        dry = False
         while True:
             try:
                 size, data = get(1)
             except Exception as error:
                 raise self._gone() from error
             if size > 0:
+                dry = False
                 yield memoryview(data)
             elif size < 0:
                 # An error ends the COPY like its regular end does: it is raised here, before half an archive is looked at.
@@ -137,8 +139,11 @@ class BackupStream(WalStream):
                 self._after_copy = result
                 return
             else:
-                wait(5.0)
+                # Mostly there is more already, in the socket or decrypted behind it: asking poll first costs a tenth of the backup.
+                if dry:
+                    wait(5.0)
                 consume()
+                dry = True
 
     def drain(self) -> list[list[bytes | None]]:
         """The rows of the last result set, once everything has been read; an error that arrives at the very end is raised."""
