@@ -36,7 +36,7 @@ from tests.integration.wal_rig import (
     eventually,
     new_server,
     receive_task,
-    remove,
+    removing_servers,
     target,
 )
 from tests.rig import Cluster, Ground, Platform
@@ -44,8 +44,14 @@ from tests.rig import Cluster, Ground, Platform
 MB = 1 << 20
 
 
+@pytest.fixture(autouse=True)
+def servers() -> Iterator[None]:
+    with removing_servers():
+        yield
+
+
 @pytest.fixture
-def new_rig(ground: Ground) -> Iterator[Callable[..., Rig]]:
+def new_rig(ground: Ground, servers: None) -> Iterator[Callable[..., Rig]]:
     """Makes a target with an archive of its own: `new_rig(server, …)`, or with a fresh server where none is given."""
     rigs: list[Rig] = []
 
@@ -57,8 +63,6 @@ def new_rig(ground: Ground) -> Iterator[Callable[..., Rig]]:
     yield make
     for rig in rigs:
         rig.close()
-    for server in {id(server): server for rig in rigs for server in rig.servers}.values():
-        remove(server)
 
 
 @pytest.fixture

@@ -64,6 +64,19 @@ def eventually(what: Callable[[], Any], *, seconds: float = 60, why: str | Calla
 
 # Servers
 
+_made: list[PostgresServer] = []
+
+
+@contextlib.contextmanager
+def removing_servers() -> Iterator[None]:
+    """Every server that is made within is stopped and removed at the end, wherever the test broke off."""
+    before = len(_made)
+    try:
+        yield
+    finally:
+        while len(_made) > before:
+            remove(_made.pop())
+
 
 def new_server(major: int = 18, settings: Mapping[str, str] | None = None, *, segment_mb: int = 1) -> PostgresServer:
     """A running cluster in a folder of its own. Small segments, so that a few megabytes fill many."""
@@ -80,7 +93,8 @@ def bare_server(home: Path, major: int = 18) -> PostgresServer:
         missing(f"PostgreSQL {major}", "make services installs it")
     assert install is not None
     run_as().own(home)
-    return PostgresServer(install, home / "data", port=free_port())
+    _made.append(PostgresServer(install, home / "data", port=free_port()))
+    return _made[-1]
 
 
 def copied(server: PostgresServer, *, standby: bool = False) -> PostgresServer:
