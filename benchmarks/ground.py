@@ -181,6 +181,7 @@ class Database:
         self._script()
         self.cluster = Cluster(major, self.home / "pg", settings)
         self.platform = Platform(ground, {"app-db": [self.cluster]}, extra=_extra())
+        self.ours(do="nothing")
         if self.peer:
             ground.store("", bucket="peer").close()
             self._configure_peer(ground, name)
@@ -241,7 +242,9 @@ class Database:
 
     @property
     def env(self) -> dict[str, str]:
-        return self.platform.env
+        """Modules compiled once, as in every installation that is used, and out of the tree."""
+        kept = {name: value for name, value in self.platform.env.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        return {**kept, "PYTHONPYCACHEPREFIX": str(self.platform.ground.directory / "pycache")}
 
     def child(self, task: dict[str, Any]) -> list[str]:
         return [sys.executable, "-m", "benchmarks.child", json.dumps(task)]
