@@ -386,8 +386,9 @@ def _codes() -> str:
     table = "\n".join(f"| {code} | {meaning} |" for code, meaning in rows)
     return (
         f"| code | |\n|---|---|\n{table}\n\n"
-        "141 and 143 say that the reader of the output went away (`ops … | head`) and that SIGTERM ended the command; in both cases "
-        "what it had begun is cleaned up. **3 is not a success**: nothing was proven, neither good nor bad. Of several targets the worst "
+        "143 says that SIGTERM ended the command, 141 that the reader of its output went away (`ops ledger list | head`; 1 where "
+        "that happens inside a scorecard). What was begun is cleaned up all the same. **3 is not a success**: nothing was proven, neither good "
+        "nor bad. Of several targets the worst "
         "counts, and 1 is worse than 3."
     )
 
