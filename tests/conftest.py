@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
+from tests import prometheus_rig, redis_rig
 from tests.rig import Cluster, Ground, Platform, scratch
 
 
@@ -58,3 +60,37 @@ def new_platform(ground: Ground) -> Iterator[Callable[..., Platform]]:
     yield make
     for platform in made:
         platform.close()
+
+
+@pytest.fixture
+def new_redis() -> Iterator[Callable[..., redis_rig.Replicated]]:
+    """Makes a Redis with replicas, and with sentinels on request: `new_redis(replicas=2, sentinels=3)`."""
+    with ExitStack() as made:
+        yield lambda **more: made.enter_context(redis_rig.replicated(**more))
+
+
+@pytest.fixture
+def new_redis_cluster() -> Iterator[Callable[..., redis_rig.RedisCluster]]:
+    """Makes clusters of three shards with a replica each."""
+    with ExitStack() as made:
+        yield lambda **more: made.enter_context(redis_rig.cluster(**more))
+
+
+@pytest.fixture
+def new_prometheus() -> Iterator[Callable[..., prometheus_rig.Prometheus]]:
+    """Makes a Prometheus: `new_prometheus({"scrape_configs": […]}, rules=[…])`."""
+    with ExitStack() as made:
+        yield lambda *args, **more: made.enter_context(prometheus_rig.prometheus(*args, **more))
+
+
+@pytest.fixture
+def new_alertmanager() -> Iterator[Callable[..., prometheus_rig.Alertmanager]]:
+    with ExitStack() as made:
+        yield lambda *args, **more: made.enter_context(prometheus_rig.alertmanager(*args, **more))
+
+
+@pytest.fixture
+def new_alertmanagers() -> Iterator[Callable[..., list[prometheus_rig.Alertmanager]]]:
+    """Makes clusters of two, or as many as are asked for."""
+    with ExitStack() as made:
+        yield lambda *args, **more: made.enter_context(prometheus_rig.alertmanagers(*args, **more))

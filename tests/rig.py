@@ -10,8 +10,9 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,17 @@ def scratch(prefix: str = "ops-test-") -> Path:
     path = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))
     path.chmod(0o755)
     return path
+
+
+def eventually(what: Callable[[], Any], *, seconds: float = 60, why: str | Callable[[], object] = "") -> Any:
+    """Poll until `what` is true (its value), or fail: nothing here waits by sleeping for a guessed time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        if value := what():
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"did not happen within {seconds} s: {why() if callable(why) else why}")
+        time.sleep(0.02)
 
 
 class Ground:

@@ -13,7 +13,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
@@ -35,7 +34,7 @@ from ops_platform.clients.s3 import S3Store
 from ops_platform.errors import AccessDeniedError, UnreachableError
 from ops_platform.inventory.model import Target
 from ops_platform.local.components import Place, s3_settings
-from tests.rig import missing, scratch
+from tests.rig import eventually, missing, scratch
 
 SETTINGS = {
     "wal_level": "replica",
@@ -49,17 +48,6 @@ SETTINGS = {
     "hot_standby": "on",
 }
 HBA = "local all all trust\nlocal replication all trust\nhost all all 127.0.0.1/32 trust\nhost replication all 127.0.0.1/32 trust\n"
-
-
-def eventually(what: Callable[[], Any], *, seconds: float = 60, why: str | Callable[[], object] = "") -> Any:
-    """Poll until `what` is true (its value), or fail: nothing here waits by sleeping for a guessed time."""
-    deadline = time.monotonic() + seconds
-    while True:
-        if value := what():
-            return value
-        if time.monotonic() > deadline:
-            raise AssertionError(f"did not happen within {seconds} s: {why() if callable(why) else why}")
-        time.sleep(0.02)
 
 
 # Servers

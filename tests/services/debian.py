@@ -1,18 +1,20 @@
-"""What comes from Debian's packages: PostgreSQL 15 with all its tools, pgBackRest, a browser."""
+"""What comes from Debian's packages: PostgreSQL 15 with all its tools, pgBackRest, a browser, Redis, Prometheus, Alertmanager."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.services.outcome import Outcome, found, installed, skipped
 
 CREATECLUSTER = Path("/etc/postgresql-common/createcluster.conf")
+POLICY = Path("/usr/sbin/policy-rc.d")
 _KEEP = (
     "-o",
     "Dpkg::Options::=--force-confold",
@@ -25,11 +27,15 @@ _KEEP = (
 
 @dataclass(frozen=True)
 class Wanted:
-    """`programs`: each of them shows, by itself, that the thing is here; a path, or a name to be looked for."""
+    """`programs`: each of them shows, by itself, that the thing is here; a path, or a name to be looked for.
+
+    `units`: the services that its packages would run on this machine, which nobody asked for.
+    """
 
     thing: str
     packages: tuple[str, ...]
     programs: tuple[str, ...]
+    units: tuple[str, ...] = ()
 
     def where(self) -> str | None:
         return next((path for name in self.programs if (path := shutil.which(name))), None)
@@ -43,6 +49,14 @@ WANTED = (
     ),
     Wanted("pgBackRest", ("pgbackrest",), ("pgbackrest",)),
     Wanted("Chromium", ("chromium",), ("chromium", "chromium-browser", "google-chrome")),
+    Wanted("Redis", ("redis-server",), ("redis-server",), ("redis-server.service",)),
+    Wanted("Prometheus", ("prometheus",), ("prometheus",), ("prometheus.service",)),
+    Wanted(
+        "Alertmanager",
+        ("prometheus-alertmanager",),
+        ("prometheus-alertmanager",),
+        ("prometheus-alertmanager.service",),
+    ),
 )
 
 
@@ -62,7 +76,9 @@ def _ensure(item: Wanted, lacking: bool, why: str | None) -> Outcome:
         return skipped(item.thing, f"{why}; the package is {names}")
     if any(name.startswith("postgresql") for name in item.packages):
         no_main_cluster(CREATECLUSTER)
-    error = _apt("install", "--yes", "--no-install-recommends", *_KEEP, *item.packages)
+    with no_services(POLICY):
+        error = _apt("install", "--yes", "--no-install-recommends", *_KEEP, *item.packages)
+    _disable(item.units)
     path = item.where()
     if error or path is None:
         return skipped(item.thing, f"apt-get install {names} failed: {error or 'it brings none of its programs'}")
@@ -85,6 +101,26 @@ def _apt(*words: str) -> str | None:
     except subprocess.TimeoutExpired:
         return "no end within 1800 s"
     return " ".join(done.stderr.split())[-300:] if done.returncode else None
+
+
+@contextlib.contextmanager
+def no_services(policy: Path) -> Generator[None]:
+    """Debian's packages start their services unless this program forbids it; one that is there already is left alone."""
+    if policy.exists():
+        yield
+        return
+    policy.write_text("#!/bin/sh\nexit 101\n")
+    policy.chmod(0o755)
+    try:
+        yield
+    finally:
+        policy.unlink(missing_ok=True)
+
+
+def _disable(units: Sequence[str]) -> None:
+    """What was not started now would be at the next boot. Where there is no systemd there is nothing to be said to it."""
+    if units and shutil.which("systemctl"):
+        subprocess.run(["systemctl", "disable", *units], capture_output=True, timeout=120, check=False)
 
 
 def no_main_cluster(file: Path) -> None:

