@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
-from tests import prometheus_rig, redis_rig
+from tests import kafka_rig, prometheus_rig, redis_rig
 from tests.rig import Cluster, Ground, Platform, scratch
+
+# All tests of one of these run in one process: a second one would cost more than it wins.
+ONE_PROCESS = ("kafka_cluster",)
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        for name in ONE_PROCESS:
+            if name in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session")
@@ -94,3 +104,23 @@ def new_alertmanagers() -> Iterator[Callable[..., list[prometheus_rig.Alertmanag
     """Makes clusters of two, or as many as are asked for."""
     with ExitStack() as made:
         yield lambda *args, **more: made.enter_context(prometheus_rig.alertmanagers(*args, **more))
+
+
+@pytest.fixture(scope="session")
+def kafka() -> Iterator[kafka_rig.Kafka]:
+    """One broker, which many tests use, each with topics of its own; it is not killed."""
+    with kafka_rig.cluster() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def three_brokers() -> Iterator[kafka_rig.Kafka]:
+    with kafka_rig.cluster(brokers=3) as made:
+        yield made
+
+
+@pytest.fixture
+def kafka_cluster(three_brokers: kafka_rig.Kafka) -> kafka_rig.Kafka:
+    """Three brokers, all of them alive when the test begins, whatever the one before has killed."""
+    three_brokers.start()
+    return three_brokers

