@@ -19,6 +19,8 @@ from pydantic import BaseModel, ValidationError
 from ops_platform.errors import InventoryError
 from ops_platform.inventory.document import Document, KeyPath
 from ops_platform.inventory.model import BackupPolicy, Inventory, Target
+from ops_platform.inventory.remediation import A_LABEL, AN_ID
+from ops_platform.inventory.systems import AnySystem, System
 
 _SHOWN = 50
 
@@ -114,8 +116,24 @@ class _Written:
         written = cls(document)
         if isinstance(targets := document.value.get("targets"), list):
             expanded = [written._target(target, ("targets", number)) for number, target in enumerate(targets)]
-            written.value = {**document.value, "targets": expanded}
+            written.value = {**written.value, "targets": expanded}
+        if isinstance(systems := document.value.get("systems"), list):
+            expanded = [written._system(system, ("systems", number)) for number, system in enumerate(systems)]
+            written.value = {**written.value, "systems": expanded}
         return written
+
+    def _system(self, system: Any, at: KeyPath) -> Any:
+        """Of an environment's defaults a system takes what systems and targets have in common."""
+        environments = _table(self.document.value.get("environments"))
+        if not isinstance(system, dict):
+            return system
+        environment = system.get("environment")
+        if not isinstance(environment, str) or environment not in environments:
+            self.without_defaults.add(at)
+            return system
+        defaults = _table(_table(environments[environment]).get("defaults"))
+        common = {key: value for key, value in defaults.items() if key in System.model_fields}
+        return self._merge(common, system, at, ("environments", environment, "defaults"))
 
     def _target(self, target: Any, at: KeyPath) -> Any:
         if not isinstance(target, dict):
@@ -177,6 +195,9 @@ def _table(value: Any) -> dict[Any, Any]:
 
 # Saying what is wrong
 
+SYSTEM_KINDS: dict[str, type[System]] = {
+    get_args(member.model_fields["kind"].annotation)[0]: member for member in get_args(get_args(AnySystem)[0])
+}
 
 _KINDS = {
     "model_type": "a mapping",
@@ -193,18 +214,39 @@ def _mistake(item: Any, written: _Written) -> Mistake | None:
     """What pydantic found, in our words; None for what is only the echo of another mistake."""
     path: KeyPath = tuple(step for step in item["loc"] if step != "[key]")
     kind = item["type"]
+    found_in = Inventory
+    if path[:1] == ("systems",) and len(path) > 2 and path[2] in SYSTEM_KINDS:
+        found_in, path = SYSTEM_KINDS[str(path[2])], (*path[:2], *path[3:])  # pydantic names the kind in between
+    path = tuple(step for step in path if not _names_a_type(step))
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return _unknown_kind(written, path)
     if kind == "extra_forbidden":
         real = written.origin(path)
         if real[:1] == ("environments",) and len(path) == 3:
             return None  # said by `_useless_defaults`, once for all targets
-        return written.mistake(
-            path, *unknown_key(path[-1], _valid_keys(path[:-1], in_policy=real[0] == "backup_policies"))
-        )
+        inside = path[:-1] if found_in is Inventory else path[2:-1]
+        valid = _valid_keys(inside, in_policy=real[0] == "backup_policies", root=found_in)
+        return written.mistake(path, *unknown_key(path[-1], valid))
     if kind == "missing":
         if path[:-1] in written.without_defaults and path[-1] != "environment":
             return None
         return written.mistake(path, f"the key {str(path[-1])!r} is missing")
     return written.mistake(path, in_our_words(item))
+
+
+def _names_a_type(step: Any) -> bool:
+    """Of a union pydantic names the member that it tried; in the file no such key stands."""
+    return step in (AN_ID, A_LABEL)
+
+
+def _unknown_kind(written: _Written, path: KeyPath) -> Mistake:
+    system = written.value["systems"][path[1]]
+    known = sorted(SYSTEM_KINDS)
+    if "kind" not in system:
+        return written.mistake(path, "the key 'kind' is missing", f"one of {', '.join(known)}")
+    near = get_close_matches(str(system["kind"]), known, n=1)
+    remedy = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(known)}"
+    return written.mistake((*path, "kind"), "there is no such kind of system", remedy)
 
 
 def in_our_words(item: Any) -> str:
@@ -240,9 +282,9 @@ def dotted(path: KeyPath) -> str:
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")
 
 
-def _valid_keys(path: KeyPath, *, in_policy: bool) -> list[str]:
+def _valid_keys(path: KeyPath, *, in_policy: bool, root: Any = Inventory) -> list[str]:
     """The keys that the model allows at a path; `backup` of a target takes `policy` beside those of a policy."""
-    kind: Any = Inventory
+    kind: Any = root
     for step in path:
         kind = _plain(kind)
         if _is_model(kind):
@@ -257,7 +299,10 @@ def _valid_keys(path: KeyPath, *, in_policy: bool) -> list[str]:
 def _plain(kind: Any) -> Any:
     """Without Annotated and without `| None`."""
     while get_origin(kind) in (Annotated, Union, UnionType):
-        kind = next(argument for argument in get_args(kind) if argument is not type(None))
+        members = [argument for argument in get_args(kind) if argument is not type(None)]
+        kind = members[0]
+        if get_origin(kind) is Annotated and len(members) > 1:
+            kind = next((member for member in members if _is_model(_plain(member))), kind)
     return kind
 
 
@@ -291,14 +336,50 @@ def _references(raw: dict[Any, Any]) -> Iterator[tuple[KeyPath, Any, dict[Any, A
     )
     for name, service in services.items():
         yield ("key_services", name, "vault"), _table(service).get("vault"), vaults, "vault"
-    targets = raw.get("targets")
-    for number, target in enumerate(targets if isinstance(targets, list) else []):
+    for number, system in enumerate(_list(raw.get("systems"))):
+        here, entry = ("systems", number), _table(system)
+        yield (*here, "owner"), entry.get("owner"), owners, "owner"
+        yield (*here, "environment"), entry.get("environment"), environments, "environment"
+        yield (*here, "vault"), entry.get("vault"), vaults, "vault"
+    yield from _remediation_references(raw)
+    for number, target in enumerate(_list(raw.get("targets"))):
         here, entry = ("targets", number), _table(target)
         repository = _table(entry.get("repository"))
         yield (*here, "owner"), entry.get("owner"), owners, "owner"
         yield (*here, "environment"), entry.get("environment"), environments, "environment"
         yield (*here, "repository", "store"), repository.get("store"), stores, "store"
         yield (*here, "repository", "keys"), repository.get("keys"), services, "key service"
+
+
+def _remediation_references(raw: dict[Any, Any]) -> Iterator[tuple[KeyPath, Any, dict[Any, Any], str]]:
+    """Rules, sources and sinks name targets and systems, and each of the kind that is needed there."""
+    systems = {s["id"]: s.get("kind") for s in map(_table, _list(raw.get("systems"))) if isinstance(s.get("id"), str)}
+    ids = [t["id"] for t in map(_table, _list(raw.get("targets"))) if isinstance(t.get("id"), str)]
+    subjects: dict[Any, Any] = systems | dict.fromkeys(ids, "postgresql")
+
+    def of(kind: str) -> dict[Any, Any]:
+        return {name: found for name, found in systems.items() if found == kind}
+
+    part = _table(raw.get("remediation"))
+    for number, name in enumerate(_list(part.get("alertmanagers"))):
+        yield ("remediation", "alertmanagers", number), name, of("alertmanager"), "Alertmanager"
+    for number, source in enumerate(_list(part.get("events"))):
+        yield ("remediation", "events", number, "kafka"), _table(source).get("kafka"), of("kafka"), "Kafka"
+    yield ("remediation", "publish", "kafka"), _table(part.get("publish")).get("kafka"), of("kafka"), "Kafka"
+    for number, rule in enumerate(_list(part.get("rules"))):
+        here, entry = ("remediation", "rules", number), _table(rule)
+        yield (*here, "target"), entry.get("target"), subjects, "target or system"
+        metric = _table(_table(entry.get("verify")).get("metric"))
+        at = (*here, "verify", "metric", "prometheus")
+        yield at, metric.get("prometheus"), of("prometheus"), "Prometheus"
+    environments = _table(raw.get("environments"))
+    for number, freeze in enumerate(_list(part.get("freezes"))):
+        for place, name in enumerate(_list(_table(freeze).get("environments"))):
+            yield ("remediation", "freezes", number, "environments", place), name, environments, "environment"
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _broken_policies(written: _Written, known: list[str]) -> Iterator[Mistake]:
@@ -324,16 +405,23 @@ def _broken_policies(written: _Written, known: list[str]) -> Iterator[Mistake]:
 
 
 def _same_ids(written: _Written) -> Iterator[Mistake]:
-    seen: dict[str, KeyPath] = {}
-    targets = written.value.get("targets")
-    for number, target in enumerate(targets if isinstance(targets, list) else []):
-        path: KeyPath = ("targets", number, "id")
-        if not isinstance(target_id := _table(target).get("id"), str):
+    """Targets and systems share one space of names; rules have another."""
+    value, seen = written.value, dict[tuple[str, str], KeyPath]()
+    rules = _list(_table(value.get("remediation")).get("rules"))
+    places: list[tuple[str, KeyPath, Any]] = [
+        ("target", ("targets", number), item) for number, item in enumerate(_list(value.get("targets")))
+    ]
+    places += [("target", ("systems", number), item) for number, item in enumerate(_list(value.get("systems")))]
+    places += [("rule", ("remediation", "rules", number), item) for number, item in enumerate(rules)]
+    for kind, place, item in places:
+        path: KeyPath = (*place, "id")
+        if not isinstance(name := _table(item).get("id"), str):
             continue
-        if first := seen.get(target_id):
+        if first := seen.get((kind, name)):
             line = written.document.line(written.origin(first))
-            yield written.mistake(path, f"the id {target_id!r} belongs to the target in line {line} already")
-        seen.setdefault(target_id, path)
+            other = "rule" if kind == "rule" else first[0].removesuffix("s") if isinstance(first[0], str) else ""
+            yield written.mistake(path, f"the id {name!r} belongs to the {other} in line {line} already")
+        seen.setdefault((kind, name), path)
 
 
 def _useless_defaults(written: _Written) -> Iterator[Mistake]:

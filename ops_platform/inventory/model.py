@@ -7,36 +7,17 @@ Strict: unknown keys are errors, nothing is guessed from a wrong type. This modu
 from __future__ import annotations
 
 from datetime import timedelta
-from enum import StrEnum
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from ops_platform.inventory.base import AnyClassification, AnyMode, Classification, HostPort, Mode, Strict, Tls, Weekly
+from ops_platform.inventory.remediation import Remediation
+from ops_platform.inventory.systems import AnySystem, System
 from ops_platform.inventory.values import Cron, Duration, Host, Id, Origin, PositiveDuration, SecretRef, Size, Url, Zone
 
 
-class Strict(BaseModel):
-    # Strict also in its types: "no" is not false, "5432" is not 5432, true is not 1.
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True)
-
-
-class Classification(StrEnum):
-    PUBLIC = "public"
-    INTERNAL = "internal"
-    CONFIDENTIAL = "confidential"
-    RESTRICTED = "restricted"
-
-
-class Mode(StrEnum):
-    """Observe says what would be done; enforce does it."""
-
-    OBSERVE = "observe"
-    ENFORCE = "enforce"
-
-
-# Strict mode would ask for the enumeration itself, and the file holds its text.
-_Classification = Annotated[Classification, Field(strict=False)]
-_Mode = Annotated[Mode, Field(strict=False)]
+S = TypeVar("S", bound=System)
 
 
 class Owner(Strict):
@@ -55,17 +36,6 @@ class Objectives(Strict):
     )
     rpo: Duration = Field(
         default=timedelta(hours=1), description="Recovery point objective: at most this much is lost."
-    )
-
-
-class Tls(Strict):
-    """How a connection to PostgreSQL is secured."""
-
-    mode: Literal["disable", "require", "verify-ca", "verify-full"] = Field(
-        default="verify-full", description="As libpq's sslmode; only verify-full knows whom it talks to."
-    )
-    ca: str | None = Field(
-        default=None, description="PEM file of the certificate authority; {state} and {inventory} are expanded."
     )
 
 
@@ -158,19 +128,6 @@ class Store(Strict):
     )
 
 
-class Weekly(Strict):
-    """A window that comes back every week, in a named zone."""
-
-    days: list[Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]] = Field(
-        default=["mon", "tue", "wed", "thu", "fri", "sat", "sun"], description="Days on which it begins."
-    )
-    start: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")] = Field(
-        description="Local time at which it begins, such as 22:00."
-    )
-    length: PositiveDuration = Field(description="How long it lasts.")
-    timezone: Zone = Field(description="The zone of `start`.")
-
-
 class Schedule(Strict):
     """When something is due."""
 
@@ -253,7 +210,7 @@ class Verification(Strict):
 class Expiry(Strict):
     """Deleting what no promise needs any more."""
 
-    mode: _Mode = Field(default=Mode.OBSERVE, description="observe says what would be deleted; enforce deletes it.")
+    mode: AnyMode = Field(default=Mode.OBSERVE, description="observe says what would be deleted; enforce deletes it.")
     max_count: Annotated[int, Field(ge=1)] = Field(default=10, description="Backups that one run may delete at most.")
     max_percent: Annotated[float, Field(gt=0, le=100)] = Field(
         default=34, description="Share of the backups that one run may delete."
@@ -278,13 +235,6 @@ class BackupPolicy(Strict):
     verification: Verification = Field(default=Verification(), description="How backups are proven.")
     expiry: Expiry = Field(default=Expiry(), description="How backups are deleted.")
     from_standby: bool = Field(default=False, description="Prefer a standby as the source of base backups.")
-
-
-class HostPort(Strict):
-    """One member of a cluster."""
-
-    host: Host = Field(description="Where it is reached.")
-    port: Annotated[int, Field(ge=1, le=65535)] = Field(default=5432, description="Its port.")
 
 
 class PostgresConnection(Strict):
@@ -368,7 +318,7 @@ class Target(Strict):
     description: str = Field(default="", description="For people.")
     environment: Id = Field(description="The id under `environments`.")
     owner: Id = Field(description="The id under `owners`.")
-    classification: _Classification = Field(description="Of its data; every report shows it.")
+    classification: AnyClassification = Field(description="Of its data; every report shows it.")
     objectives: Objectives = Field(description="What was promised.")
     connection: PostgresConnection = Field(description="How to reach it.")
     repository: Repository = Field(description="Where its backups are.")
@@ -376,6 +326,10 @@ class Target(Strict):
     backup: BackupPolicy = Field(description="Its policy.")
     maintenance_windows: list[Weekly] = Field(
         default=[], description="Checked and shown; nothing that is built so far waits for them."
+    )
+    failure_domain: str | None = Field(
+        default=None,
+        description="Targets and systems of one failure domain are acted on one at a time; its own id by default.",
     )
     sandbox: Sandbox = Field(default=Sandbox(), description="Where it is restored to be verified.")
     labels: dict[str, str] = Field(default={}, description="For people; nothing is derived from them.")
@@ -439,7 +393,9 @@ class Inventory(Strict):
     backup_policies: dict[Id, BackupPolicy] = Field(
         default={}, description="Backup policies, by the name that targets use."
     )
-    targets: list[Target] = Field(default=[], description="What is operated.")
+    targets: list[Target] = Field(default=[], description="The PostgreSQL clusters that are operated.")
+    systems: list[AnySystem] = Field(default=[], description="What else is operated, or tells of its state.")
+    remediation: Remediation | None = Field(default=None, description="Which alerts and events lead to which action.")
 
     def target(self, target_id: str) -> Target:
         """The target of that id. Raises UsageError that names the nearest ids."""
@@ -453,3 +409,19 @@ class Inventory(Strict):
         near = get_close_matches(target_id, [t.id for t in self.targets], n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "ops inventory show lists the targets"
         raise UsageError(f"there is no target {target_id!r} in the inventory", remedy=hint)
+
+    def subject(self, subject_id: str) -> Target | AnySystem:
+        """What an action is about: the target or system of that id. Raises UsageError that names the nearest ids."""
+        for system in self.systems:
+            if system.id == subject_id:
+                return system
+        return self.target(subject_id)
+
+    def system(self, system_id: str, kind: type[S]) -> S:
+        """The system of that id and kind. Raises UsageError."""
+        from ops_platform.errors import UsageError
+
+        found = self.subject(system_id)
+        if not isinstance(found, kind):
+            raise UsageError(f"{system_id!r} is of kind {found.kind}, and something else is needed here")
+        return found

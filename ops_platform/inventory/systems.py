@@ -1,0 +1,170 @@
+"""Systems that are operated beside the PostgreSQL targets: what a playbook may act on, and what tells of their state."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ops_platform.inventory.base import AnyClassification, Classification, HostPort, Strict, Weekly
+from ops_platform.inventory.matchers import AlertMatcher
+from ops_platform.inventory.values import Id, PositiveDuration, SecretRef, Size, Url
+
+
+class HttpAuth(Strict):
+    """How we show who we are to an HTTP API: by user and password, or by a bearer token or API key. None: not at all."""
+
+    user: str | None = Field(default=None, description="HTTP Basic: the user.")
+    password: SecretRef | None = Field(default=None, description="HTTP Basic: its password.")
+    token: SecretRef | None = Field(default=None, description="Sent as `Authorization: Bearer …`.")
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.user is None) != (self.password is None):
+            raise ValueError("user and password go together")
+        if self.token is not None and self.user is not None:
+            raise ValueError("give either user and password or token")
+        return self
+
+
+class HttpEndpoint(Strict):
+    """How an HTTP API is reached."""
+
+    auth: HttpAuth = Field(default=HttpAuth(), description="How we log in.")
+    ca: str | None = Field(
+        default=None, description="PEM file of its certificate authority; {state} and {inventory} are expanded."
+    )
+    timeout: PositiveDuration = Field(default=timedelta(seconds=10), description="One request takes at most this long.")
+
+
+class System(Strict):
+    """What every system has."""
+
+    id: Id = Field(description="Its name in rules, incidents and the ledger; targets and systems share one space of ids.")
+    description: str = Field(default="", description="For people.")
+    environment: Id = Field(description="The id under `environments`.")
+    owner: Id = Field(description="The id under `owners`; from the environment's defaults where not given.")
+    classification: AnyClassification = Field(
+        default=Classification.INTERNAL, description="Of its data; confidential and restricted ask for a second person."
+    )
+    failure_domain: str | None = Field(
+        default=None,
+        description="Systems and targets of one failure domain are acted on one at a time; its own id by default.",
+    )
+    maintenance_windows: list[Weekly] = Field(default=[], description="When a rule with `maintenance: inside` may act.")
+    legal_hold: bool = Field(default=False, description="Nothing of it is deleted while it is true.")
+    labels: dict[str, str] = Field(default={}, description="For people; nothing is derived from them.")
+
+
+class KubernetesSystem(System):
+    """A Kubernetes cluster."""
+
+    kind: Literal["kubernetes"] = Field(description="What it is.")
+    kubeconfig: SecretRef | None = Field(
+        default=None, description="A kubeconfig file's content; without it the service account of the pod is used."
+    )
+    context: str | None = Field(default=None, description="Context of the kubeconfig; its current one by default.")
+    namespaces: list[str] = Field(default=[], description="Playbooks act in these alone; empty: in every namespace.")
+    timeout: PositiveDuration = Field(default=timedelta(seconds=15), description="One request takes at most this long.")
+
+
+class Sasl(Strict):
+    """SASL as librdkafka does it."""
+
+    mechanism: Literal["SCRAM-SHA-256", "SCRAM-SHA-512", "PLAIN"] = Field(description="Mechanism.")
+    user: str = Field(description="The user.")
+    password: SecretRef = Field(description="Its password.")
+
+
+class SchemaRegistry(HttpEndpoint):
+    """A registry that speaks Confluent's REST API."""
+
+    url: Url = Field(description="Its address.")
+
+
+class KafkaSystem(System):
+    """A Kafka cluster."""
+
+    kind: Literal["kafka"] = Field(description="What it is.")
+    bootstrap: Annotated[list[HostPort], Field(min_length=1)] = Field(description="Some of its brokers.")
+    tls: bool = Field(default=True, description="Whether connections are encrypted, and the broker's name is checked.")
+    ca: str | None = Field(default=None, description="PEM file of its certificate authority.")
+    sasl: Sasl | None = Field(default=None, description="How we log in.")
+    registry: SchemaRegistry | None = Field(default=None, description="Where the schemas of its messages are.")
+    timeout: PositiveDuration = Field(default=timedelta(seconds=15), description="One request takes at most this long.")
+
+
+class RedisSystem(System):
+    """Redis: one server with its replicas, under Sentinel, or a cluster."""
+
+    kind: Literal["redis"] = Field(description="What it is.")
+    mode: Literal["single", "sentinel", "cluster"] = Field(default="single", description="Which servers `hosts` names.")
+    hosts: Annotated[list[HostPort], Field(min_length=1)] = Field(
+        description="single: the server; sentinel: the sentinels; cluster: some of its nodes."
+    )
+    master: str | None = Field(default=None, description="sentinel: name of the monitored master.")
+    user: str | None = Field(default=None, description="ACL user; the default one where not given.")
+    password: SecretRef | None = Field(default=None, description="Its password.")
+    tls: bool = Field(default=True, description="Whether connections are encrypted.")
+    ca: str | None = Field(default=None, description="PEM file of its certificate authority.")
+    timeout: PositiveDuration = Field(default=timedelta(seconds=5), description="One command takes at most this long.")
+
+    @model_validator(mode="after")
+    def _needs(self) -> Self:
+        if (self.mode == "sentinel") != (self.master is not None):
+            raise ValueError("sentinel needs master, and nothing else has one")
+        return self
+
+
+class ElasticsearchSystem(System, HttpEndpoint):
+    """An Elasticsearch cluster. `auth.token` is an API key there."""
+
+    kind: Literal["elasticsearch"] = Field(description="What it is.")
+    urls: Annotated[list[Url], Field(min_length=1)] = Field(description="Some of its nodes.")
+
+
+class VaultSystem(System):
+    """A Vault that playbooks act on."""
+
+    kind: Literal["vault"] = Field(description="What it is.")
+    vault: Id = Field(description="The id under `vaults`.")
+
+
+class PrometheusSystem(System, HttpEndpoint):
+    """A Prometheus (or what speaks its HTTP API), asked by rules that verify by metric."""
+
+    kind: Literal["prometheus"] = Field(description="What it is.")
+    url: Url = Field(description="Its address, with the path prefix where it has one.")
+
+
+class Watchdog(Strict):
+    """An alert that always fires. Where it does not arrive, alerting itself is broken, and that is an incident."""
+
+    match: Annotated[list[AlertMatcher], Field(min_length=1)] = Field(
+        default=[AlertMatcher.parse("alertname=Watchdog")], description="Which alert it is."
+    )
+    absent_for: PositiveDuration = Field(
+        default=timedelta(minutes=5), description="An incident when it has not been seen for this long."
+    )
+
+
+class AlertmanagerSystem(System, HttpEndpoint):
+    """The Alertmanagers of one cluster: their answers are merged, one that answers is enough."""
+
+    kind: Literal["alertmanager"] = Field(description="What it is.")
+    urls: Annotated[list[Url], Field(min_length=1)] = Field(description="Every member of the cluster.")
+    watchdog: Watchdog | None = Field(default=None, description="The alert that must always be there.")
+    largest_answer: Size = Field(default=64 << 20, description="An answer above this many bytes is refused.")
+
+
+AnySystem = Annotated[
+    KubernetesSystem
+    | KafkaSystem
+    | RedisSystem
+    | ElasticsearchSystem
+    | VaultSystem
+    | PrometheusSystem
+    | AlertmanagerSystem,
+    Field(discriminator="kind"),
+]
