@@ -84,6 +84,39 @@ alter table ops_ledger.entries enable always trigger extends_chain;
 _COLUMNS: LiteralString = "seq, at, kind, actor, subject, body, prev_sha256, sha256"
 
 
+class LedgerTransaction:
+    """Entries and rows of one transaction. `connection` is for the tables that stand beside the ledger."""
+
+    def __init__(self, connection: psycopg.Connection[Any], clock: Clock) -> None:
+        self.connection = connection
+        self._clock = clock
+        self._head: tuple[int, str] | None = None
+
+    def append(self, kind: str, subject: str, body: Mapping[str, Any], *, actor: str) -> Entry:
+        """As `Ledger.append`; durable when the transaction ends."""
+        canonical([kind, subject, actor])
+        text = canonical(dict(body))
+        seq, prev = self._newest()
+        seq, at = seq + 1, self._clock.now()
+        sha256 = digest(prev, entry_text(seq, moment(at), kind, actor, subject, text))
+        self.connection.execute(
+            "insert into ops_ledger.entries (seq, at, kind, actor, subject, body, prev_sha256, sha256)"
+            " values (%s, %s, %s, %s, %s, %s, %s, %s)",
+            [seq, at, kind, actor, subject, text, prev, sha256],
+        )
+        self._head = (seq, sha256)
+        return Entry(seq, at, kind, actor, subject, text, prev, sha256)
+
+    def _newest(self) -> tuple[int, str]:
+        if self._head is None:
+            _one_at_a_time(self.connection, _APPEND)
+            row = self.connection.execute(
+                "select seq, sha256 from ops_ledger.entries order by seq desc limit 1"
+            ).fetchone()
+            self._head = (row[0], row[1]) if row else (0, GENESIS)
+        return self._head
+
+
 class Ledger:
     """The ledger behind a connection that `connect` opens. Safe for threads; opens lazily, and again after the server was away.
 
@@ -115,20 +148,17 @@ class Ledger:
 
         Raises UsageError for a body that holds a secret or is not plain JSON, before anything is sent.
         """
-        canonical([kind, subject, actor])
-        text = canonical(dict(body))
+        with self.transaction() as transaction:
+            return transaction.append(kind, subject, body, actor=actor)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Generator[LedgerTransaction]:
+        """A transaction of the platform's database: what is written in it and its entries stand there together or not at all.
+
+        From the first `append` on every other writer waits: look and decide first, then append, then end it.
+        """
         with self._session() as connection, connection.transaction():
-            self._one_at_a_time(connection, _APPEND)
-            row = connection.execute("select seq, sha256 from ops_ledger.entries order by seq desc limit 1").fetchone()
-            seq, prev = (row[0] + 1, row[1]) if row else (1, GENESIS)
-            at = self._clock.now()
-            sha256 = digest(prev, entry_text(seq, moment(at), kind, actor, subject, text))
-            connection.execute(
-                "insert into ops_ledger.entries (seq, at, kind, actor, subject, body, prev_sha256, sha256)"
-                " values (%s, %s, %s, %s, %s, %s, %s, %s)",
-                [seq, at, kind, actor, subject, text, prev, sha256],
-            )
-            return Entry(seq, at, kind, actor, subject, text, prev, sha256)
+            yield LedgerTransaction(connection, self._clock)
 
     @contextlib.contextmanager
     def claim(self, name: str) -> Generator[bool]:
@@ -217,13 +247,9 @@ class Ledger:
         if _is_there(connection):
             return
         with connection.transaction():
-            self._one_at_a_time(connection, _SETUP)
+            _one_at_a_time(connection, _SETUP)
             if not _is_there(connection):
                 connection.execute(_SCHEMA)
-
-    def _one_at_a_time(self, connection: psycopg.Connection[Any], what: int) -> None:
-        connection.execute(f"set local lock_timeout = '{_LOCK_TIMEOUT}'")
-        connection.execute("select pg_advisory_xact_lock(%s, %s)", [_LOCK_SPACE, what])
 
     @contextlib.contextmanager
     def _named(self) -> Generator[None]:
@@ -231,6 +257,11 @@ class Ledger:
             yield
         except psycopg.Error as error:
             raise _named(error) from None  # the cause may quote connection parameters
+
+
+def _one_at_a_time(connection: psycopg.Connection[Any], what: int) -> None:
+    connection.execute(f"set local lock_timeout = '{_LOCK_TIMEOUT}'")
+    connection.execute("select pg_advisory_xact_lock(%s, %s)", [_LOCK_SPACE, what])
 
 
 def _is_there(connection: psycopg.Connection[Any]) -> bool:

@@ -1,0 +1,1 @@
+"""Alerts and events turned into safe action: signals, rules, incidents, playbooks."""

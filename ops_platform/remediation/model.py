@@ -1,0 +1,148 @@
+"""The nouns of remediation: signals, incidents and their states, peers, what a playbook is given. Plain data."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, Literal
+
+from ops_platform.ledger import canonical
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One alert or event, whatever brought it.
+
+    `fingerprint` identifies what it is about: Alertmanager's own for an alert (several instances merged have the same), and
+    `topic/partition/offset` for an event. `labels`: an alert's labels; of an event its attributes, and `data.a.b` for scalars of
+    its data. `seen_at` is when we saw it.
+    """
+
+    source: Literal["alertmanager", "kafka", "watchdog", "person", "history"]
+    fingerprint: str
+    name: str
+    labels: Mapping[str, str]
+    starts_at: datetime
+    seen_at: datetime
+    ends_at: datetime | None = None  # None: it still fires (or is an event, which does not end)
+    annotations: Mapping[str, str] = field(default_factory=dict[str, str])
+    data: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    silenced: bool = False
+    inhibited: bool = False
+    link: str | None = None
+
+    @property
+    def is_event(self) -> bool:
+        return self.source == "kafka"
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+            "name": self.name,
+            "labels": dict(self.labels),
+            "annotations": dict(self.annotations),
+            "data": dict(self.data),
+            "starts_at": _text(self.starts_at),
+            "seen_at": _text(self.seen_at),
+            "ends_at": _text(self.ends_at) if self.ends_at else None,
+            "silenced": self.silenced,
+            "inhibited": self.inhibited,
+            "link": self.link,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Signal:
+        times = {name: datetime.fromisoformat(value[name]) for name in ("starts_at", "seen_at")}
+        ends = value.get("ends_at")
+        rest = {key: value[key] for key in value if key not in ("starts_at", "seen_at", "ends_at")}
+        return cls(**rest, **times, ends_at=datetime.fromisoformat(ends) if ends else None)
+
+
+def _text(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat()
+
+
+class State(StrEnum):
+    """Where an incident stands. `machine.ALLOWED` says which may follow which."""
+
+    OPEN = "open"  # to be looked at: preflight, plan, guards
+    SUPPRESSED = "suppressed"  # a guard refused; looked at again at `retry_at`
+    OBSERVED = "observed"  # mode observe: it was said what would be done
+    WAITING = "waiting"  # for a person to approve the plan
+    APPLYING = "applying"  # admitted: changes are being made
+    VERIFYING = "verifying"  # applied; does it help?
+    HELD = "held"  # it helped, and is to be undone at `undo_at`
+    UNDOING = "undoing"
+    ESCALATED = "escalated"  # people have it now
+    CLOSED = "closed"
+
+
+class Ending(StrEnum):
+    """How a closed incident ended."""
+
+    HELPED = "helped"
+    CLEARED = "cleared"  # the signal ended, or there was nothing to do, before anything was changed
+    UNDONE = "undone"
+    OBSERVED = "observed"  # nothing was to be changed, and the signal ended
+    REFUSED = "refused"  # by a person
+    SUPPRESSED = "suppressed"  # the guards refused until the signal ended
+    GAVE_UP = "gave up"
+    BY_HAND = "by hand"  # escalated, and then the signal ended or a person closed it
+
+
+@dataclass(frozen=True)
+class Incident:
+    """One row: one for each rule and fingerprint that is not closed.
+
+    `version` grows with every change of the row and is the fencing token: whoever holds an older one changes nothing.
+    `plan` is the newest plan's JSON; `outcomes` what became of its changes; `attempts` counts admissions.
+    """
+
+    id: str
+    rule: str
+    fingerprint: str
+    subject: str
+    playbook: str
+    state: State
+    signal: Signal
+    opened_at: datetime
+    updated_at: datetime
+    version: int = 1
+    attempts: int = 0
+    reason: str = ""
+    plan: Mapping[str, Any] | None = None
+    digest: str | None = None
+    rulings: tuple[Mapping[str, Any], ...] = ()
+    outcomes: tuple[Mapping[str, Any], ...] = ()
+    retry_at: datetime | None = None  # SUPPRESSED: when it is looked at again
+    deadline: datetime | None = None  # VERIFYING: good by then
+    undo_at: datetime | None = None  # HELD: undone then
+    signal_ended_at: datetime | None = None
+    proposed_by: str = ""
+    ending: Ending | None = None
+    closed_at: datetime | None = None
+    thread: str | None = None  # of the messages about it
+
+    @property
+    def is_open(self) -> bool:
+        return self.state is not State.CLOSED
+
+
+def incident_id(rule: str, fingerprint: str, starts_at: datetime) -> str:
+    """The same signal gives the same id, however often and by whomever it is read: `i-` and 13 letters and digits."""
+    text = canonical([rule, fingerprint, _text(starts_at)])
+    return "i-" + base64.b32encode(hashlib.sha256(text.encode()).digest()).decode().lower()[:13]
+
+
+@dataclass(frozen=True)
+class Peers:
+    """How many of what stands beside the thing that is acted on are healthy, without it. `what`: such as `ready replicas`."""
+
+    healthy: int
+    total: int
+    what: str

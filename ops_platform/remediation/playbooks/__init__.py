@@ -1,0 +1,1 @@
+"""The remedies, by the system that they act on."""
