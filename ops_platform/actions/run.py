@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from ops_platform.actions.model import (
     Guard,
     Outcome,
     Plan,
+    Ruling,
     Status,
     Verification,
 )
@@ -44,13 +45,16 @@ def run_action(
     approve_digest: str | None = None,
     actor: str,
     clock: Clock = SYSTEM_CLOCK,
+    admit: Callable[[Case], Sequence[Ruling]] | None = None,
 ) -> ActionResult:
     """Run it. Without a mode guard it observes. `ledger` may be None only where nothing is applied.
 
-    Raises what planning raises; and, with nothing applied, whatever keeps the plan from being recorded.
+    `admit` is asked last, when every guard allows and something would be applied: it claims what is scarce (a budget, a cooldown)
+    and may refuse, too. Raises what planning raises; and, with nothing applied, whatever keeps the plan from being recorded.
     """
     plan = action.plan()
-    rulings = rule_all(_complete(guards, approve_digest), Case(plan, approve_digest, clock.now()))
+    case = Case(plan, approve_digest, clock.now())
+    rulings = rule_all(_complete(guards, approve_digest), case)
     result = ActionResult(secrets.token_hex(8), actor, plan, rulings, Status.NOTHING)
     if not plan.changes:
         return _record_quietly(ledger, result)
@@ -64,6 +68,11 @@ def run_action(
             where=plan.target_id,
             remedy="declare platform.database in the inventory",
         )
+    if admit is not None:
+        claimed = tuple(admit(case))
+        result = replace(result, rulings=rulings + claimed)
+        if not claimed or not all(ruling.allows is True for ruling in claimed):
+            return _record_quietly(ledger, replace(result, status=Status.REFUSED))
     return _Run(action, ledger, result).go()
 
 

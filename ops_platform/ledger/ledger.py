@@ -123,6 +123,9 @@ class Ledger:
     The schema is made at the first use. Every method raises UnreachableError where the database does not answer.
     """
 
+    claim_space = _LOCK_SPACE + 1
+    """The first of the two keys of the advisory locks that `claim` takes; the second is the name's hashtext."""
+
     def __init__(self, connect: Callable[[], psycopg.Connection[Any]], *, clock: Clock = SYSTEM_CLOCK) -> None:
         self._connect = connect
         self._clock = clock
@@ -168,7 +171,7 @@ class Ledger:
         try:
             with self._named():
                 row = connection.execute(
-                    "select pg_try_advisory_lock(%s, hashtext(%s))", [_LOCK_SPACE + 1, name]
+                    "select pg_try_advisory_lock(%s, hashtext(%s))", [self.claim_space, name]
                 ).fetchone()
             yield row is not None and row[0] is True
         finally:

@@ -132,6 +132,11 @@ class Incident:
     def is_open(self) -> bool:
         return self.state is not State.CLOSED
 
+    @property
+    def touched(self) -> bool:
+        """Whether a change was begun: applied, failed in the middle, or begun by somebody who was killed."""
+        return any(entry.get("outcome") in ("begun", "applied", "failed") for entry in self.outcomes)
+
 
 def incident_id(rule: str, fingerprint: str, starts_at: datetime) -> str:
     """The same signal gives the same id, however often and by whomever it is read: `i-` and 13 letters and digits."""

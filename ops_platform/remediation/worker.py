@@ -1,0 +1,532 @@
+"""What a run does with one incident: look, plan, guards, approval, apply, verify, undo, escalate.
+
+Each step ends in a state that is written with its record, so that a run may be killed anywhere: the next one takes the incident over
+and goes on from there, or gives up by the rules below. Only one run works on an incident, and whoever is late holds an old version and
+changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ops_platform.actions import (
+    Action,
+    ActionResult,
+    Applied,
+    Approval,
+    Case,
+    Change,
+    CountLimit,
+    Guard,
+    LegalHold,
+    ModeGuard,
+    Outcome,
+    PercentLimit,
+    Plan,
+    Ruling,
+    Status,
+    Verification,
+    run_action,
+)
+from ops_platform.clock import SYSTEM_CLOCK, Clock
+from ops_platform.errors import ConflictError, OpsError, RefusedError
+from ops_platform.inventory.base import Mode
+from ops_platform.inventory.remediation import MetricCheck, Rule
+from ops_platform.remediation import guards as g
+from ops_platform.remediation.claims import Claim, rule_on
+from ops_platform.remediation.machine import TOUCHED
+from ops_platform.remediation.model import Ending, Incident, Signal, State
+from ops_platform.remediation.playbook import Context, Done
+from ops_platform.remediation.rules import (
+    Decision,
+    bounds,
+    failure_domain,
+    needs_approval,
+    remediation_of,
+    resolve,
+    rule_named,
+)
+from ops_platform.remediation.store import Store
+
+if TYPE_CHECKING:
+    from ops_platform.clients.access import Access
+
+_SOONEST, _LATEST = timedelta(seconds=30), timedelta(minutes=15)
+_PEOPLE = {"approval", "second person"}  # what a person can let through
+
+
+class Measured(StrEnum):
+    """What a metric says of the action."""
+
+    GOOD = "good"
+    NOT_YET = "not yet"
+    WORSE = "worse"
+    UNKNOWN = "unknown"  # no answer, or one that says nothing: never good
+
+
+class Eyes(Protocol):
+    """How the worker sees the outside. Each raises OpsError where it cannot look."""
+
+    def look(self, incident: Incident) -> Signal | None:
+        """The signal as its source has it now; None where it has ended."""
+        ...
+
+    def measure(self, check: MetricCheck, incident: Incident) -> tuple[Measured, str]: ...
+
+
+@dataclass
+class Worker:
+    """Works on the incidents of one platform. `actor`: the run or person, for the ledger."""
+
+    access: Access
+    store: Store
+    eyes: Eyes
+    actor: str
+    clock: Clock = SYSTEM_CLOCK
+
+    def work(self, incident_id: str, version: int | None = None) -> Incident:
+        """Bring it as far as it goes now. Raises ConflictError where somebody else works on it, or went on since `version`."""
+        with self.store.work_on(incident_id) as ours:
+            if not ours:
+                raise ConflictError("another run works on this incident", where=incident_id)
+            incident = self.store.get(incident_id)
+            if version is not None and incident.version != version:
+                raise ConflictError(
+                    f"this run is late: it was asked for at version {version}, and the incident is at {incident.version}",
+                    where=incident_id,
+                )
+            if incident.state in TOUCHED and incident.state is not State.HELD:
+                incident = self.store.take_over(incident, actor=self.actor)
+            return self._go_on(incident)
+
+    def _go_on(self, incident: Incident) -> Incident:
+        """Step by step, until it rests."""
+        while True:
+            before = (incident.state, incident.version)
+            incident = self._step(incident)
+            if (incident.state, incident.version) == before:
+                return incident
+
+    def _step(self, incident: Incident) -> Incident:
+        now = self.clock.now()
+        match incident.state:
+            case State.OPEN | State.SUPPRESSED | State.WAITING:
+                if incident.state is State.SUPPRESSED and incident.retry_at and now < incident.retry_at:
+                    return incident
+                return self._guarded(incident, self._consider)
+            case State.APPLYING:
+                return self._guarded(incident, self._resume)
+            case State.VERIFYING:
+                return self._guarded(incident, self._verify)
+            case State.HELD:
+                if incident.undo_at is None or now < incident.undo_at:
+                    return incident
+                return self._move(incident, State.UNDOING, "it was meant for a time, and the time is over")
+            case State.UNDOING:
+                return self._guarded(incident, self._undo)
+            case State.OBSERVED | State.ESCALATED | State.CLOSED:
+                return incident
+
+    def _guarded(self, incident: Incident, step: Callable[[Incident, Decision], Incident]) -> Incident:
+        """A step with its rule and playbook; where these cannot be found any more, people have to look."""
+        try:
+            decision = resolve(self.access.inventory, rule_named(self.access.inventory, incident.rule), incident.signal)
+            problem = decision.problem
+        except OpsError as error:
+            decision, problem = None, str(error)
+        if decision is None or problem is not None:
+            return self._escalate(incident, problem or "the rule cannot be resolved")
+        return step(incident, decision)
+
+    # Looking
+
+    def _consider(self, incident: Incident, decision: Decision) -> Incident:
+        now, rule = self.clock.now(), decision.rule
+        try:
+            signal = self.eyes.look(incident)
+        except OpsError as error:
+            return self._put_off(incident, [Ruling("signal", False, f"its source cannot be asked: {error}")])
+        if signal is None or signal.ends_at is not None:
+            ended = signal.ends_at if signal and signal.ends_at else now
+            return self.store.end_signal(incident, ended, actor=self.actor)
+        if now - incident.opened_at > rule.give_up_after:
+            return self._escalate(incident, f"not solved within {rule.give_up_after}: {incident.reason}")
+        approval = None
+        if incident.state is State.WAITING:
+            approval = self.store.decision(incident)
+            if approval is not None and approval.decision == "refuse":
+                return self.store.close(incident, Ending.REFUSED, f"refused by {approval.who}", actor=approval.who)
+            if approval is not None and approval.expires_at <= now:
+                approval = None
+        return self._plan_and_apply(
+            incident, decision, approved=approval.digest if approval else None, approver=approval.who if approval else None
+        )
+
+    def _plan_and_apply(
+        self, incident: Incident, decision: Decision, *, approved: str | None, approver: str | None
+    ) -> Incident:
+        action = _Fenced(decision.playbook.action(self._context(incident, decision)), self, incident)  # type: ignore[union-attr]
+        rulings = self._guards(incident, decision, approver)
+        try:
+            result = run_action(
+                action, ledger=self.store.ledger, guards=rulings, approve_digest=approved, actor=self.actor,
+                clock=self.clock, admit=lambda case: self._admit(action, decision, case, rulings),
+            )  # fmt: skip
+        except RefusedError as error:
+            return self._put_off(incident, [Ruling("precondition", False, str(error))])
+        except OpsError as error:
+            if action.incident.state is State.APPLYING:
+                return self._after_failure(action.incident, decision, str(error))
+            return self._put_off(incident, [Ruling("plan", False, str(error))])
+        if action.incident.state is not State.APPLYING:
+            return self._not_applied(incident, result)
+        return self._applied(action.incident, decision, result)
+
+    def _not_applied(self, incident: Incident, result: ActionResult) -> Incident:
+        plan, rulings = _plan_fields(result), [ruling.as_json() for ruling in result.rulings]
+        if result.status is Status.NOTHING:
+            if incident.signal.is_event:
+                return self.store.close(incident, Ending.CLEARED, "there was nothing to do", actor=self.actor)
+            return self._put_off(incident, [Ruling("plan", False, "it fires, and the playbook finds nothing to do")])
+        if result.status is Status.OBSERVED:
+            would = "; it would be refused: " + _said(result.refusals) if result.refusals else ""
+            reason = f"observed: {_summary(result.plan)}{would}"
+            if incident.state is not State.OPEN:
+                incident = self._move(incident, State.OPEN, "the rule only observes now")
+            return self._move(incident, State.OBSERVED, reason, rulings=rulings, **plan)
+        refusing = {ruling.guard for ruling in result.refusals}
+        if refusing and refusing <= _PEOPLE:
+            if incident.state is State.WAITING and incident.digest == result.plan.digest:
+                decided = self.store.decision(incident)
+                if decided is None or decided.at < incident.updated_at:
+                    return incident
+            return self._move(
+                incident, State.WAITING, f"{_said(result.refusals)}: {_summary(result.plan)}", rulings=rulings,
+                retry_at=None, **plan,
+            )  # fmt: skip
+        return self._put_off(incident, result.refusals, rulings, **plan)
+
+    def _put_off(
+        self,
+        incident: Incident,
+        refusals: Sequence[Ruling],
+        rulings: Sequence[Mapping[str, Any]] | None = None,
+        **fields: Any,
+    ) -> Incident:
+        """Refused for now: looked at again sooner at first, later and later."""
+        now = self.clock.now()
+        wait = min(max((now - incident.opened_at) / 4, _SOONEST), _LATEST)
+        shown = list(rulings or [ruling.as_json() for ruling in refusals])
+        if incident.state is State.SUPPRESSED and _refusing(incident.rulings) == _refusing(shown):
+            return self.store.put_off(incident, now + wait, shown)
+        return self._move(incident, State.SUPPRESSED, _said(refusals), retry_at=now + wait, rulings=shown, **fields)
+
+    # Guards
+
+    def _guards(self, incident: Incident, decision: Decision, approver: str | None) -> list[Guard]:
+        rule, subject, whole = decision.rule, decision.subject, remediation_of(self.access.inventory)
+        assert subject is not None
+        assert decision.playbook is not None
+        context, book = self._context(incident, decision), decision.playbook
+        required, why = needs_approval(rule, subject)
+        windows = subject.maintenance_windows
+        found: list[Guard] = [
+            ModeGuard(rule.mode, f"the rule {rule.id}"),
+            g.NotPaused(self.store.paused),
+            g.ClocksAgree(self.store.clock_offset),
+            g.StillWanted(lambda: self.eyes.look(incident)),
+            g.FiringFor(incident.signal, rule.firing_for),
+            LegalHold(subject.legal_hold),
+            g.NoFreeze(whole.freezes, subject.environment),
+            g.HealthyPeers(
+                lambda: book.peers(context), rule.min_healthy if rule.min_healthy is not None else book.min_healthy(context)
+            ),
+            _Limits(rule),
+            Approval(required, why),
+            g.TwoPersons(approver, incident.proposed_by, whole.approvers, required),
+        ]
+        if rule.maintenance == "inside":
+            found.append(g.InsideMaintenance(windows))
+        if rule.maintenance == "outside":
+            found.append(g.OutsideMaintenance(windows))
+        return found
+
+    def _admit(self, action: _Fenced, decision: Decision, case: Case, guards: Sequence[Guard]) -> Sequence[Ruling]:
+        """Claim what is scarce; with the claim the incident is APPLYING."""
+        incident, rule = action.incident, decision.rule
+        assert decision.subject is not None
+        limits, now = bounds(self.access.inventory, rule), self.clock.now()
+        claim = Claim(
+            incident.id, incident.attempts + 1, rule.id, decision.subject.id, failure_domain(decision.subject),
+            rule.playbook, now,
+        )  # fmt: skip
+        if claim.attempt > rule.max_attempts:
+            return [Ruling("attempts", False, f"{incident.attempts} of {rule.max_attempts} were made")]
+        rulings, moved = self.store.admit(
+            incident, claim, lambda claims, at: rule_on(claim, claims, limits, at), since=now - limits.looks_back,
+            actor=self.actor, plan=case.plan.as_json(), digest=case.plan.digest,
+        )  # fmt: skip
+        if moved is not None:
+            action.incident = moved
+        return rulings
+
+    # Applying
+
+    def _applied(self, incident: Incident, decision: Decision, result: ActionResult) -> Incident:
+        if result.unrecorded:
+            return self._escalate(incident, f"the ledger was lost in the middle: {result.unrecorded}", helped=False)
+        if result.status is Status.FAILED:
+            return self._after_failure(incident, decision, _failures(result))
+        if not incident.touched:
+            left = _said([Ruling(change.object, False, applied.reason) for change, applied in result.outcomes])
+            self.store.end_claim(incident, helped=True)  # nothing was tried: that is no bad end of the playbook
+            return self._move(incident, State.SUPPRESSED, left, retry_at=self.clock.now() + _SOONEST)
+        reason = f"{_summary(result.plan)}: {result.status.value}"
+        return self._move(
+            incident, State.VERIFYING, reason, deadline=self.clock.now() + decision.rule.verify.within
+        )
+
+    def _after_failure(self, incident: Incident, decision: Decision, why: str) -> Incident:
+        if incident.touched and decision.rule.undo == "auto" and self._undoing(incident, decision) is not None:
+            self.store.end_claim(incident, helped=False)
+            return self._move(incident, State.UNDOING, f"it failed, and is undone: {why}")
+        return self._escalate(incident, f"it failed: {why}", helped=False)
+
+    def _resume(self, incident: Incident, decision: Decision) -> Incident:
+        """Somebody was killed while applying. What is left of the very plan that was admitted is brought to its end."""
+        action = _Rest(decision.playbook.action(self._context(incident, decision)), self, incident)  # type: ignore[union-attr]
+        guards: list[Guard] = [ModeGuard(Mode.ENFORCE, "the plan that was admitted"), g.NotPaused(self.store.paused)]
+        try:
+            result = run_action(
+                action, ledger=self.store.ledger, guards=guards, actor=self.actor, clock=self.clock
+            )
+        except OpsError as error:
+            return self._after_failure(action.incident, decision, f"it was interrupted, and cannot go on: {error}")
+        if result.status is Status.NOTHING:
+            return self._move(
+                action.incident, State.VERIFYING, "interrupted, and everything had been done",
+                deadline=self.clock.now() + decision.rule.verify.within,
+            )  # fmt: skip
+        if result.status is Status.REFUSED:
+            return self._escalate(incident, f"it was interrupted, and {_said(result.refusals)}", helped=False)
+        return self._applied(action.incident, decision, result)
+
+    # Verifying
+
+    def _verify(self, incident: Incident, decision: Decision) -> Incident:
+        """Look until it is good, worse, or too late."""
+        rule, said = decision.rule, "nothing was seen yet"
+        deadline = incident.deadline or self.clock.now()
+        while True:
+            found, said = self._looks(incident, rule)
+            if found is Measured.GOOD:
+                return self._helped(incident, decision, said)
+            if found is Measured.WORSE or self.clock.now() >= deadline:
+                break
+            self.clock.sleep(min(rule.verify.every, max(deadline - self.clock.now(), timedelta(seconds=1))).total_seconds())
+        self.store.end_claim(incident, helped=False)
+        if found is Measured.UNKNOWN:
+            return self._escalate(incident, f"whether it helped is not known: {said}", helped=False)
+        bad = "it got worse" if found is Measured.WORSE else "it did not help in time"
+        if rule.undo == "auto" and self._undoing(incident, decision) is not None:
+            return self._move(incident, State.UNDOING, f"{bad}, and is undone: {said}")
+        if found is not Measured.WORSE and incident.attempts < rule.max_attempts:
+            return self._move(incident, State.OPEN, f"{bad}: {said}", deadline=None)
+        return self._escalate(incident, f"{bad}: {said}", helped=False)
+
+    def _looks(self, incident: Incident, rule: Rule) -> tuple[Measured, str]:
+        try:
+            if rule.verify.metric is not None:
+                return self.eyes.measure(rule.verify.metric, incident)
+            if incident.signal.is_event:
+                return Measured.GOOD, "the playbook's own look found it done"
+            signal = self.eyes.look(incident)
+        except OpsError as error:
+            return Measured.UNKNOWN, str(error)
+        if signal is None or signal.ends_at is not None:
+            return Measured.GOOD, "the alert has ended"
+        return Measured.NOT_YET, "the alert still fires"
+
+    def _helped(self, incident: Incident, decision: Decision, said: str) -> Incident:
+        self.store.end_claim(incident, helped=True)
+        after = decision.playbook.undo_after(self._context(incident, decision)) if decision.playbook else None
+        if after is not None:
+            until = self.clock.now() + after
+            return self._move(incident, State.HELD, f"it helped ({said}); undone at {until:%Y-%m-%d %H:%M} UTC", undo_at=until)
+        return self.store.close(incident, Ending.HELPED, f"it helped: {said}", actor=self.actor, deadline=None)
+
+    # Undoing
+
+    def _undoing(self, incident: Incident, decision: Decision) -> Action | None:
+        done = [
+            Done(_change(entry["change"]), Applied(Outcome.APPLIED, entry["reason"], entry.get("detail", {})))
+            for entry in incident.outcomes
+            if entry.get("outcome") in ("applied", "begun", "failed")
+        ]
+        if not done or decision.playbook is None:
+            return None
+        return decision.playbook.undo(self._context(incident, decision), done)
+
+    def _undo(self, incident: Incident, decision: Decision) -> Incident:
+        action = self._undoing(incident, decision)
+        if action is None:
+            return self._escalate(incident, "there is no way to undo it: look at what stands")
+        if pause := self.store.paused():
+            return self._escalate(incident, f"the undo is paused by {pause.who} ({pause.why}): undo it by hand or later")
+        planned = incident.undo_at is not None and self.clock.now() >= incident.undo_at
+        try:
+            result = run_action(
+                _Fenced(action, self, incident, wanted=False), ledger=self.store.ledger, actor=self.actor, clock=self.clock,
+                guards=[ModeGuard(Mode.ENFORCE, "the undo of what was applied"), g.NotPaused(self.store.paused)],
+            )  # fmt: skip
+        except OpsError as error:
+            return self._escalate(incident, f"the undo failed: {error}")
+        if not result.ok:
+            return self._escalate(incident, f"the undo is not complete ({result.status.value}): {_failures(result)}")
+        if planned:
+            return self.store.close(incident, Ending.HELPED, "it helped, and was undone as planned", actor=self.actor)
+        if incident.signal_ended_at is not None or incident.ending is not None:
+            return self.store.close(incident, Ending.UNDONE, "undone", actor=self.actor)
+        return self._escalate(incident, f"undone. Before that: {incident.reason}")
+
+    # Words and small steps
+
+    def _context(self, incident: Incident, decision: Decision) -> Context[Any]:
+        assert decision.subject is not None
+        return Context(
+            self.access, decision.subject, decision.parameters, incident.id, incident.signal.starts_at, self.clock  # type: ignore[arg-type]
+        )
+
+    def _move(self, incident: Incident, to: State, reason: str, **fields: Any) -> Incident:
+        return self.store.move(incident, to, reason, actor=self.actor, **fields)
+
+    def _escalate(self, incident: Incident, reason: str, *, helped: bool | None = None) -> Incident:
+        if helped is not None:
+            self.store.end_claim(incident, helped=helped)
+        return self._move(incident, State.ESCALATED, reason)
+
+
+class _Fenced:
+    """A playbook's action in which no change is begun by whoever is late, under a pause, or when it is not wanted any more.
+
+    What is begun and what became of it is noted at the incident, for an undo by somebody else.
+    """
+
+    def __init__(self, inner: Action, worker: Worker, incident: Incident, *, wanted: bool = True) -> None:
+        self.inner, self.worker, self.incident, self._wanted = inner, worker, incident, wanted
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    @property
+    def target_id(self) -> str:
+        return self.inner.target_id
+
+    def plan(self) -> Plan:
+        return self.inner.plan()
+
+    def check(self, change: Change) -> Applied | None:
+        try:
+            pause = self.worker.store.still_mine(self.incident)
+        except ConflictError as error:
+            return Applied(Outcome.CONTENDED, str(error))
+        if pause is not None:
+            return Applied(Outcome.REFUSED, f"everything is paused by {pause.who}: {pause.why}")
+        if self._wanted:
+            case = Case(Plan(self.name, self.target_id, (change,), self.worker.clock.now()), None, self.worker.clock.now())
+            ruling = g.StillWanted(lambda: self.worker.eyes.look(self.incident)).rule(case)
+            if not ruling.allows:
+                return Applied(Outcome.REFUSED, ruling.reason)
+        return self.inner.check(change)
+
+    def apply(self, change: Change) -> Applied:
+        self._note(change, {"outcome": "begun", "reason": "begun", "detail": {}})
+        try:
+            applied = self.inner.apply(change)
+        except OpsError as error:
+            self._note(change, {"outcome": "failed", "reason": str(error), "detail": {}})
+            raise
+        self._note(change, applied.as_json())
+        return applied
+
+    def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
+        return self.inner.verify(plan, outcomes)
+
+    def _note(self, change: Change, became: Mapping[str, Any]) -> None:
+        if not self._wanted:
+            return  # an undo leaves what it undoes as it was noted
+        rest = [entry for entry in self.incident.outcomes if entry["object"] != change.object]
+        entry = {"object": change.object, "change": change.as_json(), **became}
+        self.incident = self.worker.store.note(self.incident, [*rest, entry])
+
+
+class _Rest(_Fenced):
+    """What is left of the admitted plan. Whatever the system asks for beyond it is another plan, and is not applied."""
+
+    def plan(self) -> Plan:
+        plan = self.inner.plan()
+        admitted = [change for change in (self.incident.plan or {}).get("changes", [])]
+        if any(change.as_json() not in admitted for change in plan.changes):
+            raise RefusedError("what is left to do is not what was admitted", where=self.target_id)
+        return plan
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """Count and percent over every kind of change of the plan. A single change is no share of anything."""
+
+    rule_: Rule
+    name = "limits"
+
+    def rule(self, case: Case) -> Ruling:
+        plan = case.plan
+        if len(plan.changes) > self.rule_.max_changes:
+            return Ruling(self.name, False, f"{len(plan.changes)} changes planned, {self.rule_.max_changes} allowed")
+        for kind in sorted({change.kind for change in plan.changes}):
+            limits: list[Guard] = [CountLimit(self.rule_.max_changes, kind)]
+            if len(plan.of_kind(kind)) > 1 and kind in plan.population:
+                limits.append(PercentLimit(self.rule_.max_percent, kind))
+            for limit in limits:
+                ruling = limit.rule(case)
+                if not ruling.allows:
+                    return Ruling(self.name, False, f"{limit.name}: {ruling.reason}")
+        return Ruling(self.name, True, f"{len(plan.changes)} changes planned, {self.rule_.max_changes} allowed")
+
+
+def _change(value: Mapping[str, Any]) -> Change:
+    return Change(**{key: value[key] for key in ("kind", "object", "before", "after", "reversible", "detail")})
+
+
+def _plan_fields(result: ActionResult) -> dict[str, Any]:
+    return {"plan": result.plan.as_json(), "digest": result.plan.digest}
+
+
+def _said(rulings: Sequence[Ruling]) -> str:
+    return "; ".join(f"{ruling.guard}: {ruling.reason}" for ruling in rulings) or "refused"
+
+
+def _refusing(rulings: Sequence[Mapping[str, Any]]) -> set[str]:
+    return {ruling["guard"] for ruling in rulings if not ruling["allows"]}
+
+
+def _summary(plan: Plan) -> str:
+    kinds = sorted({change.kind for change in plan.changes})
+    return ", ".join(f"{len(plan.of_kind(kind))} × {kind}" for kind in kinds) or "nothing to do"
+
+
+def _failures(result: ActionResult) -> str:
+    failed = [f"{change.object}: {applied.reason}" for change, applied in result.outcomes if applied.outcome is Outcome.FAILED]
+    checks = [f"{check.name}: {check.detail}" for check in result.verification.checks if check.holds is not True] if result.verification else []
+    return "; ".join([*failed, *checks]) or result.status.value
+
+
+def proposer(rule: Rule) -> str:
+    """Who proposes what a rule leads to: nobody who could approve it."""
+    return f"rule {rule.id}"
+
+
