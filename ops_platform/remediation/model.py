@@ -138,9 +138,12 @@ class Incident:
         return any(entry.get("outcome") in ("begun", "applied", "failed") for entry in self.outcomes)
 
 
-def incident_id(rule: str, fingerprint: str, starts_at: datetime) -> str:
-    """The same signal gives the same id, however often and by whomever it is read: `i-` and 13 letters and digits."""
-    text = canonical([rule, fingerprint, _text(starts_at)])
+def incident_id(rule: str, fingerprint: str, starts_at: datetime, number: int = 0) -> str:
+    """The same signal gives the same id, however often and by whomever it is read: `i-` and 13 letters and digits.
+
+    `number`: how many incidents of this very signal were closed before.
+    """
+    text = canonical([rule, fingerprint, _text(starts_at), number])
     return "i-" + base64.b32encode(hashlib.sha256(text.encode()).digest()).decode().lower()[:13]
 
 

@@ -24,7 +24,7 @@ from ops_platform.remediation.machine import ending_without_signal, need_allowed
 from ops_platform.remediation.model import Ending, Incident, Signal, State, incident_id
 
 _SPACE = 0x6F707372  # "opsr": advisory locks of remediation
-_SETUP, _ADMISSION = 1, 2
+_SETUP, _ADMISSION, _OPENING = 1, 2, 3
 
 _SCHEMA: LiteralString = """
 create schema if not exists ops_remediation;
@@ -140,6 +140,18 @@ _JSON = frozenset({"plan", "rulings", "outcomes", "signal"})
 
 
 @dataclass(frozen=True)
+class Opening:
+    """A signal that a rule is about, to become an incident."""
+
+    rule: str
+    subject: str
+    playbook: str
+    signal: Signal
+    proposed_by: str
+    again_after: timedelta = timedelta(minutes=15)
+
+
+@dataclass(frozen=True)
 class Approval:
     """A person's decision on exactly one plan."""
 
@@ -191,34 +203,59 @@ class Store:
 
     # Incidents
 
-    def open(self, *, rule: str, subject: str, playbook: str, signal: Signal, proposed_by: str) -> Incident:
-        """The open incident of this rule and fingerprint, made where there is none. The same signal never opens a second one.
+    def open(self, opening: Opening) -> Incident | None:
+        """As `open_all`, for one."""
+        return next(iter(self.open_all([opening])), None)
 
-        Raises ConflictError where the signal's incident is closed already: it was dealt with.
+    def open_all(self, openings: Sequence[Opening]) -> list[Incident]:
+        """The open incident of each rule and fingerprint, made where there is none. The same signal never opens a second one.
+
+        A signal whose incident is closed is left out, unless it helped or cleared and the signal goes on for longer than `again_after`.
         """
-        found = incident_id(rule, signal.fingerprint, signal.starts_at)
+        if not openings:
+            return []
         with self.transaction() as t:
-            t.connection.execute(
-                "select pg_advisory_xact_lock(%s, hashtext(%s))", [_SPACE + 1, f"{rule}/{signal.fingerprint}"]
-            )
-            there = self._select(t, "rule = %s and fingerprint = %s and state <> 'closed'", rule, signal.fingerprint)
-            if there:
-                return there[0]
-            if self._select(t, "id = %s", found):
-                raise ConflictError("this signal's incident is closed", where=found)
-            now = self.clock.now()
-            made = Incident(
-                found, rule, signal.fingerprint, subject, playbook, State.OPEN, signal, now, now, proposed_by=proposed_by,
-                reason=f"{signal.name} began at {signal.starts_at:%Y-%m-%d %H:%M:%S} UTC",
-            )  # fmt: skip
-            t.connection.execute(
-                "insert into ops_remediation.incidents (id, rule, fingerprint, subject, playbook, state, signal, opened_at,"
-                " updated_at, reason, proposed_by) values (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
-                [made.id, rule, signal.fingerprint, subject, playbook, made.state, Jsonb(signal.as_json()), now, now,
-                 made.reason, proposed_by],
-            )  # fmt: skip
-            self._record(t, made, actor=proposed_by)
-            return made
+            t.connection.execute("select pg_advisory_xact_lock(%s, %s)", [_SPACE, _OPENING])
+            rules, fingerprints = [o.rule for o in openings], [o.signal.fingerprint for o in openings]
+            known: dict[tuple[str, str], list[Incident]] = {}
+            for one in self._select(
+                t, "(rule, fingerprint) in (select * from unnest(%s::text[], %s::text[]))", rules, fingerprints,
+                order="opened_at, id", limit=1_000_000,
+            ):  # fmt: skip
+                known.setdefault((one.rule, one.fingerprint), []).append(one)
+            found: list[Incident] = []
+            for opening in openings:
+                there = known.setdefault((opening.rule, opening.signal.fingerprint), [])
+                incident = next((one for one in there if one.is_open), None)
+                if incident is None and (incident := self._made(t, opening, there)) is not None:
+                    there.append(incident)
+                if incident is not None:
+                    found.append(incident)
+            return found
+
+    def _made(self, t: LedgerTransaction, opening: Opening, before: Sequence[Incident]) -> Incident | None:
+        now, signal = self.clock.now(), opening.signal
+        same = [one for one in before if one.signal.starts_at == signal.starts_at]
+        if same and not (
+            same[-1].ending in (Ending.HELPED, Ending.CLEARED)
+            and same[-1].closed_at is not None
+            and now - same[-1].closed_at >= opening.again_after
+            and not signal.is_event
+        ):
+            return None
+        made = Incident(
+            incident_id(opening.rule, signal.fingerprint, signal.starts_at, len(same)), opening.rule, signal.fingerprint,
+            opening.subject, opening.playbook, State.OPEN, signal, now, now, proposed_by=opening.proposed_by,
+            reason=f"{signal.name} began at {signal.starts_at:%Y-%m-%d %H:%M:%S} UTC",
+        )  # fmt: skip
+        t.connection.execute(
+            "insert into ops_remediation.incidents (id, rule, fingerprint, subject, playbook, state, signal, opened_at,"
+            " updated_at, reason, proposed_by) values (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
+            [made.id, made.rule, made.fingerprint, made.subject, made.playbook, made.state, Jsonb(signal.as_json()), now, now,
+             made.reason, made.proposed_by],
+        )  # fmt: skip
+        self._record(t, made, actor=opening.proposed_by)
+        return made
 
     def get(self, incident: str) -> Incident:
         """Raises NotThereError; a beginning that fits one alone is enough."""
@@ -234,7 +271,7 @@ class Store:
         """The open ones, oldest first; or the newest of all."""
         with self.transaction() as t:
             if not all_:
-                return self._select(t, "state <> 'closed'", order="opened_at, id", limit=limit)
+                return self._select(t, "state <> 'closed'", order="opened_at, id", limit=1_000_000)
             found = self._select(
                 t, "(%s::timestamptz is null or opened_at >= %s)", since, since, order="opened_at desc, id", limit=limit
             )

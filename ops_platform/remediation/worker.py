@@ -169,8 +169,8 @@ class Worker:
     def _plan_and_apply(
         self, incident: Incident, decision: Decision, *, approved: str | None, approver: str | None
     ) -> Incident:
-        action = _Fenced(decision.playbook.action(self._context(incident, decision)), self, incident)  # type: ignore[union-attr]
-        rulings = self._guards(incident, decision, approver)
+        action = _Fenced(decision.playbook.action(self.context(incident, decision)), self, incident)  # type: ignore[union-attr]
+        rulings = self.guards(incident, decision, approver)
         try:
             result = run_action(
                 action, ledger=self.store.ledger, guards=rulings, approve_digest=approved, actor=self.actor,
@@ -227,11 +227,11 @@ class Worker:
 
     # Guards
 
-    def _guards(self, incident: Incident, decision: Decision, approver: str | None) -> list[Guard]:
+    def guards(self, incident: Incident, decision: Decision, approver: str | None) -> list[Guard]:
         rule, subject, whole = decision.rule, decision.subject, remediation_of(self.access.inventory)
         assert subject is not None
         assert decision.playbook is not None
-        context, book = self._context(incident, decision), decision.playbook
+        context, book = self.context(incident, decision), decision.playbook
         required, why = needs_approval(rule, subject)
         windows = subject.maintenance_windows
         found: list[Guard] = [
@@ -298,7 +298,7 @@ class Worker:
 
     def _resume(self, incident: Incident, decision: Decision) -> Incident:
         """Somebody was killed while applying. What is left of the very plan that was admitted is brought to its end."""
-        action = _Rest(decision.playbook.action(self._context(incident, decision)), self, incident)  # type: ignore[union-attr]
+        action = _Rest(decision.playbook.action(self.context(incident, decision)), self, incident)  # type: ignore[union-attr]
         guards: list[Guard] = [ModeGuard(Mode.ENFORCE, "the plan that was admitted"), g.NotPaused(self.store.paused)]
         try:
             result = run_action(
@@ -353,7 +353,7 @@ class Worker:
 
     def _helped(self, incident: Incident, decision: Decision, said: str) -> Incident:
         self.store.end_claim(incident, helped=True)
-        after = decision.playbook.undo_after(self._context(incident, decision)) if decision.playbook else None
+        after = decision.playbook.undo_after(self.context(incident, decision)) if decision.playbook else None
         if after is not None:
             until = self.clock.now() + after
             return self._move(incident, State.HELD, f"it helped ({said}); undone at {until:%Y-%m-%d %H:%M} UTC", undo_at=until)
@@ -369,7 +369,7 @@ class Worker:
         ]
         if not done or decision.playbook is None:
             return None
-        return decision.playbook.undo(self._context(incident, decision), done)
+        return decision.playbook.undo(self.context(incident, decision), done)
 
     def _undo(self, incident: Incident, decision: Decision) -> Incident:
         action = self._undoing(incident, decision)
@@ -395,7 +395,7 @@ class Worker:
 
     # Words and small steps
 
-    def _context(self, incident: Incident, decision: Decision) -> Context[Any]:
+    def context(self, incident: Incident, decision: Decision) -> Context[Any]:
         assert decision.subject is not None
         return Context(
             self.access, decision.subject, decision.parameters, incident.id, incident.signal.starts_at, self.clock  # type: ignore[arg-type]
