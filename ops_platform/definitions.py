@@ -7,11 +7,13 @@ import warnings
 from dagster import BetaWarning, Definitions, PreviewWarning, in_process_executor
 
 from assets.postgres import build_assets
-from jobs.postgres import build_jobs
+from jobs import postgres as postgres_jobs
+from jobs import remediation as remediation_jobs
 from ops_platform.inventory import LoadedInventory, load
 from ops_platform.resources import PlatformResource
 from schedules.postgres import build_schedules
-from sensors.postgres import build_sensors
+from sensors import postgres as postgres_sensors
+from sensors import remediation as remediation_sensors
 
 # Observable assets are beta and partitioned checks preview in Dagster 1.13; the pinned version is what is tested.
 warnings.filterwarnings("ignore", category=BetaWarning)
@@ -23,13 +25,16 @@ def build_defs(loaded: LoadedInventory | None = None) -> Definitions:
     found = loaded or load()
     inventory = found.inventory
     assets, checks = build_assets(inventory)
-    jobs = build_jobs()
+    jobs = postgres_jobs.build_jobs() | remediation_jobs.build_jobs()
     return Definitions(
         assets=assets,
         asset_checks=checks,
         jobs=list(jobs.values()),
         schedules=build_schedules(inventory, jobs),
-        sensors=build_sensors(inventory, jobs),
+        sensors=[
+            *postgres_sensors.build_sensors(inventory, jobs),
+            *remediation_sensors.build_sensors(inventory, jobs),
+        ],
         # Steps follow each other and share nothing but the store: a process for each would cost an import of Dagster each.
         executor=in_process_executor,
         resources={"platform": PlatformResource(inventory_path=str(found.path))},

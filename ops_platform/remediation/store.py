@@ -389,6 +389,14 @@ class Store:
             cursor.execute(query, values)  # pyright: ignore[reportArgumentType] - a number is put in
             return [_incident(row) for row in cursor]
 
+    def history_of(self, incident_id: str) -> list[tuple[datetime, State, str]]:
+        """When it came into which state, and why."""
+        with self.transaction() as t:
+            rows = t.connection.execute(
+                "select at, state, reason from ops_remediation.messages where incident = %s order by id", [incident_id]
+            ).fetchall()
+        return [(row[0], State(row[1]), row[2]) for row in rows]
+
     # What is to be worked on
 
     def due(self, *, lost_after: timedelta = timedelta(minutes=2)) -> list[Incident]:
