@@ -79,7 +79,9 @@ def incident_metadata(incident: Any, history: Any) -> dict[str, Any]:
 
 
 def rulings_table(rulings: Any) -> str:
-    rows = "\n".join(f"| {r['guard']} | {'allows' if r['allows'] else '**refuses**'} | {_cell(r['reason'])} |" for r in rulings)
+    rows = "\n".join(
+        f"| {r['guard']} | {'allows' if r['allows'] else '**refuses**'} | {_cell(r['reason'])} |" for r in rulings
+    )
     return f"| guard | | why |\n|---|---|---|\n{rows}"
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import psycopg
 import pytest
+from pydantic import Field
 
 from ops_platform.actions import Action, Applied, Change, Check, Outcome, Plan, Verification
 from ops_platform.clients.access import Access
@@ -27,7 +28,7 @@ from ops_platform.ledger import Ledger
 from ops_platform.remediation import playbook as playbook_module
 from ops_platform.remediation.model import Incident, Peers, Signal
 from ops_platform.remediation.playbook import Context, Done, Playbook
-from ops_platform.remediation.rules import resolve, rule_named
+from ops_platform.remediation.rules import resolve, rule_named, subject_id
 from ops_platform.remediation.store import Opening, Store
 from ops_platform.remediation.worker import Measured, Worker, proposer
 from tests.rig import Cluster
@@ -56,7 +57,7 @@ class TurnedClock:
 
 
 class LampParameters(Strict):
-    lamps: list[str] = ["lamp"]
+    lamps: list[str] = Field(default=["lamp"])
     undo_after_seconds: int | None = None
 
 
@@ -94,7 +95,9 @@ class _Switch:
     def plan(self) -> Plan:
         states = {name: self.lamps.state(name) for name in self.names}
         changes = tuple(
-            Change("lamp", name, state, self.to, reversible=True) for name, state in states.items() if state not in (self.to, "gone")
+            Change("lamp", name, state, self.to, reversible=True)
+            for name, state in states.items()
+            if state not in (self.to, "gone")
         )
         return Plan(self.name, self.target_id, changes, self.context.clock.now(), population={"lamp": 100})
 
@@ -249,7 +252,7 @@ class Engine:
         self.eyes.signals[fired.fingerprint] = fired
         found = rule_named(self.inventory, rule)
         decision = resolve(self.inventory, found, fired)
-        incident = self.store.open(Opening(rule, decision.subject_id, found.playbook, fired, proposer(found)))
+        incident = self.store.open(Opening(rule, subject_id(decision), found.playbook, fired, proposer(found)))
         assert incident is not None
         return incident
 

@@ -131,10 +131,12 @@ def _decide(incident: str, digest: str | None, decision: str) -> None:
         who = actor()
         if decision == "approve":
             need_approver(found, who, whole.approvers)
-        made = store.decide(
-            found, found.digest, decision, who=who, via="ops", valid_for=whole.approval_valid_for
-        )
-    click.echo(f"{decision}d by {made.who}, valid until {stamp(made.expires_at)}" if decision == "approve" else f"refused by {made.who}")
+        made = store.decide(found, found.digest, decision, who=who, via="ops", valid_for=whole.approval_valid_for)
+    click.echo(
+        f"{decision}d by {made.who}, valid until {stamp(made.expires_at)}"
+        if decision == "approve"
+        else f"refused by {made.who}"
+    )
 
 
 def need_approver(incident: Incident, who: str, approvers: list[str]) -> None:
@@ -194,5 +196,3 @@ def run(incident: str, as_json: bool) -> None:
 
 def _short(text: str) -> str:
     return text if len(text) <= 90 else f"{text[:89]}…"
-
-

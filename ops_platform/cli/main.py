@@ -22,7 +22,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "completion": ("ops_platform.cli.completion", "completion", "Print the completion script of a shell."),
     "demo": ("ops_platform.cli.demo", "demo", "Back up a real database, damage it, restore it, check it."),
     "doctor": ("ops_platform.cli.doctor", "doctor", "Look at everything a backup needs, and say what to do."),
-    "incidents": ("ops_platform.cli.incidents", "incidents", "What fired, what is done about it; pause-all stops everything."),
+    "incidents": (
+        "ops_platform.cli.incidents",
+        "incidents",
+        "What fired, what is done about it; pause-all stops everything.",
+    ),
     "init": ("ops_platform.cli.init", "init", "Write a commented platform.yaml by asking a live database."),
     "inventory": ("ops_platform.cli.inventory", "inventory", "Check and show platform.yaml; its JSON Schema."),
     "ledger": ("ops_platform.cli.ledger", "ledger", "List and verify the tamper-evident record."),

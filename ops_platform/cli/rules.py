@@ -52,7 +52,9 @@ def explain(file: Path, offline: bool, as_json: bool) -> None:
     except ValueError as error:
         raise UsageError(f"this is not JSON: {error}", where=str(file)) from None
     with opened() as access:
-        found = [one for signal in read_signals(value, str(file)) for one in explain_signal(access, signal, offline=offline)]
+        found = [
+            one for signal in read_signals(value, str(file)) for one in explain_signal(access, signal, offline=offline)
+        ]
     if as_json:
         emit(list[Explained], found)
         return

@@ -36,7 +36,7 @@ class AlertMatcher:
         found = _MATCHER.fullmatch(text)
         if found is None:
             raise ValueError(
-                f"{text!r} is not a matcher; write NAME, then =, !=, =~ or !~, then a value, such as severity=~\"page|ticket\""
+                f'{text!r} is not a matcher; write NAME, then =, !=, =~ or !~, then a value, such as severity=~"page|ticket"'
             )
         operator: Operator = found["operator"]  # pyright: ignore[reportAssignmentType]
         value = re.sub(r"\\(.)", _unescaped, found["quoted"]) if found["quoted"] is not None else found["bare"]
@@ -64,7 +64,7 @@ class AlertMatcher:
             if isinstance(value, AlertMatcher):
                 return value
             if not isinstance(value, str):
-                raise ValueError("a matcher is a text such as severity=~\"page|ticket\"")
+                raise ValueError('a matcher is a text such as severity=~"page|ticket"')
             return cls.parse(value)
 
         return core_schema.no_info_plain_validator_function(

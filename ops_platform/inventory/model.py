@@ -11,11 +11,10 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from ops_platform.inventory.base import AnyClassification, AnyMode, Classification, HostPort, Mode, Strict, Tls, Weekly
+from ops_platform.inventory.base import AnyClassification, AnyMode, HostPort, Mode, Strict, Tls, Weekly
 from ops_platform.inventory.remediation import Remediation
 from ops_platform.inventory.systems import AnySystem, System
 from ops_platform.inventory.values import Cron, Duration, Host, Id, Origin, PositiveDuration, SecretRef, Size, Url, Zone
-
 
 S = TypeVar("S", bound=System)
 

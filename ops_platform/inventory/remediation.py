@@ -127,9 +127,7 @@ class Rule(Strict):
     )
     target: _Target = Field(description="The target or system, or the label that names it.")
     playbook: str = Field(description="What is done, such as postgres.end_idle_sessions; docs/reference/playbooks.md.")
-    parameters: dict[str, Any] = Field(
-        default={}, description="Of the playbook; a value may be `{label: NAME}`."
-    )
+    parameters: dict[str, Any] = Field(default={}, description="Of the playbook; a value may be `{label: NAME}`.")
     mode: AnyMode = Field(default=Mode.OBSERVE, description="observe says what would be done; enforce does it.")
     cooldown: Duration = Field(
         default=timedelta(minutes=30), description="After an action of this rule on a target no other for this long."
@@ -183,7 +181,9 @@ class EventSource(Strict):
 
     kafka: Id = Field(description="The Kafka system.")
     topics: Annotated[list[str], Field(min_length=1)] = Field(description="Their names.")
-    group: str = Field(default="ops-platform", description="Consumer group that offsets are committed to, for lag exporters.")
+    group: str = Field(
+        default="ops-platform", description="Consumer group that offsets are committed to, for lag exporters."
+    )
     start: Literal["earliest", "latest"] = Field(
         default="latest", description="Where a topic is begun that was never read; a gap is never skipped by this."
     )
@@ -217,7 +217,9 @@ class Remediation(Strict):
 
     alertmanagers: list[Id] = Field(default=[], description="Systems whose alerts are polled.")
     events: list[EventSource] = Field(default=[], description="Topics whose events are read.")
-    publish: Publishing | None = Field(default=None, description="Where backups, proofs, incidents and actions are told.")
+    publish: Publishing | None = Field(
+        default=None, description="Where backups, proofs, incidents and actions are told."
+    )
     slack: Chat | None = Field(default=None, description="Where people hear of incidents.")
     rules: list[Rule] = Field(default=[], description="Every rule that matches counts: one incident each.")
     freezes: list[Freeze] = Field(default=[], description="Times in which nothing is changed.")
@@ -231,4 +233,3 @@ class Remediation(Strict):
     approvers: list[str] = Field(
         default=[], description="Who may approve, by the name that `ops` knows; empty: whoever may write the database."
     )
-

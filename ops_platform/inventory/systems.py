@@ -41,7 +41,9 @@ class HttpEndpoint(Strict):
 class System(Strict):
     """What every system has."""
 
-    id: Id = Field(description="Its name in rules, incidents and the ledger; targets and systems share one space of ids.")
+    id: Id = Field(
+        description="Its name in rules, incidents and the ledger; targets and systems share one space of ids."
+    )
     description: str = Field(default="", description="For people.")
     environment: Id = Field(description="The id under `environments`.")
     owner: Id = Field(description="The id under `owners`; from the environment's defaults where not given.")

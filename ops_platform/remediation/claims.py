@@ -62,7 +62,9 @@ def _cooldown(wanted: Claim, others: Sequence[Claim], cooldown: timedelta, now: 
     last = max(mine, default=None)
     if last is None or now - last >= cooldown:
         return Ruling("cooldown", True, "no action of this rule on this target lately")
-    return Ruling("cooldown", False, f"this rule acted on it at {last:%H:%M:%S} UTC; again from {last + cooldown:%H:%M:%S} on")
+    return Ruling(
+        "cooldown", False, f"this rule acted on it at {last:%H:%M:%S} UTC; again from {last + cooldown:%H:%M:%S} on"
+    )
 
 
 def _budget(name: str, claims: Sequence[Claim], budget: Budget, now: datetime) -> Ruling:
@@ -73,7 +75,9 @@ def _budget(name: str, claims: Sequence[Claim], budget: Budget, now: datetime) -
 def _breaker(claims: Sequence[Claim], breaker: CircuitBreaker, now: datetime) -> Ruling:
     """Closed, open, or half open: then one is tried at a time, and a good end closes it."""
     name = "circuit breaker"
-    ended = sorted((c for c in claims if c.helped is not None and c.ended_at is not None), key=lambda c: c.ended_at or c.at)
+    ended = sorted(
+        (c for c in claims if c.helped is not None and c.ended_at is not None), key=lambda c: c.ended_at or c.at
+    )
     bad: list[datetime] = []
     for claim in ended:
         # A success after the circuit had opened closes it; one among failures before that does not count against them.
@@ -87,7 +91,11 @@ def _breaker(claims: Sequence[Claim], breaker: CircuitBreaker, now: datetime) ->
         return Ruling(name, True, f"{len(recent)} bad ends lately, {breaker.failures} open it")
     again = recent[-1] + breaker.open_for
     if now < again:
-        return Ruling(name, False, f"open: {len(recent)} actions of this playbook did not help; one is tried from {again:%Y-%m-%d %H:%M} UTC on")
+        return Ruling(
+            name,
+            False,
+            f"open: {len(recent)} actions of this playbook did not help; one is tried from {again:%Y-%m-%d %H:%M} UTC on",
+        )
     if any(c.ended_at is None for c in claims):
         return Ruling(name, False, "half open, and its one trial goes on")
     return Ruling(name, True, "half open: this is the trial")

@@ -15,7 +15,7 @@ from ops_platform.errors import OpsError, UsageError
 from ops_platform.inventory.remediation import MetricCheck
 from ops_platform.remediation.claims import Claim, rule_on
 from ops_platform.remediation.model import Incident, Signal, State, incident_id
-from ops_platform.remediation.rules import Decision, bounds, decisions, failure_domain
+from ops_platform.remediation.rules import Decision, Unresolved, bounds, decisions, failure_domain
 from ops_platform.remediation.store import Store
 from ops_platform.remediation.worker import Measured, Worker, proposer
 
@@ -40,7 +40,11 @@ class Explained:
     def would_apply(self) -> bool | None:
         if self.problem is not None:
             return False
-        return None if self.rulings is None else bool(self.plan and self.plan["changes"]) and all(r["allows"] for r in self.rulings)
+        return (
+            None
+            if self.rulings is None
+            else bool(self.plan and self.plan["changes"]) and all(r["allows"] for r in self.rulings)
+        )
 
     def lines(self) -> Iterator[str]:
         yield f"rule {self.rule}: {self.playbook} on {self.target or 'an unknown target'} ({self.mode})"
@@ -65,17 +69,18 @@ def explain_signal(access: Access, signal: Signal, *, offline: bool) -> list[Exp
     return [_explain(access, decision, offline) for decision in decisions(access.inventory, signal)]
 
 
-def _explain(access: Access, decision: Decision, offline: bool) -> Explained:
-    rule = decision.rule
-    parameters = decision.parameters.model_dump(mode="json") if decision.parameters is not None else {}
-    target = decision.subject.id if decision.subject else None
-    found = Explained(rule.id, rule.playbook, target, rule.mode.value, parameters, decision.problem)
-    if offline or decision.problem is not None:
-        return found
+def _explain(access: Access, decision: Decision | Unresolved, offline: bool) -> Explained:
     from dataclasses import replace
 
     from ops_platform.ledger import Ledger
 
+    rule = decision.rule
+    if isinstance(decision, Unresolved):
+        return Explained(rule.id, rule.playbook, None, rule.mode.value, {}, decision.problem)
+    parameters = decision.parameters.model_dump(mode="json")
+    found = Explained(rule.id, rule.playbook, decision.subject.id, rule.mode.value, parameters, None)
+    if offline:
+        return found
     with Ledger(access.platform_db) as ledger:
         plan, rulings = _judge(access, Store(ledger), decision)
     return replace(found, plan=plan.as_json() if plan else None, rulings=[ruling.as_json() for ruling in rulings])
@@ -83,8 +88,6 @@ def _explain(access: Access, decision: Decision, offline: bool) -> Explained:
 
 def _judge(access: Access, store: Store, decision: Decision) -> tuple[Plan | None, list[Ruling]]:
     signal, rule, now = decision.signal, decision.rule, store.clock.now()
-    assert decision.subject is not None
-    assert decision.playbook is not None
     incident = Incident(
         incident_id(rule.id, signal.fingerprint, signal.starts_at), rule.id, signal.fingerprint, decision.subject.id,
         rule.playbook, State.OPEN, signal, now, now, proposed_by=proposer(rule),
@@ -121,7 +124,9 @@ def read_signals(value: Any, where: str) -> list[Signal]:
     if isinstance(value, Mapping) and isinstance(value.get("alerts"), list):
         value = value["alerts"]
     items: list[Any] = value if isinstance(value, list) else [value]
-    return [_signal(item, f"{where}: entry {number + 1}" if len(items) > 1 else where) for number, item in enumerate(items)]
+    return [
+        _signal(item, f"{where}: entry {number + 1}" if len(items) > 1 else where) for number, item in enumerate(items)
+    ]
 
 
 def _signal(item: Any, where: str) -> Signal:

@@ -29,7 +29,9 @@ class NotPaused:
         pause = self.paused()
         if pause is None:
             return Ruling(self.name, True, "nothing is paused")
-        return Ruling(self.name, False, f"everything is paused by {pause.who} since {pause.at:%H:%M:%S} UTC: {pause.why}")
+        return Ruling(
+            self.name, False, f"everything is paused by {pause.who} since {pause.at:%H:%M:%S} UTC: {pause.why}"
+        )
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,11 @@ class HealthyPeers:
         found = self.peers()
         if found is None:
             return Ruling(self.name, self.least == 0, f"it has no peers; {self.least} must be healthy")
-        return Ruling(self.name, found.healthy >= self.least, f"{found.healthy} of {found.total} {found.what}; {self.least} needed")
+        return Ruling(
+            self.name,
+            found.healthy >= self.least,
+            f"{found.healthy} of {found.total} {found.what}; {self.least} needed",
+        )
 
 
 @dataclass(frozen=True)

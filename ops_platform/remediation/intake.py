@@ -10,7 +10,7 @@ from ops_platform.errors import ConflictError, OpsError
 from ops_platform.inventory.base import Mode
 from ops_platform.inventory.model import Inventory
 from ops_platform.remediation.model import Incident, Signal, State
-from ops_platform.remediation.rules import Decision, decisions, rule_named
+from ops_platform.remediation.rules import Decision, Unresolved, decisions, rule_named, subject_id
 from ops_platform.remediation.store import Opening, Store
 from ops_platform.remediation.worker import proposer
 
@@ -29,12 +29,12 @@ class Taken:
     problems: tuple[str, ...] = field(default=())
 
 
-def decide(inventory: Inventory, signals: Iterable[Signal], now: datetime) -> tuple[list[Decision], int]:
+def decide(inventory: Inventory, signals: Iterable[Signal], now: datetime) -> tuple[list[Decision | Unresolved], int]:
     """Which signals lead to an incident now, and how many no rule is about. Pure.
 
     What is silenced, inhibited, has ended, or has not been firing for long enough, leads to none.
     """
-    found: list[Decision] = []
+    found: list[Decision | Unresolved] = []
     unmatched = 0
     for signal in signals:
         if signal.silenced or signal.inhibited or signal.ends_at is not None:
@@ -61,11 +61,13 @@ def take(store: Store, inventory: Inventory, signals: Sequence[Signal], *, compl
     _reopen(store, inventory, before)
     opened = store.open_all(
         [
-            Opening(one.rule.id, one.subject_id, one.rule.playbook, one.signal, proposer(one.rule))
+            Opening(one.rule.id, subject_id(one), one.rule.playbook, one.signal, proposer(one.rule))
             for one in fresh[:MOST]
         ]
     )
-    problems = tuple(dict.fromkeys(f"rule {one.rule.id}: {one.problem}" for one in wanted if one.problem))
+    problems = tuple(
+        dict.fromkeys(f"rule {one.rule.id}: {one.problem}" for one in wanted if isinstance(one, Unresolved))
+    )
     return Taken(tuple(opened), tuple(ended), max(0, len(fresh) - MOST), unmatched, problems)
 
 
@@ -95,7 +97,9 @@ def _gone(store: Store, signals: Sequence[Signal], now: datetime) -> list[Signal
 
     there = {signal.fingerprint for signal in signals}
     return [
-        replace(signal, ends_at=now, seen_at=now) for signal in store.firing("alertmanager") if signal.fingerprint not in there
+        replace(signal, ends_at=now, seen_at=now)
+        for signal in store.firing("alertmanager")
+        if signal.fingerprint not in there
     ]
 
 

@@ -12,7 +12,7 @@ from ops_platform.inventory.base import Classification
 from ops_platform.inventory.matchers import all_match
 from ops_platform.inventory.model import Inventory, Target
 from ops_platform.inventory.remediation import EventMatch, FromLabel, Remediation, Rule
-from ops_platform.inventory.systems import System
+from ops_platform.inventory.systems import AnySystem
 from ops_platform.remediation.claims import Bounds
 from ops_platform.remediation.model import Signal
 from ops_platform.remediation.playbook import Playbook, playbook
@@ -22,24 +22,34 @@ _CLASSIFIED = frozenset({Classification.CONFIDENTIAL, Classification.RESTRICTED}
 
 @dataclass(frozen=True)
 class Decision:
-    """A rule that is about a signal, resolved. `problem`: why it cannot be acted on; it is an incident all the same."""
+    """A rule that is about a signal, with what it acts on and how."""
 
     rule: Rule
     signal: Signal
-    subject: Target | System | None
-    playbook: Playbook[Any] | None
-    parameters: Any = None
-    problem: str | None = None
+    subject: Target | AnySystem
+    playbook: Playbook[Any]
+    parameters: Any
 
-    @property
-    def subject_id(self) -> str:
-        return self.subject.id if self.subject is not None else "unknown"
+
+@dataclass(frozen=True)
+class Unresolved:
+    """A rule that is about a signal and cannot be acted on: it is an incident all the same, and people have it at once."""
+
+    rule: Rule
+    signal: Signal
+    problem: str
+
+
+def subject_id(decision: Decision | Unresolved) -> str:
+    return decision.subject.id if isinstance(decision, Decision) else "unknown"
 
 
 def remediation_of(inventory: Inventory) -> Remediation:
     """Raises UsageError where the inventory has no such part."""
     if inventory.remediation is None:
-        raise UsageError("the inventory declares no remediation", remedy="add `remediation:` with rules to platform.yaml")
+        raise UsageError(
+            "the inventory declares no remediation", remedy="add `remediation:` with rules to platform.yaml"
+        )
     return inventory.remediation
 
 
@@ -47,7 +57,9 @@ def rule_named(inventory: Inventory, rule_id: str) -> Rule:
     """Raises UsageError: the incident's rule is gone from the inventory."""
     found = next((rule for rule in remediation_of(inventory).rules if rule.id == rule_id), None)
     if found is None:
-        raise UsageError(f"there is no rule {rule_id!r} in the inventory any more", remedy="close its incidents by hand")
+        raise UsageError(
+            f"there is no rule {rule_id!r} in the inventory any more", remedy="close its incidents by hand"
+        )
     return found
 
 
@@ -64,15 +76,15 @@ def _is_event(match: EventMatch, signal: Signal) -> bool:
     return labels.get("type") == match.type and right_source and all_match(match.match, labels)
 
 
-def decisions(inventory: Inventory, signal: Signal) -> Iterator[Decision]:
+def decisions(inventory: Inventory, signal: Signal) -> Iterator[Decision | Unresolved]:
     """One for each rule that is about the signal, in the order of the file."""
     for rule in remediation_of(inventory).rules:
         if about(rule, signal):
             yield resolve(inventory, rule, signal)
 
 
-def resolve(inventory: Inventory, rule: Rule, signal: Signal) -> Decision:
-    """Target and parameters of a rule for a signal. What cannot be resolved is a problem in the decision, and never a guess."""
+def resolve(inventory: Inventory, rule: Rule, signal: Signal) -> Decision | Unresolved:
+    """Target and parameters of a rule for a signal. What cannot be resolved is never guessed."""
     try:
         subject = inventory.subject(_value(rule.target, signal) if isinstance(rule.target, FromLabel) else rule.target)
         found = playbook(rule.playbook)
@@ -82,7 +94,7 @@ def resolve(inventory: Inventory, rule: Rule, signal: Signal) -> Decision:
             )
         parameters = found.read_parameters({key: _parameter(value, signal) for key, value in rule.parameters.items()})
     except OpsError as error:
-        return Decision(rule, signal, None, None, problem=str(error))
+        return Unresolved(rule, signal, str(error))
     return Decision(rule, signal, subject, found, parameters)
 
 
@@ -102,7 +114,7 @@ def _value(wanted: FromLabel, signal: Signal) -> str:
     return value.removesuffix(wanted.strip) if wanted.strip else value
 
 
-def needs_approval(rule: Rule, subject: Target | System) -> tuple[bool, str]:
+def needs_approval(rule: Rule, subject: Target | AnySystem) -> tuple[bool, str]:
     """Whether a second person has to approve, and why."""
     if rule.approval == "always":
         return True, "the rule asks for it"
@@ -116,7 +128,7 @@ def bounds(inventory: Inventory, rule: Rule) -> Bounds:
     return Bounds(rule.cooldown, rule.budget, whole.budget, whole.breaker)
 
 
-def failure_domain(subject: Target | System) -> str:
+def failure_domain(subject: Target | AnySystem) -> str:
     return subject.failure_domain or subject.id
 
 
@@ -127,7 +139,9 @@ def problems(inventory: Inventory) -> list[str]:
         try:
             one = playbook(rule.playbook)
             if isinstance(rule.target, str) and (kind := inventory.subject(rule.target).kind) not in one.kinds:
-                raise UsageError(f"{one.name} acts on {', '.join(sorted(one.kinds))}, and {rule.target} is of kind {kind}")
+                raise UsageError(
+                    f"{one.name} acts on {', '.join(sorted(one.kinds))}, and {rule.target} is of kind {kind}"
+                )
             if not _from_labels(rule.parameters):
                 one.read_parameters(rule.parameters)
             if rule.undo == "auto" and rule.verify.within < timedelta(seconds=1):

@@ -349,7 +349,10 @@ class Store:
             raise TypeError(f"no such fields: {unknown}")
         now = self.clock.now()
         values = {"state": to, "reason": reason, "updated_at": now, **fields}
-        stored = {name: Jsonb(_plain(value)) if name in _JSON and value is not None else value for name, value in values.items()}
+        stored = {
+            name: Jsonb(_plain(value)) if name in _JSON and value is not None else value
+            for name, value in values.items()
+        }
         sets = ", ".join(f"{name} = %({name})s" for name in stored)
         done = t.connection.execute(
             f"update ops_remediation.incidents set {sets}, version = version + 1 where id = %(id)s and version = %(held)s",  # pyright: ignore[reportArgumentType] - names of our own columns
@@ -385,7 +388,9 @@ class Store:
         self, t: LedgerTransaction, where: LiteralString, *values: Any, order: LiteralString = "id", limit: int = 500
     ) -> list[Incident]:
         with t.connection.cursor(row_factory=dict_row) as cursor:
-            query = f"select {_COLUMNS} from ops_remediation.incidents where {where} order by {order} limit {int(limit)}"
+            query = (
+                f"select {_COLUMNS} from ops_remediation.incidents where {where} order by {order} limit {int(limit)}"
+            )
             cursor.execute(query, values)  # pyright: ignore[reportArgumentType] - a number is put in
             return [_incident(row) for row in cursor]
 
@@ -419,7 +424,7 @@ class Store:
                   or (i.state = 'held' and i.undo_at <= %(now)s)
                   or (i.state = 'waiting' and i.retry_at <= %(now)s)
                   or (i.state = 'waiting' and exists (select from ops_remediation.approvals a
-                      where a.incident = i.id and a.digest = i.digest and a.at >= i.updated_at)))
+                      where a.incident = i.id and a.digest = i.digest and a.expires_at > %(now)s)))
                 order by i.updated_at""",  # pyright: ignore[reportArgumentType] - constants alone
                 {"lost": now - lost_after, "now": now},
             ).fetchall()
@@ -457,14 +462,24 @@ class Store:
         return Approval(incident.id, digest, decision, who, via, now, now + valid_for)
 
     def decision(self, incident: Incident) -> Approval | None:
-        """The newest decision on the plan that the incident waits with."""
+        """The newest decision on the plan that the incident waits with; None where it counts no more."""
         with self.transaction() as t:
             row = t.connection.execute(
                 "select incident, digest, decision, who, via, at, expires_at from ops_remediation.approvals"
                 " where incident = %s and digest = %s order by id desc limit 1",
                 [incident.id, incident.digest],
             ).fetchone()
-        return Approval(*row) if row else None
+        found = Approval(*row) if row else None
+        return found if found is not None and found.expires_at > self.clock.now() else None
+
+    def void(self, incident: Incident) -> None:
+        """Decisions on its plan that a guard did not accept count no more: another one is waited for."""
+        with self.transaction() as t:
+            now = self.clock.now()
+            t.connection.execute(
+                "update ops_remediation.approvals set expires_at = %s where incident = %s and digest = %s and expires_at > %s",
+                [now, incident.id, incident.digest, now],
+            )
 
     def pause(self, why: str, *, who: str) -> Pause:
         """Nothing is applied from now on. Idempotent."""
@@ -550,14 +565,14 @@ class Store:
         if not signals:
             return 0
         with self.transaction() as t:
-            last: dict[tuple[str, str], dict[str, Any]] = dict(
-                ((row[0], row[1]), row[2])
+            last: dict[tuple[str, str], dict[str, Any]] = {
+                (row[0], row[1]): row[2]
                 for row in t.connection.execute(
                     "select distinct on (source, fingerprint) source, fingerprint, signal from ops_remediation.signals"
                     " where fingerprint = any(%s) order by source, fingerprint, id desc",
                     [[signal.fingerprint for signal in signals]],
                 )
-            )
+            }
             news = [s for s in signals if _essence(s.as_json()) != _essence(last.get((s.source, s.fingerprint)))]
             with t.connection.cursor() as cursor:
                 cursor.executemany(
@@ -580,7 +595,8 @@ class Store:
         """What was kept, in the order in which it was seen."""
         with self.transaction() as t:
             rows = t.connection.execute(
-                "select at, signal from ops_remediation.signals where at >= %s and at < %s order by at, id", [since, until]
+                "select at, signal from ops_remediation.signals where at >= %s and at < %s order by at, id",
+                [since, until],
             ).fetchall()
         return [(row[0], Signal.from_json(row[1])) for row in rows]
 
@@ -633,8 +649,7 @@ class Store:
         """Our clock minus the database's."""
         with self.transaction() as t:
             row = t.connection.execute("select clock_timestamp()").fetchone()
-        assert row is not None
-        return self.clock.now() - row[0]
+        return self.clock.now() - (row or [self.clock.now()])[0]
 
 
 def _pause(t: LedgerTransaction) -> Pause | None:
@@ -649,24 +664,27 @@ def _moved_on(incident: Incident) -> ConflictError:
 
 
 def _plain(value: Any) -> Any:
-    return value.as_json() if isinstance(value, Signal) else [dict(v) for v in value] if isinstance(value, list | tuple) else value
+    return (
+        value.as_json()
+        if isinstance(value, Signal)
+        else [dict(v) for v in value]
+        if isinstance(value, list | tuple)
+        else value
+    )
 
 
 def _incident(row: Mapping[str, Any]) -> Incident:
-    return Incident(
-        **{
-            **row,
-            "state": State(row["state"]),
-            "ending": Ending(row["ending"]) if row["ending"] else None,
-            "signal": Signal.from_json(row["signal"]),
-            "rulings": tuple(row["rulings"]),
-            "outcomes": tuple(row["outcomes"]),
-        }
-    )
+    values: dict[str, Any] = {
+        **row,
+        "state": State(row["state"]),
+        "ending": Ending(row["ending"]) if row["ending"] else None,
+        "signal": Signal.from_json(row["signal"]),
+        "rulings": tuple(row["rulings"]),
+        "outcomes": tuple(row["outcomes"]),
+    }
+    return Incident(**values)
 
 
 def _essence(signal: Mapping[str, Any] | None) -> object:
     """What makes a signal another one than it was."""
     return signal and [signal[key] for key in ("starts_at", "ends_at", "silenced", "inhibited")]
-
-

@@ -44,7 +44,9 @@ def plan_lines(incident: Incident) -> list[str]:
     for change in changes[:_MOST]:
         done = became.get(change["object"])
         what = f"{done['outcome']}: {done['reason']}" if done else f"{change['before']} → {change['after']}"
-        found.append(f"    {change['kind']} {change['object']}: {what}" + ("" if change["reversible"] else "; cannot be undone"))
+        found.append(
+            f"    {change['kind']} {change['object']}: {what}" + ("" if change["reversible"] else "; cannot be undone")
+        )
     if len(changes) > _MOST:
         found.append(f"    … and {len(changes) - _MOST} more (--json shows all)")
     return found

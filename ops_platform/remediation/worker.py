@@ -43,6 +43,7 @@ from ops_platform.remediation.model import Ending, Incident, Signal, State
 from ops_platform.remediation.playbook import Context, Done
 from ops_platform.remediation.rules import (
     Decision,
+    Unresolved,
     bounds,
     failure_domain,
     needs_approval,
@@ -112,35 +113,30 @@ class Worker:
                 return incident
 
     def _step(self, incident: Incident) -> Incident:
-        now = self.clock.now()
-        match incident.state:
-            case State.OPEN | State.SUPPRESSED | State.WAITING:
-                if incident.state is State.SUPPRESSED and incident.retry_at and now < incident.retry_at:
-                    return incident
-                return self._guarded(incident, self._consider)
-            case State.APPLYING:
-                return self._guarded(incident, self._resume)
-            case State.VERIFYING:
-                return self._guarded(incident, self._verify)
-            case State.HELD:
-                if incident.undo_at is None or now < incident.undo_at:
-                    return incident
-                return self._move(incident, State.UNDOING, "it was meant for a time, and the time is over")
-            case State.UNDOING:
-                return self._guarded(incident, self._undo)
-            case State.OBSERVED | State.ESCALATED | State.CLOSED:
-                return incident
+        steps: Mapping[State, Callable[[Incident, Decision], Incident]] = {
+            State.OPEN: self._consider,
+            State.SUPPRESSED: self._consider,
+            State.WAITING: self._consider,
+            State.APPLYING: self._resume,
+            State.VERIFYING: self._verify,
+            State.UNDOING: self._undo,
+        }
+        if incident.state is State.HELD and incident.undo_at is not None and self.clock.now() >= incident.undo_at:
+            return self._move(incident, State.UNDOING, "it was meant for a time, and the time is over")
+        early = incident.state is State.SUPPRESSED and incident.retry_at and self.clock.now() < incident.retry_at
+        if early or incident.state not in steps:
+            return incident
+        return self._guarded(incident, steps[incident.state])
 
     def _guarded(self, incident: Incident, step: Callable[[Incident, Decision], Incident]) -> Incident:
         """A step with its rule and playbook; where these cannot be found any more, people have to look."""
         try:
             decision = resolve(self.access.inventory, rule_named(self.access.inventory, incident.rule), incident.signal)
-            problem = decision.problem
         except OpsError as error:
-            decision, problem = None, str(error)
-        if decision is None or problem is not None:
-            return self._escalate(incident, problem or "the rule cannot be resolved")
-        return step(incident, decision)
+            return self._escalate(incident, str(error))
+        return (
+            self._escalate(incident, decision.problem) if isinstance(decision, Unresolved) else step(incident, decision)
+        )
 
     # Looking
 
@@ -160,16 +156,17 @@ class Worker:
             approval = self.store.decision(incident)
             if approval is not None and approval.decision == "refuse":
                 return self.store.close(incident, Ending.REFUSED, f"refused by {approval.who}", actor=approval.who)
-            if approval is not None and approval.expires_at <= now:
-                approval = None
         return self._plan_and_apply(
-            incident, decision, approved=approval.digest if approval else None, approver=approval.who if approval else None
+            incident,
+            decision,
+            approved=approval.digest if approval else None,
+            approver=approval.who if approval else None,
         )
 
     def _plan_and_apply(
         self, incident: Incident, decision: Decision, *, approved: str | None, approver: str | None
     ) -> Incident:
-        action = _Fenced(decision.playbook.action(self.context(incident, decision)), self, incident)  # type: ignore[union-attr]
+        action = _Fenced(decision.playbook.action(self.context(incident, decision)), self, incident)
         rulings = self.guards(incident, decision, approver)
         try:
             result = run_action(
@@ -201,9 +198,9 @@ class Worker:
         refusing = {ruling.guard for ruling in result.refusals}
         if refusing and refusing <= _PEOPLE:
             if incident.state is State.WAITING and incident.digest == result.plan.digest:
-                decided = self.store.decision(incident)
-                if decided is None or decided.at < incident.updated_at:
+                if self.store.decision(incident) is None:
                     return incident
+                self.store.void(incident)
             return self._move(
                 incident, State.WAITING, f"{_said(result.refusals)}: {_summary(result.plan)}", rulings=rulings,
                 retry_at=None, **plan,
@@ -229,8 +226,6 @@ class Worker:
 
     def guards(self, incident: Incident, decision: Decision, approver: str | None) -> list[Guard]:
         rule, subject, whole = decision.rule, decision.subject, remediation_of(self.access.inventory)
-        assert subject is not None
-        assert decision.playbook is not None
         context, book = self.context(incident, decision), decision.playbook
         required, why = needs_approval(rule, subject)
         windows = subject.maintenance_windows
@@ -243,7 +238,8 @@ class Worker:
             LegalHold(subject.legal_hold),
             g.NoFreeze(whole.freezes, subject.environment),
             g.HealthyPeers(
-                lambda: book.peers(context), rule.min_healthy if rule.min_healthy is not None else book.min_healthy(context)
+                lambda: book.peers(context),
+                rule.min_healthy if rule.min_healthy is not None else book.min_healthy(context),
             ),
             _Limits(rule),
             Approval(required, why),
@@ -258,7 +254,6 @@ class Worker:
     def _admit(self, action: _Fenced, decision: Decision, case: Case, guards: Sequence[Guard]) -> Sequence[Ruling]:
         """Claim what is scarce; with the claim the incident is APPLYING."""
         incident, rule = action.incident, decision.rule
-        assert decision.subject is not None
         limits, now = bounds(self.access.inventory, rule), self.clock.now()
         claim = Claim(
             incident.id, incident.attempts + 1, rule.id, decision.subject.id, failure_domain(decision.subject),
@@ -286,9 +281,7 @@ class Worker:
             self.store.end_claim(incident, helped=True)  # nothing was tried: that is no bad end of the playbook
             return self._move(incident, State.SUPPRESSED, left, retry_at=self.clock.now() + _SOONEST)
         reason = f"{_summary(result.plan)}: {result.status.value}"
-        return self._move(
-            incident, State.VERIFYING, reason, deadline=self.clock.now() + decision.rule.verify.within
-        )
+        return self._move(incident, State.VERIFYING, reason, deadline=self.clock.now() + decision.rule.verify.within)
 
     def _after_failure(self, incident: Incident, decision: Decision, why: str) -> Incident:
         if incident.touched and decision.rule.undo == "auto" and self._undoing(incident, decision) is not None:
@@ -298,12 +291,10 @@ class Worker:
 
     def _resume(self, incident: Incident, decision: Decision) -> Incident:
         """Somebody was killed while applying. What is left of the very plan that was admitted is brought to its end."""
-        action = _Rest(decision.playbook.action(self.context(incident, decision)), self, incident)  # type: ignore[union-attr]
+        action = _Rest(decision.playbook.action(self.context(incident, decision)), self, incident)
         guards: list[Guard] = [ModeGuard(Mode.ENFORCE, "the plan that was admitted"), g.NotPaused(self.store.paused)]
         try:
-            result = run_action(
-                action, ledger=self.store.ledger, guards=guards, actor=self.actor, clock=self.clock
-            )
+            result = run_action(action, ledger=self.store.ledger, guards=guards, actor=self.actor, clock=self.clock)
         except OpsError as error:
             return self._after_failure(action.incident, decision, f"it was interrupted, and cannot go on: {error}")
         if result.status is Status.NOTHING:
@@ -327,7 +318,9 @@ class Worker:
                 return self._helped(incident, decision, said)
             if found is Measured.WORSE or self.clock.now() >= deadline:
                 break
-            self.clock.sleep(min(rule.verify.every, max(deadline - self.clock.now(), timedelta(seconds=1))).total_seconds())
+            self.clock.sleep(
+                min(rule.verify.every, max(deadline - self.clock.now(), timedelta(seconds=1))).total_seconds()
+            )
         self.store.end_claim(incident, helped=False)
         if found is Measured.UNKNOWN:
             return self._escalate(incident, f"whether it helped is not known: {said}", helped=False)
@@ -353,10 +346,12 @@ class Worker:
 
     def _helped(self, incident: Incident, decision: Decision, said: str) -> Incident:
         self.store.end_claim(incident, helped=True)
-        after = decision.playbook.undo_after(self.context(incident, decision)) if decision.playbook else None
+        after = decision.playbook.undo_after(self.context(incident, decision))
         if after is not None:
             until = self.clock.now() + after
-            return self._move(incident, State.HELD, f"it helped ({said}); undone at {until:%Y-%m-%d %H:%M} UTC", undo_at=until)
+            return self._move(
+                incident, State.HELD, f"it helped ({said}); undone at {until:%Y-%m-%d %H:%M} UTC", undo_at=until
+            )
         return self.store.close(incident, Ending.HELPED, f"it helped: {said}", actor=self.actor, deadline=None)
 
     # Undoing
@@ -367,7 +362,7 @@ class Worker:
             for entry in incident.outcomes
             if entry.get("outcome") in ("applied", "begun", "failed")
         ]
-        if not done or decision.playbook is None:
+        if not done:
             return None
         return decision.playbook.undo(self.context(incident, decision), done)
 
@@ -376,8 +371,9 @@ class Worker:
         if action is None:
             return self._escalate(incident, "there is no way to undo it: look at what stands")
         if pause := self.store.paused():
-            return self._escalate(incident, f"the undo is paused by {pause.who} ({pause.why}): undo it by hand or later")
-        planned = incident.undo_at is not None and self.clock.now() >= incident.undo_at
+            return self._escalate(
+                incident, f"the undo is paused by {pause.who} ({pause.why}): undo it by hand or later"
+            )
         try:
             result = run_action(
                 _Fenced(action, self, incident, wanted=False), ledger=self.store.ledger, actor=self.actor, clock=self.clock,
@@ -387,18 +383,25 @@ class Worker:
             return self._escalate(incident, f"the undo failed: {error}")
         if not result.ok:
             return self._escalate(incident, f"the undo is not complete ({result.status.value}): {_failures(result)}")
-        if planned:
+        return self._undone(incident)
+
+    def _undone(self, incident: Incident) -> Incident:
+        if incident.undo_at is not None and self.clock.now() >= incident.undo_at:
             return self.store.close(incident, Ending.HELPED, "it helped, and was undone as planned", actor=self.actor)
-        if incident.signal_ended_at is not None or incident.ending is not None:
+        if incident.signal_ended_at is not None:
             return self.store.close(incident, Ending.UNDONE, "undone", actor=self.actor)
         return self._escalate(incident, f"undone. Before that: {incident.reason}")
 
     # Words and small steps
 
     def context(self, incident: Incident, decision: Decision) -> Context[Any]:
-        assert decision.subject is not None
         return Context(
-            self.access, decision.subject, decision.parameters, incident.id, incident.signal.starts_at, self.clock  # type: ignore[arg-type]
+            self.access,
+            decision.subject,
+            decision.parameters,
+            incident.id,
+            incident.signal.starts_at,
+            self.clock,
         )
 
     def _move(self, incident: Incident, to: State, reason: str, **fields: Any) -> Incident:
@@ -438,7 +441,9 @@ class _Fenced:
         if pause is not None:
             return Applied(Outcome.REFUSED, f"everything is paused by {pause.who}: {pause.why}")
         if self._wanted:
-            case = Case(Plan(self.name, self.target_id, (change,), self.worker.clock.now()), None, self.worker.clock.now())
+            case = Case(
+                Plan(self.name, self.target_id, (change,), self.worker.clock.now()), None, self.worker.clock.now()
+            )
             ruling = g.StillWanted(lambda: self.worker.eyes.look(self.incident)).rule(case)
             if not ruling.allows:
                 return Applied(Outcome.REFUSED, ruling.reason)
@@ -470,7 +475,7 @@ class _Rest(_Fenced):
 
     def plan(self) -> Plan:
         plan = self.inner.plan()
-        admitted = [change for change in (self.incident.plan or {}).get("changes", [])]
+        admitted = list((self.incident.plan or {}).get("changes", []))
         if any(change.as_json() not in admitted for change in plan.changes):
             raise RefusedError("what is left to do is not what was admitted", where=self.target_id)
         return plan
@@ -520,13 +525,17 @@ def _summary(plan: Plan) -> str:
 
 
 def _failures(result: ActionResult) -> str:
-    failed = [f"{change.object}: {applied.reason}" for change, applied in result.outcomes if applied.outcome is Outcome.FAILED]
-    checks = [f"{check.name}: {check.detail}" for check in result.verification.checks if check.holds is not True] if result.verification else []
+    failed = [
+        f"{change.object}: {applied.reason}" for change, applied in result.outcomes if applied.outcome is Outcome.FAILED
+    ]
+    checks = (
+        [f"{check.name}: {check.detail}" for check in result.verification.checks if check.holds is not True]
+        if result.verification
+        else []
+    )
     return "; ".join([*failed, *checks]) or result.status.value
 
 
 def proposer(rule: Rule) -> str:
     """Who proposes what a rule leads to: nobody who could approve it."""
     return f"rule {rule.id}"
-
-

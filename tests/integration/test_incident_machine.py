@@ -7,14 +7,20 @@ on. Never two actions of one incident at once, never a change without its record
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from ops_platform.errors import ConflictError, OpsError
 from ops_platform.remediation.machine import ALLOWED
@@ -36,12 +42,21 @@ BUDGET = 3
 class Machine(RuleBasedStateMachine):
     cluster: ClassVar[Cluster]
 
-    @initialize(approval=st.sampled_from(["never", "always"]), book=st.sampled_from(["toy.switch_off", "toy.switch_off_for_good"]))
+    @initialize(
+        approval=st.sampled_from(["never", "always"]),
+        book=st.sampled_from(["toy.switch_off", "toy.switch_off_for_good"]),
+    )
     def begin(self, approval: str, book: str) -> None:
         self.stack = contextlib.ExitStack()
-        rule_ = a_rule(approval=approval, playbook=book, cooldown="0s", budget={"count": BUDGET, "per": "1d"}, max_attempts=2)
+        rule_ = a_rule(
+            approval=approval, playbook=book, cooldown="0s", budget={"count": BUDGET, "per": "1d"}, max_attempts=2
+        )
         self.engine = Engine(
-            self.cluster, fresh_database(self.cluster, self.stack), [rule_], breaker={"failures": 100}, budget={"count": 50, "per": "1h"}
+            self.cluster,
+            fresh_database(self.cluster, self.stack),
+            [rule_],
+            breaker={"failures": 100},
+            budget={"count": 50, "per": "1h"},
         )
         self.stack.callback(self.engine.close)
         self.paused_switches: int | None = None
@@ -58,6 +73,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=st.sampled_from(["a", "b"]))
     def fires(self, which: str) -> None:
         self.engine.lamps.put("lamp", "on")
+        self.engine.clock.at += timedelta(seconds=1)  # what ended and fires again began later
         incident = self.engine.fire(a_signal(which, at=self.engine.clock.now()))
         self.versions.setdefault(incident.id, incident.version)
 
@@ -65,7 +81,12 @@ class Machine(RuleBasedStateMachine):
     def ends(self, which: str) -> None:
         self.engine.end(which)
 
-    @rule(number=st.integers(0, 1), kill=st.sampled_from([None, None, "before", "applied"]), helps=st.booleans(), stuck=st.booleans())
+    @rule(
+        number=st.integers(0, 1),
+        kill=st.sampled_from([None, None, "before", "applied"]),
+        helps=st.booleans(),
+        stuck=st.booleans(),
+    )
     def works(self, number: int, kill: str | None, helps: bool, stuck: bool) -> None:
         found = self.incidents()
         if not found:
@@ -167,12 +188,11 @@ class Machine(RuleBasedStateMachine):
 
 
 @pytest.fixture
-def toys(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def toys(monkeypatch: pytest.MonkeyPatch) -> None:
     from ops_platform.remediation import playbook as playbook_module
 
     made = {"toy.switch_off": SwitchOff(), "toy.switch_off_for_good": SwitchOffForGood()}
     monkeypatch.setattr(playbook_module, "playbooks", lambda: made)
-    yield
 
 
 @pytest.mark.timeout(600)

@@ -168,7 +168,11 @@ def test_an_incident_that_nothing_solves_is_given_to_people(new_engine: NewEngin
         ({"min_healthy": 1}, lambda e: None, "healthy peers"),
         ({"firing_for": "5m"}, lambda e: None, "firing for"),
         ({"maintenance": "inside"}, lambda e: None, "maintenance window"),
-        ({"max_changes": 1, "parameters": {"lamps": ["lamp", "other"]}}, lambda e: e.lamps.put("other", "on"), "limits"),
+        (
+            {"max_changes": 1, "parameters": {"lamps": ["lamp", "other"]}},
+            lambda e: e.lamps.put("other", "on"),
+            "limits",
+        ),
     ],
 )
 def test_a_guard_that_refuses_puts_it_off_and_says_why(
@@ -487,7 +491,9 @@ def test_the_same_signals_read_again_change_nothing(new_engine: NewEngine) -> No
     assert len(first.opened) == 3
     assert second.opened == ()
     assert engine.kinds() == before
-    assert len(engine.store.history(engine.clock.now() - timedelta(days=1), engine.clock.now() + timedelta(days=1))) == 3
+    assert (
+        len(engine.store.history(engine.clock.now() - timedelta(days=1), engine.clock.now() + timedelta(days=1))) == 3
+    )
 
 
 def test_an_alert_that_is_not_there_has_ended_only_when_all_were_heard(new_engine: NewEngine) -> None:
