@@ -1,0 +1,420 @@
+"""Alertmanager: what fires, as signals, from all members of a cluster (https://github.com/prometheus/alertmanager, API v2).
+
+Prometheus sends each alert to every member; the members tell each other of silences and notifications, and not of alerts. So a
+member that has just restarted without its state lists less than it should until Prometheus has sent again, and one that Prometheus
+does not reach lists less still. Hence the rule of a poll:
+
+- What any member lists fires: the union counts. Of one fingerprint, `startsAt` is the earliest of all (as Alertmanager itself merges),
+  annotations and link are those of the newest `updatedAt`, and silenced or inhibited holds where one member says so.
+- A member lists what has not ended by its own clock; `endsAt` is only when it would give up without hearing again, and differs
+  between members. So whatever is listed fires, and nothing else says that an alert has ended than a complete poll without it.
+- A poll is complete when every member has answered well and one of them at least has been up for `SETTLED_AFTER`.
+- A member that is away, or whose answer is not what the API promises, is noted; where all are, the poll is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar, cast
+
+from ops_platform.clients.http import Answer, BadAnswerError, HttpApi
+from ops_platform.clock import SYSTEM_CLOCK, Clock
+from ops_platform.errors import OpsError, UnreachableError
+from ops_platform.inventory.matchers import AlertMatcher, all_match
+from ops_platform.inventory.systems import AlertmanagerSystem
+from ops_platform.remediation.model import Signal
+
+T = TypeVar("T")
+
+# Prometheus sends a firing alert again after a minute (--rules.alert.resend-delay) at the next evaluation of its rule.
+SETTLED_AFTER = timedelta(minutes=5)
+BUDGET = 10.0  # seconds
+LARGEST = 64 << 20
+ABSENT = "WatchdogAbsent"
+# Each state is asked for, so that a silence that was set later is seen as such and not as an end.
+_ALL = (("active", "true"), ("silenced", "true"), ("inhibited", "true"), ("unprocessed", "true"))
+_REMEDY = "check that `urls` are Alertmanagers (API v2), and what stands in front of them"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One Alertmanager as it answered. `alerts`: how many it listed. `up_for`: by its own clock; None where it did not say."""
+
+    url: str
+    alerts: int = 0
+    up_for: timedelta | None = None
+    failure: OpsError | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "url": self.url,
+            "alerts": self.alerts,
+            "up_for_seconds": self.up_for.total_seconds() if self.up_for is not None else None,
+            "error": self.failure.what if self.failure is not None else None,
+        }
+
+
+@dataclass(frozen=True)
+class Polled:
+    """What fires. `complete`: what is not among `signals` has ended; otherwise its absence says nothing."""
+
+    signals: list[Signal]
+    members: tuple[Member, ...]
+    complete: bool
+
+    @property
+    def away(self) -> tuple[Member, ...]:
+        return tuple(member for member in self.members if member.failure is not None)
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """One alert of one member. `updated_at` as it was written: texts of one format compare as their times do."""
+
+    signal: Signal
+    updated_at: str
+
+
+class Alertmanager:
+    """The members of one cluster. Safe for threads. Every method raises OpsError, and never takes no answer for an empty one."""
+
+    def __init__(
+        self,
+        system_id: str,
+        members: Sequence[HttpApi],
+        *,
+        largest: int = LARGEST,
+        settled_after: timedelta = SETTLED_AFTER,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self.system_id = system_id
+        self._members = tuple(members)
+        self._largest = largest
+        self._settled_after = settled_after
+        self._clock = clock
+
+    def close(self) -> None:
+        for member in self._members:
+            member.close()
+
+    def poll(self, budget: float = BUDGET) -> Polled:
+        """All that fires, silenced and inhibited alerts too, within `budget` seconds."""
+        return self._poll((), budget)
+
+    def _poll(self, filters: Sequence[str], budget: float) -> Polled:
+        now = self._clock.now()
+        query = [*_ALL, *(("filter", one) for one in filters)]
+
+        def ask(api: HttpApi, left: Callable[[], float]) -> tuple[dict[str, _Listed], timedelta | None]:
+            answer = api.get("/api/v2/alerts", query, timeout=left(), largest=self._largest)
+            return read_alerts(answer, now), self._up_for(api, left())
+
+        asked = self._ask_all(ask, budget)
+        members = tuple(
+            Member(api.url, failure=found) if isinstance(found, OpsError) else Member(api.url, len(found[0]), found[1])
+            for api, found in asked
+        )
+        lists = [found[0] for _, found in asked if not isinstance(found, OpsError)]
+        settled = any(member.up_for is not None and member.up_for >= self._settled_after for member in members)
+        complete = settled and all(member.failure is None for member in members)
+        return Polled(merge(lists, self.system_id), members, complete)
+
+    def _ask_all(
+        self, ask: Callable[[HttpApi, Callable[[], float]], T], budget: float
+    ) -> list[tuple[HttpApi, T | OpsError]]:
+        """Every member at once, each in a thread that nobody waits for beyond the budget. Raises where none answered well."""
+        until = self._clock.monotonic() + budget
+        answers: queue.SimpleQueue[tuple[int, T | OpsError]] = queue.SimpleQueue()
+
+        def left() -> float:
+            return max(until - self._clock.monotonic(), 0.001)
+
+        def one(number: int) -> None:
+            try:
+                answers.put((number, ask(self._members[number], left)))
+            except OpsError as error:
+                answers.put((number, error))
+            except BaseException as error:  # noqa: BLE001 - a thread that dies in silence would read as "did not answer"
+                answers.put(
+                    (number, OpsError(f"{type(error).__name__} while it was asked", where=self._members[number].host))
+                )
+
+        for number in range(len(self._members)):
+            threading.Thread(target=one, args=(number,), name=f"alertmanager-{number}", daemon=True).start()
+        found: dict[int, T | OpsError] = {}
+        while len(found) < len(self._members):
+            try:
+                number, answer = answers.get(timeout=left())
+            except queue.Empty:
+                break
+            found[number] = answer
+        late = [UnreachableError(f"no answer within {budget:g} s", where=api.host) for api in self._members]
+        asked = [(api, found.get(number, late[number])) for number, api in enumerate(self._members)]
+        failures = [answer for _, answer in asked if isinstance(answer, OpsError)]
+        if len(failures) == len(asked):
+            raise self._nobody(failures)
+        return asked
+
+    def _nobody(self, failures: Sequence[OpsError]) -> OpsError:
+        said = "; ".join(f"{error.where}: {error.what}" if error.where else error.what for error in failures)
+        kind = type(failures[0]) if all(type(error) is type(failures[0]) for error in failures) else OpsError
+        return kind(
+            f"no Alertmanager of {self.system_id} gives its alerts: {said}", remedy=failures[0].remedy or _REMEDY
+        )
+
+    def _up_for(self, api: HttpApi, timeout: float) -> timedelta | None:
+        """By the member's own clock, in which the answer is dated. Whoever does not say it is not taken for settled."""
+        try:
+            answer = api.get("/api/v2/status", timeout=timeout)
+            started = datetime.fromisoformat(answer.json()["uptime"])
+            dated = answer.headers.get("date")
+            now = parsedate_to_datetime(dated) if dated else self._clock.now()
+            return max(now - started, timedelta(0))  # the date has whole seconds alone
+        except (OpsError, KeyError, TypeError, ValueError):
+            return None
+
+    # For guards and verification
+
+    def look(self, labels: Mapping[str, str], budget: float = BUDGET) -> Signal | None:
+        """The alert of exactly these labels as it is now; None where it has ended.
+
+        Raises UnreachableError where it is not listed and the poll was not complete: then nobody knows.
+        """
+        wanted = dict(labels)
+        polled = self._poll(_filters(wanted), budget)
+        found = next((signal for signal in polled.signals if signal.labels == wanted), None)
+        if found is None and not polled.complete:
+            raise self._unknown("whether this alert still fires cannot be said", polled.members)
+        return found
+
+    def is_silenced(self, labels: Mapping[str, str], budget: float = BUDGET) -> bool:
+        """By Alertmanager's own word where an alert of these labels fires; otherwise by the silences that are in force.
+
+        Raises UnreachableError where only members answered that have just started, which may have lost their silences.
+        """
+        wanted = dict(labels)
+        polled = self._poll(_filters(wanted), budget)
+        if any(signal.silenced for signal in polled.signals if signal.labels == wanted):
+            return True
+        if any(all_match(matchers, wanted) for matchers in self.silences(budget)):
+            return True
+        settled = any(member.up_for is not None and member.up_for >= self._settled_after for member in polled.members)
+        if not settled:
+            raise self._unknown("whether this is silenced cannot be said", polled.members)
+        return False
+
+    def silences(self, budget: float = BUDGET) -> list[tuple[AlertMatcher, ...]]:
+        """The matchers of each silence in force, of all members that answer. Raises BadAnswerError for one that we cannot read."""
+
+        def ask(api: HttpApi, left: Callable[[], float]) -> list[tuple[AlertMatcher, ...]]:
+            answer = api.get("/api/v2/silences", timeout=left(), largest=self._largest)
+            return read_silences(answer)
+
+        asked = self._ask_all(ask, budget)
+        lists = [found for _, found in asked if not isinstance(found, OpsError)]
+        return list(dict.fromkeys(one for found in lists for one in found))
+
+    def _unknown(self, what: str, members: Sequence[Member]) -> UnreachableError:
+        said = "; ".join(f"{m.url}: {m.failure.what if m.failure else _age(m.up_for)}" for m in members)
+        return UnreachableError(
+            f"{what}: {said}",
+            where=self.system_id,
+            remedy="every member has to answer, and one to have been up for a while",
+        )
+
+
+def _age(up_for: timedelta | None) -> str:
+    return "up for an unknown time" if up_for is None else f"up for {int(up_for.total_seconds())} s"
+
+
+def _filters(labels: Mapping[str, str]) -> list[str]:
+    """Fewer alerts to read. Names of the classic form alone: older members do not parse others. The rest is compared by us."""
+    return [
+        f"{name}={json.dumps(value, ensure_ascii=False)}"
+        for name, value in labels.items()
+        if re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", name) and value.isprintable()
+    ]
+
+
+# Reading
+
+
+def read_alerts(answer: Answer, seen_at: datetime) -> dict[str, _Listed]:
+    """The alerts by fingerprint. Raises BadAnswerError for anything but a list of well-formed alerts."""
+    items = _items(answer, "alerts")
+    found: dict[str, _Listed] = {}
+    try:
+        for item in items:
+            listed = _listed(item, seen_at)
+            found[listed.signal.fingerprint] = listed
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadAnswerError(
+            f"alert {len(found) + 1} of {len(items)} is not well-formed: {_why(error)}",
+            where=answer.where,
+            remedy=_REMEDY,
+        ) from None
+    return found
+
+
+def _items(answer: Answer, what: str) -> list[Any]:
+    items = answer.json()
+    if not isinstance(items, list):
+        raise BadAnswerError(f"the answer is no list of {what}", where=answer.where, remedy=_REMEDY)
+    return cast("list[Any]", items)
+
+
+def _listed(item: dict[str, Any], seen_at: datetime) -> _Listed:
+    labels, annotations, status = item["labels"], item["annotations"], item["status"]
+    fingerprint, updated_at, link = item["fingerprint"], item["updatedAt"], item.get("generatorURL")
+    silenced, inhibited = status["silencedBy"], status["inhibitedBy"]
+    _moment(item["endsAt"])
+    _moment(updated_at)
+    _expect(_texts(labels) and bool(labels), "labels")
+    _expect(_texts(annotations), "annotations")
+    _expect(isinstance(fingerprint, str) and bool(fingerprint), "fingerprint")
+    _expect(link is None or isinstance(link, str), "generatorURL")
+    _expect(isinstance(silenced, list), "silencedBy")
+    _expect(isinstance(inhibited, list), "inhibitedBy")
+    _expect(status["state"] in _STATES, "state")
+    signal = Signal(
+        "alertmanager",
+        fingerprint,
+        labels.get("alertname", ""),
+        labels,
+        _moment(item["startsAt"]),
+        seen_at,
+        annotations=annotations,
+        silenced=bool(silenced),
+        inhibited=bool(inhibited),
+        link=link or None,
+    )
+    return _Listed(signal, updated_at)
+
+
+_STATES = frozenset({"active", "suppressed", "unprocessed"})
+
+
+def _expect(fulfilled: bool, name: str) -> None:
+    if not fulfilled:
+        raise ValueError(name)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        type(key) is str and type(text) is str for key, text in cast("dict[Any, Any]", value).items()
+    )
+
+
+def _moment(text: Any) -> datetime:
+    at = datetime.fromisoformat(text)
+    if at.tzinfo is None:
+        raise ValueError(f"{text} has no zone")
+    return at
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"{error.args[0]} is missing"
+    return f"{error}"[:100] if isinstance(error, ValueError) else "a value of the wrong type"
+
+
+def read_silences(answer: Answer) -> list[tuple[AlertMatcher, ...]]:
+    """Those in force. Raises BadAnswerError."""
+    try:
+        return [
+            tuple(_matcher(one) for one in item["matchers"])
+            for item in _items(answer, "silences")
+            if item["status"]["state"] == "active"
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadAnswerError(f"a silence cannot be read: {_why(error)}", where=answer.where, remedy=_REMEDY) from None
+
+
+def _matcher(item: Mapping[str, Any]) -> AlertMatcher:
+    name, value, regex, equal = item["name"], item["value"], item["isRegex"], item.get("isEqual", True)
+    _expect(
+        isinstance(name, str) and isinstance(value, str) and isinstance(regex, bool) and isinstance(equal, bool),
+        "matcher",
+    )
+    if not regex:
+        return AlertMatcher(name, "=" if equal else "!=", value)
+    try:
+        return AlertMatcher(name, "=~" if equal else "!~", value, re.compile(value))
+    except re.error:
+        raise ValueError(f"a regular expression that Python does not know, for {name}") from None
+
+
+# Merging
+
+
+def merge(lists: Sequence[Mapping[str, _Listed]], where: str) -> list[Signal]:
+    """One signal for each fingerprint, in the order of fingerprints. Raises BadAnswerError where two mean different labels by one."""
+    merged: dict[str, _Listed] = {}
+    for listed in lists:
+        for fingerprint, one in listed.items():
+            there = merged.get(fingerprint)
+            merged[fingerprint] = one if there is None else _merged(there, one, where)
+    return [merged[fingerprint].signal for fingerprint in sorted(merged)]
+
+
+def _merged(one: _Listed, other: _Listed, where: str) -> _Listed:
+    a, b = one.signal, other.signal
+    if a.labels != b.labels:
+        raise BadAnswerError(
+            f"two members mean different alerts by the fingerprint {a.fingerprint}", where=where, remedy=_REMEDY
+        )
+    newer = other if _moment(other.updated_at) > _moment(one.updated_at) else one
+    signal = replace(
+        newer.signal,
+        starts_at=min(a.starts_at, b.starts_at),
+        silenced=a.silenced or b.silenced,
+        inhibited=a.inhibited or b.inhibited,
+    )
+    return _Listed(signal, newer.updated_at)
+
+
+# The watchdog
+
+
+def sees_watchdog(system: AlertmanagerSystem, polled: Polled) -> bool:
+    """Silenced or not: it arrives."""
+    return system.watchdog is not None and any(all_match(system.watchdog.match, one.labels) for one in polled.signals)
+
+
+def watchdog_signal(
+    system: AlertmanagerSystem, polled: Polled | None, last_seen: datetime, now: datetime
+) -> Signal | None:
+    """A signal where the alert that must always fire has not been seen for `absent_for`; None where all is well, or not yet known.
+
+    `polled` is None for a poll that failed: the alert was neither seen nor missed then, and where no poll has got through for
+    `absent_for`, that is such an incident too. The caller keeps `last_seen`: `now` whenever `sees_watchdog` says so, and at the first
+    poll of all and the first one after a pause of its own, since from then on we look for it. The signal keeps one fingerprint, and
+    one beginning for each absence: the moment when the alert was last seen.
+    """
+    if system.watchdog is None or (polled is not None and sees_watchdog(system, polled)):
+        return None
+    if now - last_seen <= system.watchdog.absent_for:
+        return None
+    matchers = ", ".join(str(matcher) for matcher in system.watchdog.match)
+    since = last_seen.astimezone(UTC).isoformat(timespec="seconds")
+    why = (
+        f"no Alertmanager of {system.id} has given its alerts since {since}"
+        if polled is None
+        else f"the alert {{{matchers}}} has not arrived since {since}: Prometheus, its rules or the way from it are broken"
+    )
+    return Signal(
+        "watchdog",
+        f"watchdog/{system.id}",
+        ABSENT,
+        {"alertname": ABSENT, "alertmanager": system.id, "environment": system.environment},
+        last_seen,
+        now,
+        annotations={"summary": "alerting itself is broken", "description": why},
+    )
