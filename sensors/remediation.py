@@ -42,6 +42,9 @@ def _alerts(job: Any) -> dg.SensorDefinition:
                 context.log.error(text)
             if taken.left:
                 context.log.warning(f"{taken.left} more have their turn in the next tick")
+            if taken.failed:
+                # What was opened goes on by the sensor `incidents`; here it must be seen that alerts were not.
+                raise dg.Failure("; ".join(taken.failed))
             return _result(taken.opened, None)
 
     return alerts

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from ops_platform.actions import Action, Applied, Change, Check, Outcome, Plan, Verification
 from ops_platform.clients.access import Access
+from ops_platform.clients.prometheus import Measured
 from ops_platform.errors import OpsError, UnreachableError
 from ops_platform.inventory import LoadedInventory
 from ops_platform.inventory.base import Strict
@@ -30,7 +31,7 @@ from ops_platform.remediation.model import Incident, Peers, Signal
 from ops_platform.remediation.playbook import Context, Done, Playbook
 from ops_platform.remediation.rules import resolve, rule_named, subject_id
 from ops_platform.remediation.store import Opening, Store
-from ops_platform.remediation.worker import Measured, Worker, proposer
+from ops_platform.remediation.worker import Worker, proposer
 from tests.rig import Cluster
 
 BEGIN = datetime(2026, 3, 1, 3, 0, tzinfo=UTC)

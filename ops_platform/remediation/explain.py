@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ops_platform.actions import Case, Plan, Ruling
 from ops_platform.actions.guards import rule_all
+from ops_platform.clients.prometheus import Measured
 from ops_platform.errors import OpsError, UsageError
 from ops_platform.inventory.remediation import MetricCheck
 from ops_platform.remediation.claims import Claim, rule_on
 from ops_platform.remediation.model import Incident, Signal, State, incident_id
 from ops_platform.remediation.rules import Decision, Unresolved, bounds, decisions, failure_domain
 from ops_platform.remediation.store import Store
-from ops_platform.remediation.worker import Measured, Worker, proposer
+from ops_platform.remediation.worker import Worker, proposer
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access

@@ -57,10 +57,10 @@ class Signal:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Signal:
-        times = {name: datetime.fromisoformat(value[name]) for name in ("starts_at", "seen_at")}
-        ends = value.get("ends_at")
-        rest = {key: value[key] for key in value if key not in ("starts_at", "seen_at", "ends_at")}
-        return cls(**rest, **times, ends_at=datetime.fromisoformat(ends) if ends else None)
+        times = ("starts_at", "seen_at", "ends_at")
+        read = {name: datetime.fromisoformat(value[name]) if value[name] else None for name in times}
+        whole: dict[str, Any] = {**value, **read}
+        return cls(**whole)
 
 
 def _text(moment: datetime) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ops_platform.actions import (
@@ -32,6 +31,7 @@ from ops_platform.actions import (
     Verification,
     run_action,
 )
+from ops_platform.clients.prometheus import Measured
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import ConflictError, OpsError, RefusedError
 from ops_platform.inventory.base import Mode
@@ -58,15 +58,6 @@ if TYPE_CHECKING:
 
 _SOONEST, _LATEST = timedelta(seconds=30), timedelta(minutes=15)
 _PEOPLE = {"approval", "second person"}  # what a person can let through
-
-
-class Measured(StrEnum):
-    """What a metric says of the action."""
-
-    GOOD = "good"
-    NOT_YET = "not yet"
-    WORSE = "worse"
-    UNKNOWN = "unknown"  # no answer, or one that says nothing: never good
 
 
 class Eyes(Protocol):

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from ops_platform.clients.prometheus import Measured
 from ops_platform.errors import ConflictError, UnreachableError
 from ops_platform.remediation.intake import take
 from ops_platform.remediation.model import Ending, Peers, Signal, State
 from ops_platform.remediation.store import Store
-from ops_platform.remediation.worker import Measured
 from tests.remediation_rig import Engine, KilledError, a_rule, a_signal, new_engine
 
 __all__ = ["new_engine"]

@@ -23,7 +23,18 @@ LAYER = ("assets", "jobs", "schedules", "sensors")
 SPEAKS_DAGSTER = ("ops_platform.resources", "ops_platform.definitions", *LAYER)
 
 GROUND = ("errors", "clock")
-DOMAINS = ("access", "backup", "capacity", "events", "local", "recovery", "remediation", "reports", "retention", "security")
+DOMAINS = (
+    "access",
+    "backup",
+    "capacity",
+    "events",
+    "local",
+    "recovery",
+    "remediation",
+    "reports",
+    "retention",
+    "security",
+)
 RANK = dict.fromkeys(GROUND, 0) | {"inventory": 1, "clients": 2, "ledger": 3, "actions": 4} | dict.fromkeys(DOMAINS, 5)
 # What puts the domains together: modules that stand beside the rooms; the rest of `ops_platform/*.py` is of this kind.
 TOGETHER, ABOVE = 6, 7

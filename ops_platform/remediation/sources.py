@@ -1,0 +1,138 @@
+"""Where signals come from and where verification looks: the worker's eyes on the real systems, and the polls of the sensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+from ops_platform.clients.prometheus import Measured
+from ops_platform.errors import OpsError, UsageError
+from ops_platform.inventory.remediation import MetricCheck
+from ops_platform.inventory.systems import AlertmanagerSystem, PrometheusSystem
+from ops_platform.remediation.intake import Taken, take
+from ops_platform.remediation.model import Incident, Signal
+from ops_platform.remediation.rules import remediation_of
+from ops_platform.remediation.store import Store
+
+if TYPE_CHECKING:
+    from ops_platform.clients.access import Access
+
+_FRESH = timedelta(seconds=5)  # the guards of one plan ask several times: one poll is enough for them
+
+
+class Sources:
+    """The worker's eyes."""
+
+    def __init__(self, access: Access, store: Store) -> None:
+        self._access, self._store = access, store
+        self._last: dict[str, tuple[datetime, Signal | None]] = {}
+
+    def look(self, incident: Incident) -> Signal | None:
+        """The alert as its Alertmanagers have it now. An event does not end; a watchdog's absence ends when it is seen again."""
+        now, signal = self._store.clock.now(), incident.signal
+        known = self._last.get(incident.id)
+        if known is not None and timedelta(0) <= now - known[0] < _FRESH:
+            return known[1]
+        found = self._ask(signal)
+        self._last[incident.id] = (now, found)
+        return found
+
+    def _ask(self, signal: Signal) -> Signal | None:
+        if signal.source == "watchdog":
+            seen = self._store.last_seen(signal.fingerprint)
+            return signal if seen is None or seen <= signal.starts_at else None
+        if signal.source != "alertmanager":
+            return signal
+        systems = alertmanagers(self._access)
+        if not systems:
+            raise UsageError("the inventory names no Alertmanager any more", remedy="remediation.alertmanagers")
+        found: Signal | None = None
+        for system in systems:
+            one = self._access.alertmanager(system).look(signal.labels)
+            found = one or found
+        return found
+
+    def measure(self, check: MetricCheck, incident: Incident) -> tuple[Measured, str]:
+        try:
+            prometheus = self._access.prometheus(self._access.inventory.system(check.prometheus, PrometheusSystem))
+        except OpsError as error:
+            return Measured.UNKNOWN, str(error)
+        return prometheus.check(check, incident.subject, incident.signal.labels)
+
+
+def alertmanagers(access: Access) -> list[AlertmanagerSystem]:
+    names = remediation_of(access.inventory).alertmanagers
+    return [access.inventory.system(name, AlertmanagerSystem) for name in names]
+
+
+@dataclass(frozen=True)
+class Polls:
+    """A tick over all Alertmanagers. `failed`: those that did not give their alerts, each with its reason."""
+
+    taken: tuple[Taken, ...]
+    failed: tuple[str, ...]
+
+    @property
+    def opened(self) -> list[Incident]:
+        return [incident for taken in self.taken for incident in taken.opened]
+
+    @property
+    def left(self) -> int:
+        return sum(taken.left for taken in self.taken)
+
+    @property
+    def problems(self) -> list[str]:
+        return [problem for taken in self.taken for problem in taken.problems]
+
+
+def poll_alerts(access: Access, store: Store, *, budget: float) -> Polls:
+    """Poll each cluster of Alertmanagers, open and end incidents, keep an eye on the watchdogs.
+
+    A cluster that does not answer ends nothing and hides nothing: its watchdog's time runs, and the failure is in the result.
+    """
+    systems = alertmanagers(access)
+    taken: list[Taken] = []
+    failed: list[str] = []
+    for system in systems:
+        share = budget / len(systems)
+        try:
+            polled = access.alertmanager(system).poll(share)
+        except OpsError as error:
+            failed.append(f"{system.id}: {error}")
+            taken += _watchdog(access, store, system, None)
+            continue
+        # Of several clusters none alone says what has ended: their alerts have no mark of where they came from.
+        taken.append(take(store, access.inventory, polled.signals, complete=polled.complete and len(systems) == 1))
+        taken += _watchdog(access, store, system, polled)
+    return Polls(tuple(taken), tuple(failed))
+
+
+def _watchdog(access: Access, store: Store, system: AlertmanagerSystem, polled: object) -> list[Taken]:
+    from ops_platform.clients.alertmanager import Polled, sees_watchdog, watchdog_signal
+
+    if system.watchdog is None:
+        return []
+    now, name = store.clock.now(), f"watchdog/{system.id}"
+    known = polled if isinstance(polled, Polled) else None
+    if known is not None and sees_watchdog(system, known):
+        store.mark_seen(name, now)
+        return [_seen_again(access, store, name, now)]
+    last = store.last_seen(name)
+    if last is None:
+        store.mark_seen(name, now)  # from now on it is looked for
+        return []
+    signal = watchdog_signal(system, known, last, now)
+    return [take(store, access.inventory, [signal], complete=False)] if signal is not None else []
+
+
+def _seen_again(access: Access, store: Store, fingerprint: str, now: datetime) -> Taken:
+    """The absence has ended."""
+    from dataclasses import replace
+
+    ended = [
+        replace(signal, ends_at=now, seen_at=now)
+        for signal in store.firing("watchdog")
+        if signal.fingerprint == fingerprint
+    ]
+    return take(store, access.inventory, ended, complete=False) if ended else Taken()
