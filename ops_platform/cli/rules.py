@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ops_platform.cli.common import Commands, emit, json_option, opened
+from ops_platform.cli.common import Commands, emit, json_option, opened, parse_moment, stamp, table
 from ops_platform.errors import UsageError
+
+if TYPE_CHECKING:
+    from ops_platform.clients.access import Access
+    from ops_platform.remediation.model import Signal
 
 
 @click.group(cls=Commands)
@@ -62,3 +67,74 @@ def explain(file: Path, offline: bool, as_json: bool) -> None:
         click.echo("no rule is about it")
     for one in found:
         click.echo("\n".join(one.lines()))
+
+
+@rules.command()
+@click.option("--from", "since", required=True, metavar="TIME", help="From this moment on, with its zone.")
+@click.option("--to", "until", metavar="TIME", help="Until this moment; now by default.")
+@click.option(
+    "--rules",
+    "file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Another platform.yaml, whose rules are tried.",
+)
+@click.option(
+    "--prometheus",
+    "system",
+    metavar="ID",
+    help="Take the history of ALERTS from this Prometheus, and not what was recorded.",
+)
+@json_option
+def replay(since: str, until: str | None, file: Path | None, system: str | None, as_json: bool) -> None:
+    """Run the alerts and events of the past through the rules, in virtual time: what would have been done, suppressed, escalated.
+
+    Nothing is asked but the record, and nothing is changed.
+    """
+    from ops_platform.clock import SYSTEM_CLOCK
+    from ops_platform.inventory import load
+    from ops_platform.remediation.replay import Report
+    from ops_platform.remediation.replay import replay as run
+
+    begin = parse_moment(since, option="--from")
+    end = parse_moment(until, option="--to") if until else SYSTEM_CLOCK.now()
+    if end <= begin:
+        raise UsageError("--to lies before --from")
+    with opened() as access:
+        inventory = load(file).inventory if file else access.inventory
+        report = run(inventory, _past(access, system, begin, end), begin, end)
+    if as_json:
+        emit(Report, report)
+        return
+    click.echo(
+        f"{report.signals} signals, {report.unmatched} of them without a rule; {len(report.incidents)} incidents, {report.actions} actions"
+    )
+    sums = [
+        [rule, would, str(number)]
+        for rule, found in sorted(report.by_rule().items())
+        for would, number in sorted(found.items())
+    ]
+    table(sums, ["rule", "would have been", "times"])
+    rows = [
+        [stamp(one.began_at), one.rule, one.target, one.would.value, _short(one.why)] for one in report.incidents[-40:]
+    ]
+    click.echo()
+    table(rows, ["began", "rule", "target", "would have been", "why"])
+
+
+def _past(access: Access, system: str | None, since: datetime, until: datetime) -> list[Signal]:
+    from ops_platform.inventory.systems import PrometheusSystem
+    from ops_platform.ledger import Ledger
+    from ops_platform.remediation.replay import spans, step_of
+    from ops_platform.remediation.store import Store
+
+    if system is not None:
+        from ops_platform.clients.prometheus import alert_history
+
+        prometheus = access.prometheus(access.inventory.system(system, PrometheusSystem))
+        return alert_history(prometheus, since, until, step_of(since, until))
+    with Ledger(access.platform_db) as ledger:
+        return spans(Store(ledger).history(since, until))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:79]}…"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ops_platform.actions import (
@@ -207,7 +207,7 @@ class Worker:
     ) -> Incident:
         """Refused for now: looked at again sooner at first, later and later."""
         now = self.clock.now()
-        wait = min(max((now - incident.opened_at) / 4, _SOONEST), _LATEST)
+        wait = retry_after(incident.opened_at, now)
         shown = list(rulings or [ruling.as_json() for ruling in refusals])
         if incident.state is State.SUPPRESSED and _refusing(incident.rulings) == _refusing(shown):
             return self.store.put_off(incident, now + wait, shown)
@@ -525,6 +525,11 @@ def _failures(result: ActionResult) -> str:
         else []
     )
     return "; ".join([*failed, *checks]) or result.status.value
+
+
+def retry_after(opened_at: datetime, now: datetime) -> timedelta:
+    """How long a refused incident is left alone: soon at first, later and later."""
+    return min(max((now - opened_at) / 4, _SOONEST), _LATEST)
 
 
 def proposer(rule: Rule) -> str:
