@@ -10,7 +10,7 @@ import inspect
 import json
 import sys
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from enum import Enum
 from functools import cache
 from importlib import import_module
@@ -26,9 +26,12 @@ from pydantic_core import PydanticUndefined
 from ops_platform import errors
 from ops_platform.cli.main import COMMANDS, EXIT_CODES, cli
 from ops_platform.inventory import format_duration, values
+from ops_platform.inventory.matchers import AlertMatcher
 from ops_platform.inventory.model import BackupPolicy, Environment, Inventory, Target
 
 REFERENCE = Path(__file__).parent / "reference"
+# A command keeps the help option of the first context in which it was asked for: the one that `ops` gives it.
+HELP = cli.context_settings["help_option_names"]
 MADE = "<!-- Made by docs/generate.py from the code; `make docs` makes it anew. -->"
 
 
@@ -41,7 +44,7 @@ def commands() -> Iterator[tuple[tuple[str, ...], click.Command]]:
     def below(words: tuple[str, ...], command: click.Command) -> Iterator[tuple[tuple[str, ...], click.Command]]:
         yield words, command
         if isinstance(command, click.Group):
-            context = click.Context(command)
+            context = click.Context(command, help_option_names=HELP)
             for name in command.list_commands(context):
                 found = command.get_command(context, name)
                 assert found is not None
@@ -80,7 +83,7 @@ def _command(words: tuple[str, ...], command: click.Command) -> Iterator[str]:
     yield f"{'##' if len(words) < 3 else '###'} {' '.join(words)}"
     yield inspect.cleandoc(command.help or "")
     if not isinstance(command, click.Group) or len(words) == 1:
-        context = click.Context(command, info_name=" ".join(words))
+        context = click.Context(command, info_name=" ".join(words), help_option_names=HELP)
         yield f"```\n{context.get_usage().removeprefix('Usage: ')}\n```"
     rows = [_option(option) for option in command.params if isinstance(option, click.Option) and not option.hidden]
     if rows:
@@ -115,6 +118,8 @@ _NAMED: list[tuple[Any, str]] = [
     (values.Origin, "[address](#values)"),
     (values.Host, "[host](#values)"),
     (values.SecretRef, "[reference](#values)"),
+    (AlertMatcher, "[matcher](#values)"),
+    (datetime, "[moment](#values)"),
     (str, "text"),
     (int, "whole number"),
     (float, "number"),
@@ -148,6 +153,8 @@ what differs from it. `ops inventory show TARGET` prints a target with everythin
 | cron | Five fields: minute, hour, day, month, weekday. |
 | address | `https://host[:port]` without user and password; `local://NAME` is a server of the local stack. |
 | host | A name, an IPv4 or IPv6 address, a socket directory, or `local://NAME`. |
+| matcher | A condition on a label as Alertmanager writes it: `severity=~"page\\|ticket"`; `=`, `!=`, `=~`, `!~`. |
+| moment | A time with its zone, in quotes: `'2026-12-24T18:00:00+01:00'`. |
 | reference | Where a secret stands: `vault://MOUNT/PATH#FIELD`, `env://NAME`, `file:///path`. |
 
 A reference is resolved when the secret is used. `vault://` asks the first server under `vaults`. A file must be readable by its owner
@@ -242,7 +249,7 @@ def _size(value: int) -> str:
 def _yaml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return f"[{', '.join(value)}]" if isinstance(value, list) else str(value)
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
 
 
 def _words(annotation: Any) -> str:

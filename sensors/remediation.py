@@ -12,7 +12,7 @@ from ops_platform.errors import OpsError
 from ops_platform.inventory.model import Inventory
 from ops_platform.resources import PlatformResource
 
-ALERTS_EVERY = EVENTS_EVERY = INCIDENTS_EVERY = 30  # seconds, at least: Dagster's daemon looks at sensors no more often
+ALERTS_EVERY = INCIDENTS_EVERY = 30  # seconds, at least: Dagster's daemon looks at sensors no more often
 LOST_AFTER = 120.0  # seconds after which the run of a step is taken for lost when nobody works on it
 BUDGET = 20.0  # seconds of a tick, which Dagster ends after 60
 
@@ -24,7 +24,6 @@ def build_sensors(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.Sens
     made = [_incidents(jobs["remediate"])]
     if inventory.remediation.alertmanagers:
         made.append(_alerts(jobs["remediate"]))
-    made += [_events(jobs["remediate"], number) for number in range(len(inventory.remediation.events))]
     return made
 
 
@@ -48,24 +47,6 @@ def _alerts(job: Any) -> dg.SensorDefinition:
             return _result(taken.opened, None)
 
     return alerts
-
-
-def _events(job: Any, number: int) -> dg.SensorDefinition:
-    @dg.sensor(
-        name="events" if number == 0 else f"events_{number}", job=job, minimum_interval_seconds=EVENTS_EVERY,
-        default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Reads the topics from the cursor on, opens incidents, asks for a run for each: exactly once.",
-    )  # fmt: skip
-    def events(context: dg.SensorEvaluationContext, platform: PlatformResource) -> dg.SensorResult:
-        from ops_platform.remediation.sources import read_events
-
-        with platform.access() as access, _opened(access) as store:
-            read = read_events(access, store, number, cursor=context.cursor, budget=BUDGET)
-            for text in read.notes:
-                context.log.warning(text)
-            return _result(read.opened, read.cursor)
-
-    return events
 
 
 def _incidents(job: Any) -> dg.SensorDefinition:

@@ -27,10 +27,19 @@ if TYPE_CHECKING:
     import psycopg
     from psycopg.pq.abc import PGconn
 
+    from ops_platform.clients.alertmanager import Alertmanager
+    from ops_platform.clients.http import HttpApi
     from ops_platform.clients.keys import KeyService
     from ops_platform.clients.objectstore import ObjectStore
     from ops_platform.clients.postgres import Login, Member
+    from ops_platform.clients.prometheus import Prometheus
     from ops_platform.clients.vault import VaultSession
+    from ops_platform.inventory.systems import (
+        AlertmanagerSystem,
+        ElasticsearchSystem,
+        HttpEndpoint,
+        PrometheusSystem,
+    )
 
 
 T = TypeVar("T")
@@ -258,6 +267,46 @@ class Access:
 
         at = member or self.member(target, "primary")
         return connect_replication(self.login(target.connection, at.host), at.host, at.port)
+
+    # Other systems
+
+    def http(self, system: ElasticsearchSystem | PrometheusSystem | AlertmanagerSystem) -> tuple[HttpApi, ...]:
+        """Its HTTP API, once for each address."""
+        urls = (system.url,) if system.kind == "prometheus" else system.urls
+        scheme = "ApiKey" if system.kind == "elasticsearch" else "Bearer"
+        return tuple(self._http(f"{system.id} {url}", system.kind.capitalize(), system, url, scheme) for url in urls)
+
+    def _http(
+        self, name: str, what: str, endpoint: HttpEndpoint, url: str, scheme: Literal["Bearer", "ApiKey"] = "Bearer"
+    ) -> HttpApi:
+        from ops_platform.clients.http import HttpApi, Login
+
+        return self._once(
+            "http",
+            name,
+            lambda: HttpApi(
+                self.url(url),
+                what,
+                login=Login(endpoint.auth, self.secret, scheme),
+                ca=str(self.path(endpoint.ca)) if endpoint.ca else None,
+                timeout=endpoint.timeout.total_seconds(),
+                clock=self.clock,
+            ),
+        )
+
+    def alertmanager(self, system: AlertmanagerSystem) -> Alertmanager:
+        from ops_platform.clients.alertmanager import Alertmanager
+
+        return self._once(
+            "alertmanager",
+            system.id,
+            lambda: Alertmanager(system.id, self.http(system), largest=system.largest_answer, clock=self.clock),
+        )
+
+    def prometheus(self, system: PrometheusSystem) -> Prometheus:
+        from ops_platform.clients.prometheus import Prometheus
+
+        return self._once("prometheus", system.id, lambda: Prometheus(self.http(system)[0]))
 
     # Addresses
 

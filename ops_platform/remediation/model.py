@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Literal
-
-from ops_platform.ledger import canonical
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def incident_id(rule: str, fingerprint: str, starts_at: datetime, number: int = 
 
     `number`: how many incidents of this very signal were closed before.
     """
-    text = canonical([rule, fingerprint, _text(starts_at), number])
+    text = json.dumps([rule, fingerprint, _text(starts_at), number])
     return "i-" + base64.b32encode(hashlib.sha256(text.encode()).digest()).decode().lower()[:13]
 
 

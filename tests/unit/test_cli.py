@@ -41,7 +41,7 @@ def ops(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
 def commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     yield path
     if isinstance(command, click.Group):
-        context = click.Context(command)
+        context = click.Context(command, **main.cli.context_settings)
         for name in command.list_commands(context):
             found = command.get_command(context, name)
             assert found is not None, name
@@ -61,7 +61,7 @@ def test_every_command_has_help(path: tuple[str, ...]) -> None:
 
 def test_help_says_the_same_as_the_command_itself() -> None:
     """What stands in the table of lazy commands is the first sentence that each shows of itself, in spirit: none is empty."""
-    context = click.Context(main.cli)
+    context = click.Context(main.cli, **main.cli.context_settings)
     assert {name for name, *_ in (path for path in EVERY if len(path) == 1)} == set(main.COMMANDS)
     for name in main.COMMANDS:
         command = main.cli.get_command(context, name)

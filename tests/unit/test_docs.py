@@ -180,7 +180,7 @@ def _problem(line: str) -> str | None:
         return None
     words = shlex.split(line.replace("…", "").split(" > ")[0], comments=True)[1:]
     command: click.Command = cli
-    context = click.Context(cli, info_name="ops", resilient_parsing=True)
+    context = click.Context(cli, info_name="ops", resilient_parsing=True, **cli.context_settings)
     while isinstance(command, click.Group):
         try:
             command.parse_args(context, words)
