@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests import kafka_rig, prometheus_rig, redis_rig
+from tests import elasticsearch_rig, kafka_rig, prometheus_rig, redis_rig
 from tests.rig import Cluster, Ground, Platform, scratch
 
 # All tests of one of these run in one process: a second one would cost more than it wins.
-ONE_PROCESS = ("kafka_cluster",)
+ONE_PROCESS = ("kafka_cluster", "elasticsearch")
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
@@ -124,3 +124,10 @@ def kafka_cluster(three_brokers: kafka_rig.Kafka) -> kafka_rig.Kafka:
     """Three brokers, all of them alive when the test begins, whatever the one before has killed."""
     three_brokers.start()
     return three_brokers
+
+
+@pytest.fixture(scope="session")
+def elasticsearch() -> Iterator[elasticsearch_rig.Elasticsearch]:
+    """One node, which many tests use, each with indices of its own."""
+    with elasticsearch_rig.node() as made:
+        yield made

@@ -457,7 +457,7 @@ def _java(main: str, *args: str | Path) -> list[str]:
         missing(f"Java {maven.OLDEST}", "install a JDK, or name one in JAVA_HOME")
     if not maven.KAFKA.home().exists():
         missing("Apache Kafka", "make services installs it")
-    return [str(java), *_JVM, "-cp", maven.KAFKA.classpath(), main, *map(str, args)]
+    return [str(java), *_JVM, "-cp", maven.KAFKA.path(), main, *map(str, args)]
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from ops_platform.clients.postgres_binaries import RunAs
 from ops_platform.clients.processes import Process, spawn, stop
 from tests.rig import eventually, missing, scratch
 
@@ -39,6 +40,7 @@ class Daemon:
         log: Path,
         env: Mapping[str, str] | None = None,
         seconds: float = 60,
+        user: RunAs | None = None,
     ) -> None:
         self.name = name
         self.command = command
@@ -46,6 +48,7 @@ class Daemon:
         self.log = log
         self.env = env
         self.seconds = seconds
+        self.user = user
         self.process: Process | None = None
 
     @property
@@ -55,7 +58,7 @@ class Daemon:
     def spawn(self) -> None:
         """Without waiting: several may come up side by side."""
         assert not self.alive, f"{self.name} runs already"
-        self.process = spawn(self.command, self.log, env=self.env)
+        self.process = spawn(self.command, self.log, env=self.env, **(self.user.popen if self.user else {}))
 
     def wait(self) -> None:
         eventually(lambda: self._ready() or not self.alive, seconds=self.seconds, why=lambda: f"{self}")

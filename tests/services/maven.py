@@ -1,8 +1,9 @@
-"""Servers in Java, as jars out of a Maven repository: Apache Kafka.
+"""Servers in Java, as jars out of a Maven repository: Apache Kafka and Elasticsearch.
 
 Each has a folder below tests/services/java with `pom.xml`, which pins what is wanted, and `jars.sha256`, which says byte by
-byte what is accepted. Where the jars come from is the machine's business (Maven's settings). They are kept by version, and by
-the digest of that list, so that they are fetched once on a machine.
+byte what is accepted. Where the jars come from is the machine's business (Maven's settings). What lies in `src` of a server
+stands in for small parts of it that no repository has; it is compiled into `more.jar`. All is kept by version, and by the
+digest of those files, so that it is made once on a machine.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -50,18 +52,26 @@ class Server:
         pairs = (line.split("  ") for line in (self.folder / "jars.sha256").read_text().splitlines())
         return {name: digest for digest, name in pairs}
 
+    @property
+    def sources(self) -> list[Path]:
+        """Of `more.jar`, the manifest among them."""
+        return sorted((self.folder / "src").glob("*"))
+
     def home(self) -> Path:
         """Its jars; whole when it exists."""
-        digest = hashlib.sha256((self.folder / "jars.sha256").read_bytes()).hexdigest()
-        return cache_directory() / "java" / f"{self.name}-{self.version}-{digest[:12]}"
+        digest = hashlib.sha256()
+        for file in (self.folder / "jars.sha256", *self.sources):
+            digest.update(file.read_bytes())
+        return cache_directory() / "java" / f"{self.name}-{self.version}-{digest.hexdigest()[:12]}"
 
-    def classpath(self) -> str:
-        """Of the jars in the cache. In the order of their names, so that it is the same everywhere."""
-        return ":".join(str(self.home() / name) for name in sorted(self.jars))
+    def path(self, *without: str) -> str:
+        """Of the jars in the cache, without those whose names begin so. In the order of their names: the same everywhere."""
+        return ":".join(str(self.home() / name) for name in sorted(self.jars) if not name.startswith(without))
 
 
 KAFKA = Server("Apache Kafka", "kafka")
-SERVERS = (KAFKA,)
+ELASTICSEARCH = Server("Elasticsearch", "elasticsearch")
+SERVERS = (KAFKA, ELASTICSEARCH)
 
 
 def java() -> Path | None:
@@ -96,6 +106,7 @@ def ensure(server: Server) -> Outcome:
         with beside(home.parent) as work:
             fetch(mvn, server, work / "new")
             check(server, work / "new")
+            build(server, work)
             put(work, home, home.exists)
     except NotInstalledError as error:
         return skipped(server.thing, str(error))
@@ -134,3 +145,23 @@ def check(server: Server, folder: Path) -> None:
         raise NotInstalledError(f"{', '.join(other)} is not the jar that is expected (SHA-256 differs)")
     for file in folder.iterdir():
         file.chmod(0o644)
+
+
+def build(server: Server, work: Path) -> None:
+    """`new`/more.jar in `work`, from `src`; MANIFEST.MF there becomes its manifest."""
+    if not server.sources:
+        return
+    program, classes = java(), work / "classes"
+    assert program is not None
+    javac = program.resolve().with_name("javac")
+    if not javac.exists():
+        raise NotInstalledError(f"it takes a JDK: there is no {javac}")
+    command: list[str | Path] = [javac, "-d", classes, *(file for file in server.sources if file.suffix == ".java")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        raise NotInstalledError(f"javac failed: {' '.join(done.stderr.split())[:400]}")
+    with zipfile.ZipFile(work / "new" / "more.jar", "w") as jar:
+        jar.write(server.folder / "src" / "MANIFEST.MF", "META-INF/MANIFEST.MF")
+        for file in sorted(classes.rglob("*.class")):
+            jar.write(file, file.relative_to(classes))
+    (work / "new" / "more.jar").chmod(0o644)

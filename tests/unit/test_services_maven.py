@@ -48,7 +48,7 @@ def test_the_jars_are_fetched_once_and_readable_for_every_user(server: maven.Ser
     assert maven.ensure(server).state is State.INSTALLED
     (tmp_path / "bin" / "mvn").unlink()
     assert maven.ensure(server).state is State.FOUND
-    assert server.classpath() == f"{server.home()}/broker-1.0.jar:{server.home()}/library-2.0.jar"
+    assert server.path() == f"{server.home()}/broker-1.0.jar:{server.home()}/library-2.0.jar"
     assert {stat.S_IMODE(file.stat().st_mode) for file in server.home().iterdir()} == {0o644}
     assert stat.S_IMODE(server.home().stat().st_mode) == 0o755
     assert [path.name for path in server.home().parent.iterdir()] == [server.home().name]
