@@ -6,5 +6,6 @@ from typing import Any
 
 from ops_platform.remediation.playbook import Playbook
 from ops_platform.remediation.playbooks.postgres.sessions import CancelQuery, EndIdleSessions
+from ops_platform.remediation.playbooks.postgres.slots import DropInactiveSlot
 
-PLAYBOOKS: tuple[Playbook[Any], ...] = (EndIdleSessions(), CancelQuery())
+PLAYBOOKS: tuple[Playbook[Any], ...] = (EndIdleSessions(), CancelQuery(), DropInactiveSlot())
