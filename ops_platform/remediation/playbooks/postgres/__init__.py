@@ -7,5 +7,6 @@ from typing import Any
 from ops_platform.remediation.playbook import Playbook
 from ops_platform.remediation.playbooks.postgres.sessions import CancelQuery, EndIdleSessions
 from ops_platform.remediation.playbooks.postgres.slots import DropInactiveSlot
+from ops_platform.remediation.playbooks.postgres.vacuum import VacuumWraparound
 
-PLAYBOOKS: tuple[Playbook[Any], ...] = (EndIdleSessions(), CancelQuery(), DropInactiveSlot())
+PLAYBOOKS: tuple[Playbook[Any], ...] = (EndIdleSessions(), CancelQuery(), DropInactiveSlot(), VacuumWraparound())

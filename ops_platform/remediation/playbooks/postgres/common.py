@@ -207,3 +207,13 @@ def utc(moment: datetime | None) -> str | None:
 
 def refused(what: str, target: Target, remedy: str | None = None) -> RefusedError:
     return RefusedError(what, where=target.id, remedy=remedy)
+
+
+def databases(connection: psycopg.Connection[Any], patterns: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Databases that fit and that we may connect to; and those that fit and that we may not."""
+    rows = connection.execute(
+        "select datname, datallowconn and has_database_privilege(datname, 'CONNECT'), datistemplate and not datallowconn"
+        " from pg_database order by datname"
+    ).fetchall()
+    fitting = [(name, may) for name, may, closed in rows if fits(name, patterns) and not closed]
+    return [name for name, may in fitting if may], [name for name, may in fitting if not may]
