@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ops_platform.remediation.playbook import Playbook
+from ops_platform.remediation.playbooks.postgres.limits import RaiseLimit
 from ops_platform.remediation.playbooks.postgres.reindex import ReindexInvalid
 from ops_platform.remediation.playbooks.postgres.sessions import CancelQuery, EndIdleSessions
 from ops_platform.remediation.playbooks.postgres.slots import DropInactiveSlot
@@ -16,4 +17,5 @@ PLAYBOOKS: tuple[Playbook[Any], ...] = (
     DropInactiveSlot(),
     VacuumWraparound(),
     ReindexInvalid(),
+    RaiseLimit(),
 )
