@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ops_platform.remediation.playbook import Playbook
+from ops_platform.remediation.playbooks.postgres.archive import RebuildWalArchive
 from ops_platform.remediation.playbooks.postgres.limits import RaiseLimit
 from ops_platform.remediation.playbooks.postgres.reindex import ReindexInvalid
 from ops_platform.remediation.playbooks.postgres.sessions import CancelQuery, EndIdleSessions
@@ -18,4 +19,5 @@ PLAYBOOKS: tuple[Playbook[Any], ...] = (
     VacuumWraparound(),
     ReindexInvalid(),
     RaiseLimit(),
+    RebuildWalArchive(),
 )

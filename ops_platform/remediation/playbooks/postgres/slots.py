@@ -92,7 +92,7 @@ class DropSlotAction(PostgresAction[DropSlotParameters]):
     def plan(self) -> Plan:
         with self.session() as connection:
             need_roles(connection, {"pg_monitor": "to see the age of WAL files and which slots the standbys use"})
-            slots, missing = self._look(connection), _not_replicating(connection)
+            slots, missing = self._look(connection), not_replicating(connection)
         used, silent = self._used_by_standbys()
         reasons = {slot.name: self._why_not(slot, used, silent) for slot in slots}
         left = sorted((s for s in slots if reasons[s.name] is None), key=lambda s: (-(s.retained or 0), s.name))
@@ -110,7 +110,7 @@ class DropSlotAction(PostgresAction[DropSlotParameters]):
     def check(self, change: Change) -> Applied | None:
         with self.session() as connection:
             need_roles(connection, {"pg_monitor": "to see the age of WAL files and which slots the standbys use"})
-            if (missing := _not_replicating(connection)) is not None:
+            if (missing := not_replicating(connection)) is not None:
                 raise missing
             slots = [slot for slot in self._look(connection) if slot.name == change.object]
         if not slots:
@@ -213,12 +213,13 @@ class DropSlotAction(PostgresAction[DropSlotParameters]):
         return used, silent
 
 
-def _not_replicating(connection: psycopg.Connection[Any]) -> AccessDeniedError | None:
+def not_replicating(connection: psycopg.Connection[Any]) -> AccessDeniedError | None:
+    """What keeps us from making and dropping slots."""
     if one(connection, "select rolreplication or rolsuper from pg_roles where rolname = current_user"):
         return None
     ours = me(connection)
     return AccessDeniedError(
-        f"the role {ours} is without REPLICATION, which is needed to drop a slot",
+        f"the role {ours} is without REPLICATION, which is needed to make or drop a slot",
         remedy=f"as a superuser: ALTER ROLE {ours} REPLICATION",
     )
 
