@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests import elasticsearch_rig, kafka_rig, prometheus_rig, redis_rig
+from tests import elasticsearch_rig, kafka_rig, kube_rig, prometheus_rig, redis_rig
 from tests.rig import Cluster, Ground, Platform, scratch
 
 # All tests of one of these run in one process: a second one would cost more than it wins.
-ONE_PROCESS = ("kafka_cluster", "elasticsearch")
+ONE_PROCESS = ("kafka_cluster", "elasticsearch", "kube")
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
@@ -70,6 +70,13 @@ def new_platform(ground: Ground) -> Iterator[Callable[..., Platform]]:
     yield make
     for platform in made:
         platform.close()
+
+
+@pytest.fixture(scope="session")
+def kube() -> Iterator[kube_rig.Kube]:
+    """A Kubernetes control plane that many tests use, each in namespaces and on nodes of its own."""
+    with kube_rig.control_plane() as made:
+        yield made
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from ops_platform.clients.postgres_binaries import cache_directory, find_postgres
-from tests.services import debian, maven, npm
+from tests.services import debian, golang, maven, npm
 from tests.services.outcome import Outcome, State, found, skipped
 
 
@@ -32,6 +32,7 @@ def everything() -> list[Outcome]:
         *(npm.ensure(major, place) for major in npm.RELEASES),
         bundled(),
         *map(maven.ensure, maven.SERVERS),
+        golang.ensure(),
     ]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.services import debian, install, npm
+from tests.services import debian, golang, install, npm
 from tests.services.outcome import NotInstalledError, Outcome, State, found, skipped
 
 LINKS = [{"source": "native/lib/libpq.so.5.14", "target": "native/lib/libpq.so.5"}]
@@ -198,3 +198,74 @@ def test_no_service_is_started_by_a_package(tmp_path: Path, monkeypatch: pytest.
     policy.write_text("#!/bin/sh\nexit 0\n")
     debian.ensure([gone])
     assert policy.read_text() == "#!/bin/sh\nexit 0\n"
+
+
+# Go modules
+
+
+@pytest.fixture
+def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A `go` that builds by writing a file and "downloads" a module from the disk; it notes its arguments in go.log."""
+    crds = tmp_path / "module" / "manifests" / "crds"
+    crds.mkdir(parents=True)
+    (crds / "rollout-crd.yaml").write_text("kind: CustomResourceDefinition\n")
+    (crds / "kustomization.yaml").write_text("kind: Kustomization\n")
+    (tmp_path / "answer.json").write_text(json.dumps({"Dir": str(tmp_path / "module"), "Sum": golang.ROLLOUTS_SUM}))
+    program = tmp_path / "bin" / "go"
+    program.parent.mkdir()
+    program.write_text(f"""#!/bin/sh
+echo "$@" >> {tmp_path}/go.log
+[ "$1" = mod ] && exec cat {tmp_path}/answer.json
+while [ "$1" != -o ]; do shift; done
+echo built > "$2"
+""")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("OPS_CACHE_DIR", str(tmp_path / "cache"))
+    return program
+
+
+def test_what_go_built_is_kept_and_not_built_again(go: Path) -> None:
+    home = golang.kube_home()
+    assert [golang.ensure().state, golang.ensure().state] == [State.INSTALLED, State.FOUND]
+    assert names(home) == ["crds", "kube"]
+    assert names(home / "crds") == ["rollout-crd.yaml"]
+    calls = (go.parents[1] / "go.log").read_text().splitlines()
+    assert [call.split()[0] for call in calls] == ["build", "mod"]
+    assert names(home.parent) == [".lock", home.name]
+
+
+def test_other_sources_are_another_build(go: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = golang.kube_home()
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    for name in golang.SOURCES:
+        (sources / name).write_bytes((golang.KUBE / name).read_bytes() + b"\n")
+    monkeypatch.setattr(golang, "KUBE", sources)
+    assert golang.kube_home() != first
+
+
+@pytest.mark.parametrize(
+    ("script", "answer", "why"),
+    [
+        ("#!/bin/sh\necho 'no required module' >&2; exit 1\n", None, "go build failed: no required module"),
+        (None, {"Dir": "/", "Sum": "h1:other"}, "its digest differs"),
+        (None, {"Error": "not found"}, "cannot be had: not found"),
+    ],
+)
+def test_a_build_that_is_no_good_leaves_nothing(
+    go: Path, tmp_path: Path, script: str | None, answer: dict[str, str] | None, why: str
+) -> None:
+    if script:
+        go.write_text(script)
+    if answer:
+        (tmp_path / "answer.json").write_text(json.dumps(answer))
+    outcome = golang.ensure()
+    assert (outcome.state, why in outcome.text) == (State.SKIPPED, True), outcome
+    assert names(golang.kube_home().parent) == [".lock"]
+
+
+def test_without_go_nothing_is_built(go: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(golang.shutil, "which", lambda name: None)
+    outcome = golang.ensure()
+    assert (outcome.state, "no go here" in outcome.text) == (State.SKIPPED, True)
