@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ops_platform.clients.slack import escape, fitting
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import AccessDeniedError, OpsError, UnreachableError, UsageError
 
@@ -32,22 +32,11 @@ def run_failed(
     why = (
         "\n".join(dict.fromkeys(reason for reason in reasons if reason)) or "the run was ended before it could say why"
     )
-    lines = [f"*{head}*", _fitting(why)]
+    lines = [f"*{head}*", fitting(why, _MOST)]
     if owner is not None:
         lines.append(f"owner: {escape(' '.join(filter(None, [owner.name, owner.slack])))}")
     lines.append(f"run `{run_id}`")
     return {"text": head, "blocks": [{"type": "section", "text": {"type": "mrkdwn", "text": "\n".join(lines)}}]}
-
-
-def _fitting(text: str) -> str:
-    """Escaped, and cut where it is too long, not in the middle of an entity."""
-    shown = escape(text)
-    return shown if len(shown) <= _MOST else re.sub("&[a-z]*$", "", shown[:_MOST]) + "…"
-
-
-def escape(text: str) -> str:
-    """Slack's three control characters."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def post(webhook: Secret, message: dict[str, Any], clock: Clock = SYSTEM_CLOCK) -> None:

@@ -100,6 +100,13 @@ def parse_moment(text: str, *, option: str) -> datetime:
     return moment.astimezone(UTC)
 
 
+def address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UsageError(f"--listen: {text!r} is not HOST:PORT", remedy="write 127.0.0.1:9187 or [::1]:9187")
+    return host.strip("[]"), int(port)
+
+
 def size(value: int | float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(value) < 1024 or unit == "TiB":

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ops_platform.cli.common import Commands, actor, ago, emit, json_option, opened, parse_moment, stamp, table
+from ops_platform.cli.common import Commands, actor, address, ago, emit, json_option, opened, parse_moment, stamp, table
 from ops_platform.errors import UsageError
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
-    from ops_platform.remediation.model import Incident
     from ops_platform.remediation.store import Store
 
 
@@ -111,6 +110,7 @@ def refuse(incident: str, digest: str | None) -> None:
 
 
 def _decide(incident: str, digest: str | None, decision: str) -> None:
+    from ops_platform.remediation.buttons import need_approver
     from ops_platform.remediation.rules import remediation_of
     from ops_platform.remediation.words import plan_lines
 
@@ -130,25 +130,13 @@ def _decide(incident: str, digest: str | None, decision: str) -> None:
         whole = remediation_of(access.inventory)
         who = actor()
         if decision == "approve":
-            need_approver(found, who, whole.approvers)
+            need_approver(found.proposed_by, who, whole.approvers, found.id)
         made = store.decide(found, found.digest, decision, who=who, via="ops", valid_for=whole.approval_valid_for)
     click.echo(
         f"{decision}d by {made.who}, valid until {stamp(made.expires_at)}"
         if decision == "approve"
         else f"refused by {made.who}"
     )
-
-
-def need_approver(incident: Incident, who: str, approvers: list[str]) -> None:
-    """The guard judges again when the plan is applied; here it is said at once."""
-    from ops_platform.errors import AccessDeniedError
-
-    if who == incident.proposed_by:
-        raise AccessDeniedError(f"{who} proposed it and cannot approve it", where=incident.id)
-    if approvers and who not in approvers:
-        raise AccessDeniedError(
-            f"{who} is not among those who may approve", where=incident.id, remedy="remediation.approvers lists them"
-        )
 
 
 @incidents.command()
@@ -192,6 +180,27 @@ def run(incident: str, as_json: bool) -> None:
         emit(Incident, found)
     else:
         click.echo("\n".join(lines(found, [], None)))
+
+
+@incidents.command()
+@click.option(
+    "--listen", required=True, metavar="HOST:PORT", help="Where Slack's requests arrive; [::1]:8443 for IPv6."
+)
+def serve(listen: str) -> None:
+    """Take the presses of Slack's buttons until told to stop (SIGTERM, Ctrl-C)."""
+    import signal
+    import threading
+
+    from ops_platform.remediation.buttons import serve as run
+
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: ended.set())
+    with _store() as (access, store):
+        server = run(access, store, *address(listen))
+        click.echo(f"buttons are taken at http://{listen}/slack/interactive", err=True)
+        ended.wait()
+        server.shutdown()
 
 
 def _short(text: str) -> str:

@@ -6,7 +6,7 @@ import signal
 
 import click
 
-from ops_platform.cli.common import Commands, chosen, complete_targets, emit, json_option, opened, size, stamp
+from ops_platform.cli.common import Commands, address, chosen, complete_targets, emit, json_option, opened, size, stamp
 from ops_platform.errors import OpsError, UsageError
 
 
@@ -45,7 +45,7 @@ def receive(targets: tuple[str, ...], everything: bool, listen: str | None, acce
         if not wanted:
             raise UsageError("none of these targets is kept by the native engine", where=str(access.loaded.path))
         receiver = Receiver(access, wanted, accept_cluster=accept_cluster, log=say)
-        server = serve(receiver, *_address(listen)) if listen else None
+        server = serve(receiver, *address(listen)) if listen else None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: receiver.stop())
         receiver.start()
@@ -60,13 +60,6 @@ def receive(targets: tuple[str, ...], everything: bool, listen: str | None, acce
         finally:
             if server is not None:
                 server.shutdown()
-
-
-def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UsageError(f"--listen: {text!r} is not HOST:PORT", remedy="write 127.0.0.1:9187 or [::1]:9187")
-    return host.strip("[]"), int(port)
 
 
 @wal.command()

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ops_platform.clients.objectstore import ObjectStore
     from ops_platform.clients.postgres import Login, Member
     from ops_platform.clients.prometheus import Prometheus
+    from ops_platform.clients.slack import Slack
     from ops_platform.clients.vault import VaultSession
     from ops_platform.inventory.systems import (
         AlertmanagerSystem,
@@ -307,6 +308,20 @@ class Access:
         from ops_platform.clients.prometheus import Prometheus
 
         return self._once("prometheus", system.id, lambda: Prometheus(self.http(system)[0]))
+
+    def slack(self) -> Slack | None:
+        """The bot; None where the inventory has none."""
+        from ops_platform.clients.http import HttpApi, Login
+        from ops_platform.clients.slack import Slack
+        from ops_platform.inventory.systems import HttpAuth
+
+        chat = self.inventory.remediation.slack if self.inventory.remediation else None
+        if chat is None:
+            return None
+        login = Login(HttpAuth(token=chat.bot_token), self.secret)
+        return self._once(
+            "slack", "bot", lambda: Slack(HttpApi(self.url(chat.api), "Slack", login=login, clock=self.clock))
+        )
 
     # Addresses
 

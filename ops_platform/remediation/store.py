@@ -119,6 +119,12 @@ create table if not exists ops_remediation.messages (
 );
 create index if not exists messages_unsent on ops_remediation.messages (id) where sent_at is null;
 
+-- Requests of buttons that were taken: the same one is not taken again.
+create table if not exists ops_remediation.requests (
+  signature text primary key,
+  at timestamptz not null
+);
+
 create table if not exists ops_remediation.seen (
   name text primary key,
   at timestamptz not null
@@ -644,6 +650,16 @@ class Store:
                     "update ops_remediation.incidents set thread = coalesce(thread, %s) where id = %s",
                     [thread, message.incident],
                 )
+
+    def first_time(self, signature: str, *, keep: timedelta = timedelta(hours=1)) -> bool:
+        """Whether this request was never taken before; from now on it was."""
+        now = self.clock.now()
+        with self.transaction() as t:
+            t.connection.execute("delete from ops_remediation.requests where at < %s", [now - keep])
+            done = t.connection.execute(
+                "insert into ops_remediation.requests values (%s, %s) on conflict do nothing", [signature, now]
+            )
+            return done.rowcount == 1
 
     def clock_offset(self) -> timedelta:
         """Our clock minus the database's."""

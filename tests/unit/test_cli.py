@@ -18,11 +18,10 @@ from click.testing import CliRunner
 from ops_platform.actions import ActionResult, Plan, Status
 from ops_platform.cli import main
 from ops_platform.cli.backup import _exit_code
-from ops_platform.cli.common import ago, parse_moment, size, span
+from ops_platform.cli.common import address, ago, parse_moment, size, span
 from ops_platform.cli.inventory import inventory as inventory_group
 from ops_platform.cli.ledger import _anchor
 from ops_platform.cli.restore import _mapping, _names, _recovery
-from ops_platform.cli.wal import _address
 from ops_platform.errors import CouldNotVerifyError, OpsError, UsageError
 from ops_platform.inventory import load
 from ops_platform.inventory.template import Described, render, target_id_of
@@ -238,12 +237,12 @@ def test_targets_of_a_recovery() -> None:
 
 
 def test_addresses_and_anchors() -> None:
-    assert _address("127.0.0.1:9187") == ("127.0.0.1", 9187)
-    assert _address("[::1]:9187") == ("::1", 9187)
+    assert address("127.0.0.1:9187") == ("127.0.0.1", 9187)
+    assert address("[::1]:9187") == ("::1", 9187)
     assert _anchor(f"42:{'AB' * 32}") == (42, "ab" * 32)
     for text in ("9187", ":9187", "host:", "host:0", "host:65536", "host:http"):
         with pytest.raises(UsageError):
-            _address(text)
+            address(text)
     for text in ("42", "0:" + "a" * 64, "42:abc", "x:" + "a" * 64):
         with pytest.raises(UsageError):
             _anchor(text)

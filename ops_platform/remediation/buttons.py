@@ -1,0 +1,146 @@
+"""What Slack's buttons send: verified, taken once, and turned into a decision on exactly the plan that was shown.
+
+`POST /slack/interactive` takes Slack's form with `payload`; everything else is refused. It listens behind whatever brings Slack's requests
+to it, with TLS there.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
+
+from ops_platform.clients.slack import need_signed
+from ops_platform.errors import AccessDeniedError, ConflictError, OpsError, UnreachableError, UsageError
+from ops_platform.remediation.rules import remediation_of
+from ops_platform.remediation.store import Store
+
+if TYPE_CHECKING:
+    from ops_platform.clients.access import Access
+
+LARGEST = 1 << 20
+PATH = "/slack/interactive"
+
+
+def take(access: Access, store: Store, headers: Mapping[str, str], body: bytes) -> str:
+    """A request of Slack becomes a decision; the text that answers it. `headers` by their names in lower case.
+
+    Raises AccessDeniedError for what Slack did not sign just now, what was taken before, and for people who may not decide; UsageError for
+    what is no press of our buttons; ConflictError where the plan is another one by now.
+    """
+    whole = remediation_of(access.inventory)
+    if whole.slack is None or whole.slack.signing_secret is None:
+        raise UsageError(
+            "buttons are off", where="remediation.slack.signing_secret", remedy="set it to Slack's signing secret"
+        )
+    secret = access.secret(whole.slack.signing_secret)
+    signature = headers.get("x-slack-signature", "")
+    need_signed(secret, headers.get("x-slack-request-timestamp", ""), signature, body, store.clock.now().timestamp())
+    if not store.first_time(signature):
+        raise AccessDeniedError("this request was taken before", where="x-slack-signature")
+    user, action, incident_id, digest = _pressed(body)
+    who = whole.slack.people.get(user)
+    if who is None:
+        raise AccessDeniedError(
+            "your Slack account is not known here",
+            where=f"Slack user {user}",
+            remedy="add it to remediation.slack.people",
+        )
+    incident = store.get(incident_id)
+    if action == "approve":
+        need_approver(incident.proposed_by, who, whole.approvers, incident.id)
+    store.decide(incident, digest, action, who=who, via="slack", valid_for=whole.approval_valid_for)
+    return f"{who} has {'approved' if action == 'approve' else 'refused'} the plan {digest[:12]} of {incident.id}."
+
+
+def need_approver(proposed_by: str, who: str, approvers: list[str], where: str) -> None:
+    """Said at once; the guard judges again when the plan is applied. Raises AccessDeniedError."""
+    if who == proposed_by:
+        raise AccessDeniedError(f"{who} proposed it and cannot approve it", where=where)
+    if approvers and who not in approvers:
+        raise AccessDeniedError(
+            f"{who} is not among those who may approve", where=where, remedy="remediation.approvers lists them"
+        )
+
+
+def _pressed(body: bytes) -> tuple[str, str, str, str]:
+    """Slack user, action, incident, digest."""
+    try:
+        payload: Any = json.loads(parse_qs(body.decode(), strict_parsing=True)["payload"][0])
+        pressed = payload["actions"][0]
+        incident, _, digest = pressed["value"].partition("/")
+        user, action = payload["user"]["id"], pressed["action_id"]
+        if payload["type"] != "block_actions" or action not in ("approve", "refuse") or not incident or not digest:
+            raise ValueError("not one of our buttons")
+        return str(user), str(action), str(incident), str(digest)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise UsageError(f"this is no press of a button of ours: {error}", where=PATH) from None
+
+
+_STATUS: dict[type[OpsError], int] = {
+    AccessDeniedError: 403,
+    ConflictError: 409,
+    UsageError: 400,
+    UnreachableError: 503,
+}
+
+
+def serve(access: Access, store: Store, host: str, port: int) -> ThreadingHTTPServer:
+    """Serve in a thread of its own until `shutdown`. Raises UsageError for an address that cannot be had."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            length = self.headers.get("Content-Length", "")
+            if self.path != PATH or not length.isdecimal() or int(length) > LARGEST:
+                self._answer(404 if self.path != PATH else 413, "")
+                return
+            body = self.rfile.read(int(length))
+            try:
+                text = take(access, store, {k.lower(): v for k, v in self.headers.items()}, body)
+                self._answer(200, text)
+            except OpsError as error:
+                status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 500)
+                # Slack shows people what comes with 200 alone; who sent no signature is told nothing but the status.
+                signed = (
+                    status in (409, 403)
+                    and "signature" not in (error.where or "")
+                    and "timestamp" not in (error.where or "")
+                )
+                self._answer(200 if signed else status, error.what)
+
+        def do_GET(self) -> None:
+            self._answer(200 if self.path == "/healthz" else 404, "")
+
+        def _answer(self, status: int, text: str) -> None:
+            body = (
+                json.dumps({"response_type": "ephemeral", "replace_original": False, "text": text}).encode()
+                if text
+                else b""
+            )
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """The ledger has what was decided."""
+
+    class Server(ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        daemon_threads = True
+
+    try:
+        server = Server((host, port), Handler)
+    except OSError as error:
+        raise UsageError(
+            f"--listen: {error.strerror}",
+            where=f"{host}:{port}",
+            remedy="another program has this port, or the address is not ours",
+        ) from None
+    threading.Thread(target=server.serve_forever, name="buttons", daemon=True).start()
+    return server
