@@ -6,6 +6,7 @@ import pytest
 
 from tests.kube_rig import CORE, MANAGED, Api, ApiError, Kube, pod
 from tests.rig import eventually
+from tests.services import golang
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -13,6 +14,10 @@ pytestmark = pytest.mark.timeout(600)
 @pytest.fixture
 def namespace(kube: Kube) -> str:
     return kube.namespace()
+
+
+def test_it_is_the_version_that_is_pinned(kube: Kube) -> None:
+    assert kube.api.get("/version")["gitVersion"] == golang.version()
 
 
 def test_who_has_no_right_is_refused_and_who_has_one_is_not(kube: Kube, namespace: str) -> None:

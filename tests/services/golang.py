@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -29,7 +30,7 @@ BUILD_SECONDS = 3000
 
 def kube_home() -> Path:
     """`kube`, the program, and `crds`, a folder of manifests; whole when it exists."""
-    digest = hashlib.sha256(ROLLOUTS_SUM.encode())
+    digest = hashlib.sha256(f"{ROLLOUTS_SUM} {linker_flags()}".encode())
     for name in SOURCES:
         digest.update((KUBE / name).read_bytes())
     return cache_directory() / "kube" / digest.hexdigest()[:16]
@@ -80,20 +81,26 @@ def copied(module: Path, work: Path) -> Path:
 
 
 def build(go: str, module: Path, program: Path) -> None:
-    """Without debugging information, which nobody reads here and the linker takes its time for."""
-    command: list[str | Path] = [
-        "build",
-        "-mod=readonly",
-        "-buildvcs=false",
-        "-trimpath",
-        "-ldflags=-s -w",
-        "-o",
-        program,
-        ".",
-    ]
-    done = _go(go, command, module, BUILD_SECONDS, CGO_ENABLED="0")
+    """What the compiler keeps for a next build is gigabytes, and there is none: it goes with the folder of the sources."""
+    command: list[str | Path] = ["build", "-mod=readonly", "-buildvcs=false", "-trimpath", f"-ldflags={linker_flags()}"]
+    kept = {"GOCACHE": str(module / "kept"), "CGO_ENABLED": "0"}
+    done = _go(go, [*command, "-o", program, "."], module, BUILD_SECONDS, **kept)
     if done.returncode:
         raise NotInstalledError(f"go build failed: {' '.join(done.stderr.split())[-600:]}")
+
+
+def linker_flags() -> str:
+    """No debugging information, which nobody reads here; and the version, which a build of Kubernetes does not know itself."""
+    major, minor = version().removeprefix("v").split(".")[:2]
+    said = {"gitVersion": version(), "gitMajor": major, "gitMinor": minor}
+    return " ".join(["-s", "-w", *(f"-X k8s.io/component-base/version.{key}={value}" for key, value in said.items())])
+
+
+def version() -> str:
+    """Of Kubernetes, as it is pinned."""
+    found = re.search(r"(?m)^\tk8s\.io/kubernetes (v\S+)$", (KUBE / "go.mod").read_text())
+    assert found, "go.mod does not name k8s.io/kubernetes"
+    return found[1]
 
 
 def download(go: str, module: str, wanted: str, work: Path) -> str:
