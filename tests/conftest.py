@@ -16,6 +16,7 @@ from tests.rig import Cluster, Ground, Platform, scratch
 ONE_PROCESS = ("kafka_cluster", "elasticsearch", "kube")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     for item in items:
         for name in ONE_PROCESS:

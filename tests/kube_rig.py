@@ -25,7 +25,7 @@ from tests.services.golang import kube_home
 
 STAGES = Path(__file__).parent / "kube_stages.yaml"
 BEHAVIOUR = "ops.test/behaviour"
-MANAGED = {"kwok.x-k8s.io/node": "fake"}
+MANAGED = {"ops.test/kubelet": "kwok"}  # a label: a node that loses it is taken out of the watch at once
 # Kinds that the rig makes itself; a test names other paths in full.
 APPS, CORE, RBAC = "/apis/apps/v1", "/api/v1", "/apis/rbac.authorization.k8s.io/v1"
 DISRUPTION = "/apis/policy/v1"
@@ -167,7 +167,8 @@ class Kube:
             "secure-port": 0,
         }
         flags = {**client, "service-account-private-key-file": signing, "root-ca-file": ca}
-        flags |= {"kube-api-qps": 500, "kube-api-burst": 500}
+        # Half of the usual patience with a silent node, and twice as often a sign of life from each.
+        flags |= {"kube-api-qps": 500, "kube-api-burst": 500, "node-monitor-grace-period": "25s"}
         self.controllers = self._daemon("controller-manager", lambda: True, flags)
         flags = {**client, "kubeconfig": self._certified("scheduler", "system:kube-scheduler", "system:masters")}
         self.scheduler = self._daemon("scheduler", lambda: True, flags)
@@ -175,8 +176,8 @@ class Kube:
         flags = {
             "kubeconfig": self._certified("kwok", "kwok", "system:masters"),
             "config": STAGES,
-            "manage-nodes-with-annotation-selector": selector,
-            "node-lease-duration-seconds": 40,
+            "manage-nodes-with-label-selector": selector,
+            "node-lease-duration-seconds": 20,
             "cidr": "10.244.0.0/16",
             "node-ip": "10.0.0.1",
         }
@@ -274,20 +275,23 @@ class Kube:
         eventually(lambda: self.api.exists(path), why=lambda: f"{self.controllers}")
 
     def node(self, *, labels: Mapping[str, str] | None = None, pods: int = 110, cpu: str = "8") -> str:
-        """A new node, when it is ready and takes pods. Without the annotations MANAGED it falls silent, as a broken one does."""
+        """A new node, when it is ready and takes pods."""
         name = f"node-{uuid.uuid4().hex[:8]}"
         room = {"cpu": cpu, "memory": "32Gi", "pods": str(pods)}
         body = {
             "metadata": {
                 "name": name,
-                "annotations": MANAGED,
-                "labels": {"kubernetes.io/hostname": name, **(labels or {})},
+                "labels": {"kubernetes.io/hostname": name, **MANAGED, **(labels or {})},
             },
             "status": {"capacity": room, "allocatable": room},
         }
         self.api.post(f"{CORE}/nodes", body)
         eventually(lambda: self._takes_pods(name), why=lambda: f"{self.kwok}")
         return name
+
+    def silence_node(self, name: str) -> None:
+        """Nobody plays its kubelet any more; after half a minute it is not ready, and its pods neither run nor go."""
+        self.api.patch(f"{CORE}/nodes/{name}", {"metadata": {"labels": dict.fromkeys(MANAGED)}})
 
     def _takes_pods(self, name: str) -> bool:
         node = self.api.get(f"{CORE}/nodes/{name}")
@@ -360,9 +364,13 @@ class Kube:
         eventually(lambda: self.api.get(path)["status"].get("phase") == "Bound", why=lambda: f"{self.controllers}")
         return path
 
-    def argo_rollouts(self) -> None:
-        """The custom resources of Argo Rollouts, served when this returns. Its controller is not here: a test plays it."""
-        for file in sorted((self.home / "crds").glob("*.yaml")):
+    def argo_rollouts(self, *kinds: str) -> None:
+        """Custom resources of Argo Rollouts, served when this returns: `rollout`, or others as their files are called.
+
+        Its controller is not here: a test plays it. Each costs the API server seconds.
+        """
+        for kind in kinds or ("rollout",):
+            file = self.home / "crds" / f"{kind}-crd.yaml"
             self.custom_resource(yaml.load(file.read_text(), Loader=yaml.CSafeLoader))
 
     def custom_resource(self, definition: Mapping[str, Any]) -> None:

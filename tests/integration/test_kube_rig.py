@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.kube_rig import CORE, MANAGED, Api, ApiError, Kube, pod
+from tests.kube_rig import CORE, Api, ApiError, Kube, pod
 from tests.rig import eventually
 from tests.services import golang
 
@@ -113,7 +113,19 @@ def test_a_drained_node_gets_no_pod(kube: Kube, namespace: str) -> None:
     path = f"{CORE}/namespaces/{namespace}/pods/{one['metadata']['name']}"
     reasons = eventually(lambda: kube.api.get(path)["status"].get("conditions"))
     assert [each["reason"] for each in reasons if each["type"] == "PodScheduled"] == ["Unschedulable"]
-    assert MANAGED.items() <= kube.api.get(f"{CORE}/nodes/{drained}")["metadata"]["annotations"].items()
+
+
+def test_a_silent_node_is_not_ready_and_its_pods_do_not_go(kube: Kube, namespace: str) -> None:
+    node = kube.node(labels={"test": namespace})
+    kube.deployment(namespace, replicas=1, template={"nodeSelector": {"test": namespace}})
+    kube.silence_node(node)
+    path = f"{CORE}/nodes/{node}"
+    eventually(
+        lambda: "Unknown" in [each["status"] for each in kube.api.get(path)["status"]["conditions"]], seconds=120
+    )
+    name = kube.pods(namespace, "shop")[0]["metadata"]["name"]
+    kube.api.delete(f"{CORE}/namespaces/{namespace}/pods/{name}")
+    assert name in [each["metadata"]["name"] for each in kube.pods(namespace, "shop")]
 
 
 def test_a_rollout_of_argo_is_an_object_that_the_server_knows(kube: Kube, namespace: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 
 import pytest
@@ -29,6 +30,19 @@ def test_a_server_that_is_away_is_no_answer(new_redis: Callable[..., Replicated]
         server.run("PING")
     server.daemon.start()
     assert server.run("DBSIZE") == "0"
+
+
+def test_a_server_that_hangs_takes_connections_and_does_not_answer(new_redis: Callable[..., Replicated]) -> None:
+    server = new_redis(replicas=0).servers[0]
+    server.daemon.pause()
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.settimeout(0.2)
+        connection.sendall(b"PING\r\n")
+        with pytest.raises(TimeoutError):
+            connection.recv(100)
+        server.daemon.resume()
+        connection.settimeout(30)
+        assert connection.recv(100) == b"+PONG\r\n"
 
 
 def test_sentinels_promote_a_replica_when_the_master_dies(new_redis: Callable[..., Replicated]) -> None:
