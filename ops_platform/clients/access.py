@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from ops_platform.clients.alertmanager import Alertmanager
     from ops_platform.clients.http import HttpApi
+    from ops_platform.clients.kafka import Kafka
     from ops_platform.clients.keys import KeyService
     from ops_platform.clients.objectstore import ObjectStore
     from ops_platform.clients.postgres import Login, Member
@@ -39,9 +40,9 @@ if TYPE_CHECKING:
         AlertmanagerSystem,
         ElasticsearchSystem,
         HttpEndpoint,
+        KafkaSystem,
         PrometheusSystem,
     )
-
 
 T = TypeVar("T")
 
@@ -322,6 +323,30 @@ class Access:
         return self._once(
             "slack", "bot", lambda: Slack(HttpApi(self.url(chat.api), "Slack", login=login, clock=self.clock))
         )
+
+    def kafka(self, system: KafkaSystem) -> Kafka:
+        from ops_platform.clients.kafka import Kafka
+
+        return self._once(
+            "kafka",
+            system.id,
+            lambda: Kafka(
+                system.id,
+                [self.address(place.host, place.port) for place in system.bootstrap],
+                tls=system.tls,
+                ca=str(self.path(system.ca)) if system.ca else None,
+                sasl=system.sasl,
+                resolve=self.secret,
+                timeout=system.timeout.total_seconds(),
+                clock=self.clock,
+            ),
+        )
+
+    def schema_registry(self, system: KafkaSystem) -> HttpApi | None:
+        """The registry's API; None where the system names none."""
+        if (registry := system.registry) is None:
+            return None
+        return self._http(f"{system.id} registry", "the schema registry", registry, registry.url)
 
     # Addresses
 

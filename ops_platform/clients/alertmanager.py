@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from ops_platform.clients.http import Answer, BadAnswerError, HttpApi
 from ops_platform.clock import SYSTEM_CLOCK, Clock
@@ -74,12 +74,11 @@ class Polled:
         return tuple(member for member in self.members if member.failure is not None)
 
 
-@dataclass(frozen=True)
-class _Listed:
-    """One alert of one member. `updated_at` as it was written: texts of one format compare as their times do."""
+class _Listed(NamedTuple):
+    """One alert of one member."""
 
     signal: Signal
-    updated_at: str
+    updated_at: datetime
 
 
 class Alertmanager:
@@ -272,17 +271,15 @@ def _items(answer: Answer, what: str) -> list[Any]:
 
 def _listed(item: dict[str, Any], seen_at: datetime) -> _Listed:
     labels, annotations, status = item["labels"], item["annotations"], item["status"]
-    fingerprint, updated_at, link = item["fingerprint"], item["updatedAt"], item.get("generatorURL")
+    fingerprint, link = item["fingerprint"], item.get("generatorURL")
     silenced, inhibited = status["silencedBy"], status["inhibitedBy"]
     _moment(item["endsAt"])
-    _moment(updated_at)
-    _expect(_texts(labels) and bool(labels), "labels")
-    _expect(_texts(annotations), "annotations")
-    _expect(isinstance(fingerprint, str) and bool(fingerprint), "fingerprint")
-    _expect(link is None or isinstance(link, str), "generatorURL")
-    _expect(isinstance(silenced, list), "silencedBy")
-    _expect(isinstance(inhibited, list), "inhibitedBy")
-    _expect(status["state"] in _STATES, "state")
+    if not (
+        labels and type(labels) is type(annotations) is dict and type(silenced) is type(inhibited) is list
+        and _texts(labels) and _texts(annotations) and type(fingerprint) is str and fingerprint
+        and (link is None or type(link) is str) and status["state"] in _STATES
+    ):  # fmt: skip
+        raise ValueError(_wrong(item))
     signal = Signal(
         "alertmanager",
         fingerprint,
@@ -295,21 +292,25 @@ def _listed(item: dict[str, Any], seen_at: datetime) -> _Listed:
         inhibited=bool(inhibited),
         link=link or None,
     )
-    return _Listed(signal, updated_at)
+    return _Listed(signal, _moment(item["updatedAt"]))
 
 
 _STATES = frozenset({"active", "suppressed", "unprocessed"})
 
 
-def _expect(fulfilled: bool, name: str) -> None:
-    if not fulfilled:
-        raise ValueError(name)
+def _texts(value: dict[Any, Any]) -> bool:
+    """By joining them: what is no text raises TypeError."""
+    "".join(value.values())
+    return True
 
 
-def _texts(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        type(key) is str and type(text) is str for key, text in cast("dict[Any, Any]", value).items()
-    )
+def _wrong(item: Mapping[str, Any]) -> str:
+    status = item["status"]
+    kinds = {"labels": dict, "annotations": dict, "fingerprint": str, "silencedBy": list, "inhibitedBy": list}
+    for name, kind in kinds.items():
+        if type({**item, **status}[name]) is not kind or (name in ("labels", "fingerprint") and not item[name]):
+            return name
+    return "generatorURL" if status["state"] in _STATES else "state"
 
 
 def _moment(text: Any) -> datetime:
@@ -339,10 +340,8 @@ def read_silences(answer: Answer) -> list[tuple[AlertMatcher, ...]]:
 
 def _matcher(item: Mapping[str, Any]) -> AlertMatcher:
     name, value, regex, equal = item["name"], item["value"], item["isRegex"], item.get("isEqual", True)
-    _expect(
-        isinstance(name, str) and isinstance(value, str) and isinstance(regex, bool) and isinstance(equal, bool),
-        "matcher",
-    )
+    if not (isinstance(name, str) and isinstance(value, str) and isinstance(regex, bool) and isinstance(equal, bool)):
+        raise ValueError("a matcher")
     if not regex:
         return AlertMatcher(name, "=" if equal else "!=", value)
     try:
@@ -370,7 +369,9 @@ def _merged(one: _Listed, other: _Listed, where: str) -> _Listed:
         raise BadAnswerError(
             f"two members mean different alerts by the fingerprint {a.fingerprint}", where=where, remedy=_REMEDY
         )
-    newer = other if _moment(other.updated_at) > _moment(one.updated_at) else one
+    newer = other if other.updated_at > one.updated_at else one
+    if (a.starts_at, a.silenced, a.inhibited) == (b.starts_at, b.silenced, b.inhibited):
+        return newer
     signal = replace(
         newer.signal,
         starts_at=min(a.starts_at, b.starts_at),

@@ -245,7 +245,7 @@ LIES: list[tuple[str, Callable[[Any], None], str]] = [
     ("NaN", reply(200, b"[NaN]"), "no JSON"),
     ("numbers", reply(200, b"[1, 2]"), "not well-formed"),
     ("an alert without labels", reply(200, json.dumps([alert(labels={})]).encode()), "labels"),
-    ("a label that is a number", reply(200, json.dumps([alert(labels={"a": 1})]).encode()), "labels"),
+    ("a label that is a number", reply(200, json.dumps([alert(labels={"a": 1})]).encode()), "wrong type"),
     ("a fingerprint that is none", reply(200, json.dumps([alert(fingerprint=None)]).encode()), "fingerprint"),
     ("a start that is no time", reply(200, json.dumps([alert(startsAt="yesterday")]).encode()), "yesterday"),
     ("a start without a zone", reply(200, json.dumps([alert(startsAt="2026-11-01T00:00:00")]).encode()), "no zone"),
