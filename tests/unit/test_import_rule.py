@@ -43,6 +43,7 @@ RANK |= {"cli": ABOVE, "resources": ABOVE, "definitions": ABOVE} | dict.fromkeys
 # The modules that a domain's `__init__` names as its face; the package itself always is. The nouns (`model`) are plain data.
 FACES = {
     "backup": {"archive", "basebackup", "engine", "expiry", "model", "receiver"},
+    "events": {"cloudevents", "cursor", "publisher", "reader"},
     "recovery": {"model", "records", "restore", "verify"},
     "remediation": {"model"},
 }
