@@ -55,6 +55,9 @@ class Said:
     def __call__(self, error: KafkaError) -> None:
         self.errors = [*self.errors[1 - _KEPT :], error]
 
+    def clear(self) -> None:
+        self.errors = []
+
 
 class Kafka:
     """One cluster. Safe for threads."""
@@ -175,7 +178,7 @@ class Kafka:
         with self.named(said):
             asked = admin.describe_topics(TopicCollection(list(names)), request_timeout=max(seconds, 0.1))
         for name, answer in asked.items():
-            with self.named(said, name):
+            with self.named(said, name), heard(admin):
                 described = answer.result(seconds + 1)
             partitions = tuple(sorted(part.id for part in described.partitions))
             leaderless = tuple(
@@ -212,6 +215,16 @@ class Kafka:
         if error is None:
             return UnreachableError("Kafka did not answer in time", where=where, remedy=_AWAY)
         return OpsError(_text(error), where=where)
+
+
+@contextlib.contextmanager
+def heard(admin: AdminClient) -> Generator[None]:
+    """An admin client calls back only when it is polled: why it got no answer stands in what it has to say."""
+    try:
+        yield
+    except Exception:
+        admin.poll(0)
+        raise
 
 
 def _note(found: list[KafkaError | bool], number: int, error: KafkaError | None, _message: object) -> None:

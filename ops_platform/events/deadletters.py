@@ -128,6 +128,7 @@ class DeadLetters:
                 enable_idempotence=False,  # a tick that is repeated writes them again anyway
                 message_max_bytes=self._largest + _ROOM,
                 linger_ms=0,
+                batch_num_messages=1,  # one that is refused for its size would take its neighbours with it
                 queue_buffering_max_kbytes=1 << 18,
             )
         return self._producer

@@ -70,7 +70,7 @@ class Publisher:
         entries = ledger.outbox(limit)
         if not entries:
             return Published(0, 0, {})
-        self._said = Said()
+        self._said.clear()
         self._kafka.topics(self._kafka.admin(self._said), self._said, [self._to.topic], timeout=budget / 2)
         sent, failures = 0, dict[str, str]()
         # One entry of each subject at a time: a refused one must not be overtaken by the next, which may be on its way already.

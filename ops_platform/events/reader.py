@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from ops_platform.clients.kafka import Kafka, Said, Topic
+from ops_platform.clients.kafka import Kafka, Said, Topic, heard
 from ops_platform.errors import ConflictError, OpsError, UnreachableError
 from ops_platform.events.cloudevents import EventLabels, Headers, NotAnEventError, of_parts, signal_of_message
 from ops_platform.events.cursor import RESET, Cursor, Gap, Range, TopicCursor, Watermarks, begin, check_topic, share
@@ -132,7 +132,7 @@ class EventReader:
         known = Cursor.parse(cursor) if cursor is None or isinstance(cursor, str) else cursor
         clock = self._kafka.clock
         until = clock.monotonic() + budget
-        self._said = Said()
+        self._said.clear()
         try:
             return self._read(known, until, min(limit, 1 << 31), budget)
         except KafkaException as error:
@@ -203,7 +203,7 @@ class EventReader:
         problems: list[str] = []
         for one in where:
             try:
-                with self._kafka.named(self._said, f"{one[0]}/{one[1]}"):
+                with self._kafka.named(self._said, f"{one[0]}/{one[1]}"), heard(admin):
                     low, high = (each[one].result(seconds).offset for each in answers)
                 marks[one] = Watermarks(low, high)
             except UnreachableError as error:
