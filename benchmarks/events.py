@@ -133,7 +133,9 @@ def _put(producer: object, *args: object, **more: object) -> None:
             return
 
 
-def kafka_tick(_world: World | None, *, count: int = 100_000, rounds: int = 9, scratch: Path = Path("/tmp")) -> Comparison:
+def kafka_tick(
+    _world: World | None, *, count: int = 100_000, rounds: int = 9, scratch: Path = Path("/tmp")
+) -> Comparison:
     file = scratch / f"ops-bench-schema-{os.getpid()}.json"
     file.write_text(json.dumps(SCHEMA_OF_DATA))
     checked = [EventSchema(type="com.example.disk.filling", json_schema=str(file))]

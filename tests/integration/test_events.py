@@ -280,9 +280,8 @@ def test_a_cursor_behind_the_end_fails_closed(kafka: kafka_rig.Kafka) -> None:
 
 def test_fewer_partitions_fail_closed(kafka: kafka_rig.Kafka) -> None:
     topic = kafka.create_topic()
-    with reading(kafka, topic) as reader:
-        with pytest.raises(ConflictError, match="lost partitions"):
-            reader.read(f'{{"v":1,"topics":{{"{topic}":{{"id":null,"next":{{"0":0,"1":0}}}}}}}}')
+    with reading(kafka, topic) as reader, pytest.raises(ConflictError, match="lost partitions"):
+        reader.read(f'{{"v":1,"topics":{{"{topic}":{{"id":null,"next":{{"0":0,"1":0}}}}}}}}')
 
 
 def test_a_partition_that_was_added_begins_at_its_beginning(kafka: kafka_rig.Kafka) -> None:
@@ -543,7 +542,7 @@ def test_over_tls_and_scram_with_no_more_rights_than_are_needed(
     kafka.grant("reader", AclOperation.WRITE, topic=dead)
     kafka.grant("reader", AclOperation.READ, group="g")
     assert ids(eventually(lambda: _or_none(lambda: read(as_user(kafka, kafka_rig.PASSWORD))))) == ["1"]
-    with pytest.raises(AccessDeniedError, match="(?i)authentication") as refused:
+    with pytest.raises(AccessDeniedError, match=r"(?i)authentication") as refused:
         read(as_user(kafka, "hunter2-wrong"))
     with pytest.raises(UnreachableError) as untrusted:
         read(as_user(kafka, kafka_rig.PASSWORD, ca=False))
@@ -591,7 +590,7 @@ def test_a_broker_killed_in_the_middle_of_a_tick_costs_and_doubles_nothing(kafka
         until = 60
         while len(found) < 600 and until:
             until -= 1
-            batch = _or_none(lambda: reader.read(cursor, budget=6, limit=100))
+            batch = _or_none(lambda at=cursor: reader.read(at, budget=6, limit=100))
             if batch is not None:
                 found, cursor = found + prints(batch), str(batch.cursor)
                 assert batch.gaps == ()
