@@ -88,7 +88,8 @@ class Publisher:
     def _send(self, entries: Sequence[Entry], seconds: float, failures: dict[str, str]) -> list[int]:
         """The numbers of those that arrived."""
         if self._producer is None:
-            self._producer = self._kafka.producer(self._said, linger_ms=0, message_max_bytes=_MOST)
+            # A batch of one: an entry that is refused for its size would take those of other subjects with it.
+            self._producer = self._kafka.producer(self._said, linger_ms=0, batch_num_messages=1, message_max_bytes=_MOST)
         outcomes = self._kafka.deliver(self._producer, [self._record(entry) for entry in entries], seconds)
         arrived: list[int] = []
         for entry, outcome in zip(entries, outcomes, strict=True):
