@@ -89,7 +89,9 @@ class Publisher:
         """The numbers of those that arrived."""
         if self._producer is None:
             # A batch of one: an entry that is refused for its size would take those of other subjects with it.
-            self._producer = self._kafka.producer(self._said, linger_ms=0, batch_num_messages=1, message_max_bytes=_MOST)
+            self._producer = self._kafka.producer(
+                self._said, linger_ms=0, batch_num_messages=1, message_max_bytes=_MOST
+            )
         outcomes = self._kafka.deliver(self._producer, [self._record(entry) for entry in entries], seconds)
         arrived: list[int] = []
         for entry, outcome in zip(entries, outcomes, strict=True):
