@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "inventory": ("ops_platform.cli.inventory", "inventory", "Check and show platform.yaml; its JSON Schema."),
     "ledger": ("ops_platform.cli.ledger", "ledger", "List and verify the tamper-evident record."),
     "local": ("ops_platform.cli.local", "local", "The embedded stack: real servers on this machine."),
+    "metrics": ("ops_platform.cli.metrics", "metrics", "Serve the platform's own metrics for Prometheus."),
     "report": ("ops_platform.cli.report", "report", "Write the HTML report of proofs and coverage."),
     "restore": ("ops_platform.cli.restore", "restore", "Restore a target to a moment, or some of its tables."),
     "rules": ("ops_platform.cli.rules", "rules", "Check rules; explain what they would do; replay them over the past."),

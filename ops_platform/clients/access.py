@@ -296,6 +296,17 @@ class Access:
             ),
         )
 
+    def dagster(self) -> HttpApi:
+        """Our own Dagster's web server. Raises UsageError where the inventory names none."""
+        web = self.inventory.platform.dagster
+        if web is None:
+            raise UsageError(
+                "the inventory names no Dagster web server",
+                where=str(self.loaded.path),
+                remedy="declare platform.dagster",
+            )
+        return self._http("dagster", "Dagster", web, web.url)
+
     def alertmanager(self, system: AlertmanagerSystem) -> Alertmanager:
         from ops_platform.clients.alertmanager import Alertmanager
 

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from ops_platform.inventory.base import AnyClassification, AnyMode, HostPort, Mode, Strict, Tls, Weekly
 from ops_platform.inventory.remediation import Remediation
-from ops_platform.inventory.systems import AnySystem, System
+from ops_platform.inventory.systems import AnySystem, HttpEndpoint, System
 from ops_platform.inventory.values import Cron, Duration, Host, Id, Origin, PositiveDuration, SecretRef, Size, Url, Zone
 
 S = TypeVar("S", bound=System)
@@ -363,6 +363,12 @@ class SlackConfig(Strict):
     )
 
 
+class DagsterWeb(HttpEndpoint):
+    """The web server of our own Dagster, asked by the playbook dagster.run_job."""
+
+    url: Url = Field(description="Its address, with the path prefix where it has one.")
+
+
 class Platform(Strict):
     """The platform itself."""
 
@@ -371,6 +377,7 @@ class Platform(Strict):
         default=None, description="The ledger's database. Without it nothing is recorded and expiry only observes."
     )
     slack: SlackConfig | None = Field(default=None, description="Without it failed runs are told to nobody.")
+    dagster: DagsterWeb | None = Field(default=None, description="Without it no playbook runs a Dagster job.")
     reports: str = Field(
         default="reports", description="Folder for reports, relative to platform.yaml; {state} is expanded."
     )

@@ -189,6 +189,19 @@ class Message:
     at: datetime
 
 
+@dataclass(frozen=True)
+class Figures:
+    """For metrics. `open`: by state, how many and since when the oldest; `endings`: by rule; `actions`: by playbook and whether it helped."""
+
+    open: Mapping[State, tuple[int, datetime]]
+    endings: Mapping[tuple[str, str], int]
+    actions: Mapping[tuple[str, str], int]
+    unsent: int
+    oldest_unsent: datetime | None
+    seen: Mapping[str, datetime]
+    paused: Pause | None
+
+
 class Store:
     """The incidents of one platform. Safe for threads and for several machines. Raises UnreachableError where PostgreSQL is away."""
 
@@ -660,6 +673,33 @@ class Store:
                 "insert into ops_remediation.requests values (%s, %s) on conflict do nothing", [signature, now]
             )
             return done.rowcount == 1
+
+    # For metrics
+
+    def figures(self) -> Figures:
+        """What there is of everything, in one look."""
+        with self.transaction() as t:
+            states = t.connection.execute(
+                "select state, count(*), min(opened_at) from ops_remediation.incidents where state <> 'closed' group by state"
+            ).fetchall()
+            endings = t.connection.execute(
+                "select rule, ending, count(*) from ops_remediation.incidents where state = 'closed' group by 1, 2"
+            ).fetchall()
+            actions = t.connection.execute(
+                "select playbook, coalesce(helped::text, 'unknown'), count(*) from ops_remediation.claims group by 1, 2"
+            ).fetchall()
+            unsent = t.connection.execute(
+                "select count(*), min(at) from ops_remediation.messages where sent_at is null"
+            ).fetchone()
+            seen = t.connection.execute("select name, at from ops_remediation.seen").fetchall()
+            paused = _pause(t)
+        count, oldest = unsent or (0, None)
+        return Figures(
+            {State(state): (number, since) for state, number, since in states},
+            {(rule, ending): number for rule, ending, number in endings},
+            {(book, helped): number for book, helped, number in actions},
+            count, oldest, dict(seen), paused,
+        )  # fmt: skip
 
     def clock_offset(self) -> timedelta:
         """Our clock minus the database's."""
