@@ -374,11 +374,24 @@ def _postgres_start(name: str, settings: dict[str, str]) -> Callable[[Place], Pr
             _new_cluster(place, name, settings)
         for left in strays(server.directory):  # of a postmaster that was killed; a new one would refuse beside them
             stop(left, signal.SIGKILL)
+        _clear_locks(server)
         server.log.touch()
         server.log.chmod(0o644)
         return server.spawn()
 
     return start
+
+
+def _clear_locks(server: PostgresServer) -> None:
+    """Remove the lock files of a postmaster that is dead and whose parent has not collected it yet.
+
+    PostgreSQL asks whether their process is there, a zombie answers, and the new server would refuse to start beside it. Some
+    containers have a first process that never collects anything.
+    """
+    for lock in (server.directory / "postmaster.pid", server.sockets / f".s.PGSQL.{server.socket_port}.lock"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            if identify(int(lock.read_text().split()[0])) is None:
+                lock.unlink()
 
 
 def _new_cluster(place: Place, name: str, settings: dict[str, str]) -> None:
