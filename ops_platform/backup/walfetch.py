@@ -46,13 +46,19 @@ name=$1 to=$2 decided=
 trap '[ "$decided" ] || exit 126' EXIT
 leave() {{ decided=$1; exit "$1"; }}
 fail() {{ echo "restore_command: $*" >&2; leave 126; }}
-take() {{ rm -f "$spool/ask/$name"; mv "$spool/ready/$name" "$to" || fail "cannot move $name to $to"; leave 0; }}
+ask() {{ true > "$spool/ask/$name" || fail "cannot ask for $name: $spool is not writable"; }}
+# Comes back where it is gone by now: what the server has passed is cleared away, and it may come back to it just then.
+take() {{
+    rm -f "$spool/ask/$name"
+    why=$(mv "$spool/ready/$name" "$to" 2>&1) && leave 0
+    [ -e "$spool/ready/$name" ] && fail "cannot move $name to $to: $why"
+}}
 [ -e "$spool/ready/$name" ] && take
 rm -f "$spool/absent/$name" "$spool/failed/$name" # answers to a question whose asker was killed
-true > "$spool/ask/$name" || fail "cannot ask for $name: $spool is not writable"
+ask
 last= still=0
 while true; do
-    [ -e "$spool/ready/$name" ] && take
+    [ -e "$spool/ready/$name" ] && {{ take; ask; }}
     [ -e "$spool/absent/$name" ] && {{ rm -f "$spool/absent/$name"; leave 1; }}
     [ -e "$spool/failed/$name" ] && {{ why=$(cat "$spool/failed/$name"); rm -f "$spool/failed/$name"; fail "$why"; }}
     [ -d /proc/self ] && [ ! -d /proc/{pid} ] && fail "the fetcher (process {pid}) is gone"

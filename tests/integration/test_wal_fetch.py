@@ -634,6 +634,29 @@ def test_a_segment_that_cannot_be_handed_over_stops_the_recovery(story: Story, a
     assert "cannot move" in done.stderr
 
 
+def test_what_is_cleared_away_while_the_server_reaches_for_it_is_asked_for_again(
+    story: Story, asking: Callable[..., Asking]
+) -> None:
+    """PostgreSQL comes back to a segment that it had passed, in the moment in which the fetcher clears it away."""
+    it = asking(ahead=1)
+    name = segment_name(1, story.whole(1)[0] * MB, MB)
+    assert it.ask(name)[0] == 0
+    tools = it.spool.parent / "tools"
+    tools.mkdir()
+    mover = tools / "mv"
+    mover.write_text(f'#!/bin/sh\nrm "$0" "$1"\nexec {shutil.which("mv")} "$@"\n')
+    for path in (tools, mover):
+        path.chmod(0o755)
+        run_as().own(path)
+    (it.spool / "ready" / name).write_bytes(b"left over from an earlier question")
+    to = it.spool.parent / "RECOVERYXLOG"
+    path = f"{tools}:/usr/bin:/bin"
+    done = run_tool(["sh", it.spool / "restore.sh", name, to], timeout=60, env={"PATH": path})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not mover.exists(), "it was not used: this shows nothing"
+    assert to.read_bytes() == story.repository.get_wal(story.sysid, name).plain  # type: ignore[union-attr]
+
+
 def test_a_question_that_comes_while_its_last_answer_is_just_taken_is_answered(
     story: Story, asking: Callable[..., Asking], monkeypatch: pytest.MonkeyPatch
 ) -> None:
