@@ -6,7 +6,7 @@ answer that cannot be had is no kept promise.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from ops_platform.errors import OpsError
 from ops_platform.recovery import records
 
 if TYPE_CHECKING:
+    from ops_platform.backup.model import WalGap
     from ops_platform.clients.access import Access
     from ops_platform.inventory import Target
 
@@ -65,22 +66,23 @@ def backup_fresh(access: Access, target: Target, now: datetime) -> Kept:
 
 
 def wal_continuous(access: Access, target: Target, now: datetime) -> Kept:
-    """No WAL is missing between the oldest usable backup and now, and the archive is not further behind than `wal.max_lag`."""
+    """Every moment from now on can be restored, and the archive is not further behind than `wal.max_lag`.
+
+    A gap behind which a backup stands is named for as long as the archive shows it, because the moments in it cannot be restored;
+    it keeps no later backup from its proof.
+    """
+    from ops_platform.backup.archive import archive_status, open_gaps
+
     if target.repository.engine != "native":
         window = open_engine(access, target).window()
-        good = window.latest is not None and not window.gaps
-        return Kept(
-            target.id,
-            good,
-            f"restorable until {window.latest}" if good else "nothing can be restored, or WAL is missing",
-        )
-    from ops_platform.backup.archive import archive_status
-
+        holes = open_gaps(window.gaps)
+        good = window.latest is not None and not holes
+        text = f"restorable until {window.latest}{_mended(window.gaps)}" if good else "nothing can be restored"
+        return Kept(target.id, good, _missing(holes) if holes else text, {"gaps": float(len(window.gaps))})
     status = archive_status(access, target)
     numbers = {"gaps": float(len(status.gaps)), "segments": float(status.segments)}
     if not status.continuous:
-        holes = "; ".join(f"{gap.first} to {gap.last}" for gap in status.gaps)
-        return Kept(target.id, False, f"WAL is missing: {holes}" if holes else "no WAL is archived", numbers)
+        return Kept(target.id, False, _missing(open_gaps(status.gaps)) or "no WAL is archived", numbers)
     if status.slot_error is not None or status.lag_bytes is None:
         return Kept(target.id, False, f"the server could not be asked: {status.slot_error}", numbers, known=False)
     numbers["lag_bytes"] = float(status.lag_bytes)
@@ -97,8 +99,21 @@ def wal_continuous(access: Access, target: Target, now: datetime) -> Kept:
     return Kept(
         target.id,
         behind <= allowed,
-        f"whole up to {status.newest}, {behind:.0f} s behind",
+        f"whole up to {status.newest}, {behind:.0f} s behind{_mended(status.gaps)}",
         numbers | {"lag_seconds": behind},
+    )
+
+
+def _missing(gaps: Sequence[WalGap]) -> str:
+    holes = "; ".join(f"{gap.first} to {gap.last}" for gap in gaps)
+    return f"WAL is missing: {holes}; take a full backup" if holes else ""
+
+
+def _mended(gaps: Sequence[WalGap]) -> str:
+    return "".join(
+        f"; the moments of {gap.first} to {gap.last} are lost, whole again from {gap.recovery_again_from}"
+        for gap in gaps
+        if gap.recovery_again_from is not None
     )
 
 

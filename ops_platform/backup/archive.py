@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ops_platform.backup.model import (
     BackupInfo,
@@ -102,8 +102,18 @@ class ArchiveStatus:
     lag_bytes: int | None
 
     @property
+    def open_gaps(self) -> list[WalGap]:
+        """Those behind which no backup begins anew: until one does, nothing after them can be restored."""
+        return open_gaps(self.gaps)
+
+    @property
     def continuous(self) -> bool:
-        return bool(self.ranges) and not self.gaps
+        """Whether every moment from now on can be restored. A gap that a later backup mended costs the moments before that alone."""
+        return bool(self.ranges) and not self.open_gaps
+
+
+def open_gaps(found: Iterable[WalGap]) -> list[WalGap]:
+    return [gap for gap in found if gap.recovery_again_from is None]
 
 
 @dataclass(frozen=True)
@@ -277,7 +287,7 @@ def recovery_window(
     pieces: list[tuple[datetime, datetime]] = []
     for backup in backups:
         if backup.error is None and (reached := _reach(backup, stored, lines, segment_size)) is not None:
-            pieces.append((backup.ended_at, max(backup.ended_at, reached)))
+            pieces.append((backup.ended_at, max(backup.ended_at, reached.until)))
     merged: list[tuple[datetime, datetime]] = []
     for begin, end in sorted(pieces):
         if merged and begin <= merged[-1][1]:
@@ -299,10 +309,37 @@ def _again_from(backups: Sequence[BackupInfo], timeline: int, last: str, segment
     return min(usable, key=lambda b: (b.start, b.ended_at)).backup_id if usable else None
 
 
+@dataclass(frozen=True)
+class Reach:
+    """How far the stored WAL carries a backup without a hole: the last moment (UTC) and the position behind its last byte."""
+
+    until: datetime
+    end: Lsn
+
+
+def reach(
+    archive: Archive, backup: BackupInfo, timeline: int | Literal["latest", "current"] = "latest"
+) -> Reach | None:
+    """How far a recovery from `backup` comes that follows that timeline, as PostgreSQL follows it.
+
+    None where its own WAL is not whole, or where it was left behind: beyond a fork, on the branch that nobody went on with,
+    PostgreSQL refuses to follow the newest timeline.
+    """
+    number = backup.timeline if timeline == "current" else max(archive.lines) if timeline == "latest" else timeline
+    line = archive.lines.get(number) or ([Span(number, Lsn(0), None)] if number == backup.timeline else [])
+    if backup.error is not None or not any(_lies_on(span, backup) for span in line):
+        return None
+    return _reach(backup, archive.ranges, {number: line}, archive.segment_size)
+
+
+def _lies_on(span: Span, backup: BackupInfo) -> bool:
+    return span.timeline == backup.timeline and (span.end is None or span.end >= backup.end)
+
+
 def _reach(
     backup: BackupInfo, stored: Sequence[WalRange], lines: Mapping[int, list[Span]], segment_size: int
-) -> datetime | None:
-    """Until when the WAL that is stored carries this backup; None where its own WAL is not whole."""
+) -> Reach | None:
+    """Along the newest of these lines that the backup lies on; None where its own WAL is not whole."""
 
     def holding(timeline: int, begin: int, end: int) -> WalRange | None:
         for item in stored:
@@ -314,12 +351,7 @@ def _reach(
     if current is None:
         return None
     reached = current.until or backup.ended_at
-    descend = [
-        line
-        for line in lines.values()
-        for span in line
-        if span.timeline == backup.timeline and (span.end is None or span.end >= backup.end)
-    ]
+    descend = [line for line in lines.values() for span in line if _lies_on(span, backup)]
     line = max(descend, key=lambda spans: spans[-1].timeline, default=[])
     following = False
     for span in line:
@@ -328,12 +360,12 @@ def _reach(
         else:
             # The child repeats the segment in which its parent was left.
             if current.end < floor(span.begin, segment_size):
-                return reached
+                return Reach(reached, current.end)
             child = holding(span.timeline, floor(span.begin, segment_size), span.begin)
             if child is None:
-                return reached
+                return Reach(reached, current.end)
             current, reached = child, max(reached, child.until or reached)
-    return reached
+    return Reach(reached, current.end)
 
 
 # Reading
@@ -420,7 +452,9 @@ def _complete_until(
 
 def slot_state(access: Access, target: Target) -> SlotState | None:
     """None where the server says that there is no such slot."""
-    with contextlib.closing(access.postgres(target, role="primary")) as conn:
+    from ops_platform.clients.postgres import asking
+
+    with asking(access.postgres(target, role="primary"), target.id) as conn:
         row = conn.execute(
             "SELECT slot_type, active_pid, restart_lsn::text, wal_status,"
             " pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::bigint"
@@ -434,7 +468,9 @@ def slot_state(access: Access, target: Target) -> SlotState | None:
 
 def slot_holder(access: Access, target: Target, pid: int) -> str:
     """Who streams from the slot, as far as our rights show it."""
-    with contextlib.suppress(OpsError), contextlib.closing(access.postgres(target, role="primary")) as conn:
+    from ops_platform.clients.postgres import asking
+
+    with contextlib.suppress(OpsError), asking(access.postgres(target, role="primary"), target.id) as conn:
         row = conn.execute(
             "SELECT application_name, coalesce(host(client_addr), 'a local socket'), usename"
             " FROM pg_stat_activity WHERE pid = %s",
@@ -492,8 +528,10 @@ def _lag(newest: WalRange | None, server_lsn: Lsn | None, server_timeline: int |
 
 
 def _ask_server(access: Access, target: Target) -> dict[str, Any]:
+    from ops_platform.clients.postgres import asking
+
     try:
-        with contextlib.closing(access.postgres(target, role="primary")) as conn:
+        with asking(access.postgres(target, role="primary"), target.id) as conn:
             row = conn.execute(
                 "SELECT pg_current_wal_flush_lsn()::text, clock_timestamp(), left(pg_walfile_name(pg_current_wal_lsn()), 8)"
             ).fetchone()
@@ -625,8 +663,10 @@ __all__ = [
     "history_name",
     "holds",
     "missing",
+    "open_gaps",
     "put_gap",
     "ranges",
+    "reach",
     "read_archive",
     "recovery_window",
     "slot_state",

@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from ops_platform.backup.archive import Archive, gaps, open_target_repository, read_archive, recovery_window
+from ops_platform.backup.archive import (
+    Archive,
+    Reach,
+    gaps,
+    open_target_repository,
+    reach,
+    read_archive,
+    recovery_window,
+)
 from ops_platform.backup.fetch import Owner, check_empty, combine, fetch_backup
 from ops_platform.backup.model import (
     BackupEngine,
@@ -47,6 +55,22 @@ def span(moments: tuple[datetime, datetime]) -> str:
     return f"{moments[0]:%Y-%m-%d %H:%M:%S} to {moments[1]:%Y-%m-%d %H:%M:%S} UTC"
 
 
+def _holes(window: RecoveryWindow) -> str:
+    return "".join(
+        f"; missing WAL {gap.first} to {gap.last}, "
+        + (f"whole again from {gap.recovery_again_from}" if gap.recovery_again_from else "no backup begins after it")
+        for gap in window.gaps
+    )
+
+
+def _reaches(
+    archive: Archive, backups: Sequence[BackupInfo], timeline: int | Literal["latest", "current"]
+) -> list[tuple[BackupInfo, Reach]]:
+    """The backups of the archive's cluster from which that timeline can be followed, and how far each comes."""
+    mine = [backup for backup in backups if backup.system_identifier == archive.system_identifier]
+    return [(backup, found) for backup in mine if (found := reach(archive, backup, timeline)) is not None]
+
+
 class NativeEngine:
     def __init__(self, repository: Repository, target: Target, *, clock: Clock = SYSTEM_CLOCK) -> None:
         self.repository = repository
@@ -70,40 +94,68 @@ class NativeEngine:
         return recovery_window(mine, archive.ranges, archive.lines, archive.segment_size, gaps(archive))
 
     def choose(self, target: RecoveryTarget) -> BackupInfo:
+        archive = read_archive(self.repository)
         backups = [backup for backup in self.list() if backup.error is None]
-        window = self._window(backups, read_archive(self.repository))
-        if not backups or window.earliest is None:
+        window = self._window(backups, archive)
+        if archive is None or window.earliest is None:
             raise UsageError(
                 f"nothing of {self.target.id} can be restored: "
-                + ("there is no backup" if not backups else "the WAL of no backup is whole"),
+                + ("the WAL of no backup is whole" if backups else "there is no backup"),
                 remedy=f"ops backup run {self.target.id}; ops wal status {self.target.id}",
             )
+        reaches = _reaches(archive, backups, target.timeline)
         if target.kind == "time" and isinstance(target.value, datetime):
-            return self._choose_time(backups, window, target.value)
+            moment = target.value
+            found = [b for b, far in reaches if b.ended_at <= moment <= max(b.ended_at, far.until)]
+            return found[-1] if found else self._no_such_time(archive, backups, window, moment)
+        if not reaches:
+            raise UsageError(
+                f"no backup of {self.target.id} lies on timeline {target.timeline}",
+                remedy=f"name one of these with --timeline: {', '.join(map(str, sorted(archive.lines)))}",
+            )
+        end = max(far.end for _, far in reaches)
         if target.kind == "lsn":
             wanted = Lsn.parse(str(target.value))
-            before = [backup for backup in backups if backup.end <= wanted]
-            if not before:
-                raise UsageError(f"{wanted} lies before the end of the oldest backup ({backups[0].end})")
-            return before[-1]
+            found = [b for b, far in reaches if b.end <= wanted <= far.end]
+            return found[-1] if found else self._no_such_position(wanted, [b for b, _ in reaches], window, end)
         if target.kind in ("xid", "name"):
-            # A transaction or a restore point may lie anywhere: the oldest backup reaches every one that is still there.
-            return backups[0]
-        return backups[-1]
+            # It may lie anywhere: of the backups whose WAL leads to the end without a hole, the oldest has the most of it behind.
+            return next(b for b, far in reaches if far.end == end)
+        return reaches[-1][0]
 
-    def _choose_time(self, backups: list[BackupInfo], window: RecoveryWindow, moment: datetime) -> BackupInfo:
+    def _no_such_time(
+        self, archive: Archive, backups: list[BackupInfo], window: RecoveryWindow, moment: datetime
+    ) -> BackupInfo:
+        """Raises the UsageError that says what there is instead."""
         if moment > self._clock.now():
             raise UsageError(
                 f"{moment.isoformat()} lies in the future", remedy=f"the window: {'; '.join(map(span, window.pieces))}"
             )
-        if not window.holds(moment):
-            gaps = "".join(f"; missing WAL {gap.first} to {gap.last}" for gap in window.gaps)
+        elsewhere = [
+            number
+            for number in sorted(archive.lines)
+            if any(b.ended_at <= moment <= far.until for b, far in _reaches(archive, backups, number))
+        ]
+        if elsewhere:
             raise UsageError(
-                f"{moment.isoformat()} lies outside of what can be restored",
+                f"{moment.isoformat()} does not lie on the timeline that is followed",
                 where=self.target.id,
-                remedy=f"the recovery window: {'; '.join(map(span, window.pieces))}{gaps}",
+                remedy=f"it lies on timeline {', '.join(map(str, elsewhere))}: name one with --timeline",
             )
-        return [backup for backup in backups if backup.ended_at <= moment][-1]
+        raise UsageError(
+            f"{moment.isoformat()} lies outside of what can be restored",
+            where=self.target.id,
+            remedy=f"the recovery window: {'; '.join(map(span, window.pieces))}{_holes(window)}",
+        )
+
+    def _no_such_position(self, wanted: Lsn, backups: list[BackupInfo], window: RecoveryWindow, end: Lsn) -> BackupInfo:
+        before = f"{wanted} lies before the end of the oldest backup ({backups[0].end})"
+        beyond = f"{wanted} cannot be reached: the archive is whole up to {end}"
+        raise UsageError(
+            before if wanted < backups[0].end else beyond,
+            where=self.target.id,
+            remedy=f"the recovery window: {'; '.join(map(span, window.pieces))}{_holes(window)}",
+        )
 
     def fetch_base(
         self,

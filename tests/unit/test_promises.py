@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
 
+import dagster as dg
 import pytest
 
 from assets.postgres import check_result
@@ -142,8 +143,16 @@ def test_what_a_wrong_clock_dated_into_the_future_does_not_stay_young_for_ever(
 
 
 def test_a_gap_is_named(world: SimpleNamespace) -> None:
-    world.status = status(continuous=False, gaps=[WalGap(1, "…07", "…09", "a later backup")])
-    known_broken("wal_continuous", "…07 to …09")
+    world.status = status(continuous=False, gaps=[WalGap(1, "…02", "…03", "B"), WalGap(1, "…07", "…09", None)])
+    known_broken("wal_continuous", "WAL is missing: …07 to …09")
+
+
+def test_a_gap_that_a_later_backup_mended_is_named_and_fails_no_night_after_it(world: SimpleNamespace) -> None:
+    world.status = status(gaps=[WalGap(1, "…07", "…09", "B")])
+    kept = look("wal_continuous")
+    assert (kept.kept, kept.known) == (True, True)
+    assert "the moments of …07 to …09 are lost, whole again from B" in kept.text
+    assert kept.numbers["gaps"] == 1
 
 
 def test_an_empty_archive_is_no_continuous_one(world: SimpleNamespace) -> None:
@@ -222,19 +231,14 @@ def test_a_fast_restore_does_not_hide_an_estimate_beyond_the_objective(world: Si
 # As a check
 
 
-def test_a_check_over_many_fails_for_one_and_names_it() -> None:
-    found = check_result([Kept("a", True, "good"), Kept("b", False, "bad"), Kept("c", False, "away", known=False)])
-    assert not found.passed
-    assert found.description == "2 of 3 not kept, 1 of them could not be judged"
-    assert set(found.metadata) == {"b", "c"}
-
-
-def test_a_check_over_nothing_is_not_passed() -> None:
-    assert not check_result([]).passed
-
-
-def test_a_check_of_one_target_shows_its_figures() -> None:
-    found = check_result([Kept("a", True, "good", {"lag_seconds": 1.5})])
+def test_a_check_says_what_was_judged_and_shows_its_figures() -> None:
+    found = check_result(Kept("a", True, "good", {"lag_seconds": 1.5}))
     assert found.passed
     assert found.description == "good"
     assert found.metadata["lag_seconds"].value == 1.5
+
+
+def test_what_could_not_be_judged_is_not_passed_and_says_so() -> None:
+    found = check_result(Kept("a", False, "the store is away", known=False))
+    assert (found.passed, found.severity) == (False, dg.AssetCheckSeverity.ERROR)
+    assert found.description == "could not be judged: the store is away"
