@@ -318,9 +318,11 @@ select pg_is_in_recovery(), current_setting('server_version_num')::int, (select 
 
 
 def _describe(access: Access, target: Target, member: Member) -> Source:
-    with access.postgres(target, member=member) as connection:
-        row = connection.execute(_DESCRIBE).fetchone()
+    from ops_platform.clients.postgres import asking
+
     where = f"{member.host}:{member.port}"
+    with asking(access.postgres(target, member=member), where) as connection:
+        row = connection.execute(_DESCRIBE).fetchone()
     if row is None:
         raise UnreachableError("the server gave no answer", where=where)
     recovery, version, sysid, segment, checksums, wal_level, summarizes = row
@@ -341,12 +343,12 @@ _LOCK_SPACE = 0x6F7073  # "ops": advisory locks of ours
 @contextmanager
 def _lock(access: Access, target: Target, source: Member) -> Generator[None]:
     """One backup of a target at a time, across machines, held by a session: the server drops it with the connection."""
-    from ops_platform.clients.postgres import connect
+    from ops_platform.clients.postgres import asking, connect
 
     primaries = [m for m in access.members(target) if m.error is None and m.in_recovery is False]
     at = primaries[0] if primaries else source
-    connection = connect(access.login(target.connection, at.host), at.host, at.port)
-    try:
+    where = f"{at.host}:{at.port}"
+    with asking(connect(access.login(target.connection, at.host), at.host, at.port), where) as connection:
         connection.execute(
             "select set_config('application_name', %s, false)", [f"ops_platform backup of {target.id}"[:63]]
         )
@@ -354,12 +356,10 @@ def _lock(access: Access, target: Target, source: Member) -> Generator[None]:
         if row is None or not row[0]:
             raise ConflictError(
                 f"another backup of {target.id} is running: {_holder(connection, target)}",
-                where=f"{at.host}:{at.port}",
+                where=where,
                 remedy="wait until it ends; the lock goes with its session",
             )
         yield
-    finally:
-        connection.close()
 
 
 def _holder(connection: object, target: Target) -> str:

@@ -107,12 +107,14 @@ _LOCK_SPACE = 0x6F7073  # the advisory lock of `basebackup`: one backup of a tar
 
 def backup_running(access: Access, target: Target) -> str | None:
     """Who takes a backup of the target now; None where nobody does. Raises where a member cannot be asked: then nobody knows."""
+    from ops_platform.clients.postgres import asking
+
     for member in access.members(target):
         if member.error is not None:
             raise UnreachableError(
                 f"whether a backup is running cannot be told: {member.error}", where=f"{member.host}:{member.port}"
             )
-        with contextlib.closing(access.postgres(target, member=member)) as connection:
+        with asking(access.postgres(target, member=member), f"{member.host}:{member.port}") as connection:
             row = connection.execute(
                 "select l.pid from pg_locks l where l.locktype = 'advisory' and l.granted and l.classid = %s"
                 " and l.objid = (hashtext(%s)::bigint & 4294967295)::oid and l.objsubid = 2",

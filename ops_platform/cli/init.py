@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from ops_platform.inventory.template import Described
     from ops_platform.inventory.values import Secret, SecretRef
 
+# A database that our role may not enter has no size for us, unless it has pg_monitor.
 _ABOUT = """
-select (select sum(pg_database_size(oid)) from pg_database where datallowconn)::bigint,
+select sum(case when seen then pg_database_size(oid) end)::bigint, count(*) filter (where not seen),
   coalesce(current_setting('summarize_wal', true), '') = 'on', current_setting('server_version')
+from (select oid, has_database_privilege(oid, 'connect') or pg_has_role('pg_read_all_stats', 'usage') as seen
+      from pg_database where datallowconn) d
 """
-_STANDBYS = (
-    "select host(client_addr) from pg_stat_replication where client_addr is not null and backend_type = 'walsender'"
-)
+_STANDBYS = "select distinct host(client_addr) from pg_stat_replication where client_addr is not null order by 1"
 
 
 @click.command()
@@ -76,7 +77,7 @@ def init(
 def _ask(
     host: str, port: int, user: str, dbname: str, password: str | None, tls: str, ca: str | None, target_id: str | None
 ) -> Described:
-    from ops_platform.clients.postgres import Login, ask_member, connect
+    from ops_platform.clients.postgres import Login, ask_member, asking, connect
     from ops_platform.inventory.template import Described, target_id_of
     from ops_platform.inventory.values import SecretRef
 
@@ -89,14 +90,14 @@ def _ask(
     if member.error is not None:
         connect(login, host, port).close()  # raises with its remedy
         raise OpsError(member.error, where=f"{host}:{port}")
-    with connect(login, host, port) as connection:
+    with asking(connect(login, host, port), f"{host}:{port}") as connection:
         row = connection.execute(_ABOUT).fetchone()
         standbys = [r[0] for r in connection.execute(_STANDBYS).fetchall()]
     assert row is not None  # noqa: S101 - a select without a table has a row
-    notes = [
-        f"{address} replicates from here: if it is a standby, add it to connection.hosts"
-        for address in sorted(set(standbys))
-    ]
+    size, hidden, summarizes, version = row
+    notes = [f"{address} replicates from here: if it is a standby, add it to connection.hosts" for address in standbys]
+    if hidden:
+        notes.append(f"{hidden} databases are not counted in the size: {user} may not enter them and lacks pg_monitor")
     if member.in_recovery:
         notes.append("this is a standby: add its primary to connection.hosts")
     return Described(
@@ -107,9 +108,9 @@ def _ask(
         reference,
         tls,
         ca,
-        str(row[2]),
-        int(row[0] or 0),
-        bool(row[1]),
+        str(version),
+        int(size or 0),
+        bool(summarizes),
         notes,
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,30 @@ def connect(
         return psycopg.connect(_conninfo(parameters), autocommit=autocommit)
     except psycopg.OperationalError as error:
         raise connection_error(str(error), f"{host}:{port}", login.user) from None  # the cause may quote parameters
+
+
+@contextmanager
+def asking(connection: psycopg.Connection[Any], where: str) -> Generator[psycopg.Connection[Any]]:
+    """A session for questions, closed at its end. What the server refuses or breaks off is raised as the OpsError that fits."""
+    try:
+        yield connection
+    except psycopg.Error as error:
+        raise _query_error(error, where) from None
+    finally:
+        connection.close()
+
+
+def _query_error(error: psycopg.Error, where: str) -> OpsError:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, psycopg.errors.InsufficientPrivilege):
+        return AccessDeniedError(
+            f"our role may not ask this: {text}", where=where, remedy="ops doctor names each right that is missing"
+        )
+    if isinstance(error, psycopg.OperationalError):
+        return UnreachableError(
+            f"the server broke off: {text}", where=where, remedy="try again soon; its log says what happened"
+        )
+    return OpsError(f"the server refuses a question of ours: {text}", where=where, remedy="read the server's log")
 
 
 def connect_replication(login: Login, host: str, port: int) -> PGconn:

@@ -96,7 +96,9 @@ def observe(access: Access, target: Target, verification_id: str, clock: Clock) 
     A message in the WAL, which needs no right to write anywhere, makes a commit after the moment; without one PostgreSQL cannot know
     that the moment was reached. Where even that is forbidden, the newest record that the server itself has read back is the target.
     """
-    with contextlib.closing(access.postgres(target, role="primary")) as connection:
+    from ops_platform.clients.postgres import asking
+
+    with asking(access.postgres(target, role="primary"), target.id) as connection:
         connection.execute("set synchronous_commit to local")
         facts = database_facts(connection)
         moment = _between(connection)
@@ -184,8 +186,10 @@ def _ask_for_archiving(access: Access, target: Target, clock: Clock) -> float:
     """For repositories of other tools: switch the segment and wait until PostgreSQL's archiver has handed it on."""
     import psycopg
 
+    from ops_platform.clients.postgres import asking
+
     began = clock.monotonic()
-    with contextlib.closing(access.postgres(target, role="primary")) as connection:
+    with asking(access.postgres(target, role="primary"), target.id) as connection:
         try:
             row = connection.execute("select pg_walfile_name(pg_switch_wal())").fetchone()
         except psycopg.errors.InsufficientPrivilege:

@@ -516,3 +516,56 @@ def test_nothing_that_is_printed_shows_a_password(
     everything = "\n".join([*texts, caplog.text])
     assert [secret for secret in (PASSWORD, "another-wrong-secret") if secret in everything] == []
     assert "Secret(***)" in everything
+
+
+# Questions that the server refuses
+
+
+def test_what_a_server_refuses_is_said_as_an_error_of_ours(
+    new_platform: Callable[..., Platform], shared_cluster: Cluster
+) -> None:
+    """One target with a server that refuses must not end the round over all of them: only an OpsError is caught there."""
+    from ops_platform.clients.postgres import asking
+
+    platform = new_platform({"app-db": [shared_cluster]})
+
+    def ask(text: str) -> None:
+        with asking(platform.access.postgres(platform.target), "app-db") as connection:
+            connection.execute(text)
+
+    with pytest.raises(AccessDeniedError, match="our role may not ask this: permission denied") as refused:
+        ask("select pg_read_file('/etc/passwd')")
+    assert "ops doctor" in str(refused.value.remedy)
+    with pytest.raises(UnreachableError, match="terminating connection"):
+        ask("select pg_terminate_backend(pg_backend_pid())")
+    with pytest.raises(OpsError, match="refuses a question of ours"):
+        ask("select 1/0")
+
+
+@pytest.mark.parametrize("what", ["archive_status", "slot_state", "backup", "running", "database"])
+def test_a_server_that_refuses_every_question_is_an_error_that_a_round_over_all_targets_survives(
+    new_cluster: Callable[..., Cluster], new_platform: Callable[..., Platform], what: str
+) -> None:
+    """The catalogs that are asked are closed to our role, as some companies do."""
+    from assets.postgres import _see_database
+    from ops_platform.backup.archive import archive_status, slot_state
+    from ops_platform.backup.basebackup import run_backup
+    from ops_platform.backup.expiry import backup_running
+
+    cluster = new_cluster(18)
+    platform = new_platform({"app-db": [cluster]})
+    cluster.sql("""
+        revoke pg_read_all_data, pg_monitor from ops_backup;
+        revoke select on pg_replication_slots, pg_locks from public;
+        revoke execute on function pg_database_size(oid), pg_current_wal_flush_lsn(), pg_try_advisory_lock(int, int) from public;
+    """)
+    if what == "archive_status":
+        assert "permission denied" in str(archive_status(platform.access, platform.target).slot_error)
+        return
+    with pytest.raises(AccessDeniedError, match="permission denied"):
+        {
+            "slot_state": slot_state,
+            "backup": run_backup,
+            "running": backup_running,
+            "database": _see_database,
+        }[what](platform.access, platform.target)  # type: ignore[operator]
