@@ -75,6 +75,7 @@ class Scorecard(Part):
     backup_ended_at: datetime | None
     chain: list[str]
     picked: str
+    turn: int | None = None  # the how-manieth proof whose backup was picked by turns; None where it was asked for
     recovery_target: str
     reached: str | None
     reached_lsn: str | None

@@ -56,13 +56,24 @@ def measured(card: Scorecard, name: str) -> float | None:
 def scorecards(repository: Repository, *, newest: int | None = None) -> list[Scorecard]:
     """Oldest first; `newest` reads only so many. Raises CorruptionError naming one that cannot be read."""
     keys = sorted(info.key for info in repository.store.list(f"{repository.target_id}/scorecard/"))
-    found: list[Scorecard] = []
-    for key in keys[-newest:] if newest else keys:
-        try:
-            found.append(Scorecard.model_validate_json(repository.read_record(key)))
-        except ValueError as error:
-            raise CorruptionError("this scorecard cannot be read", where=key) from error
-    return found
+    return [_scorecard(repository, key) for key in (keys[-newest:] if newest else keys)]
+
+
+def _scorecard(repository: Repository, key: str) -> Scorecard:
+    try:
+        return Scorecard.model_validate_json(repository.read_record(key))
+    except ValueError as error:
+        raise CorruptionError("this scorecard cannot be read", where=key) from error
+
+
+_LOOKED_BACK = 400  # scorecards, for the newest that was picked by turns
+
+
+def last_turn(repository: Repository) -> int | None:
+    """The number of the newest proof by turns; None where there is none, or none among the newest few hundred."""
+    keys = sorted(info.key for info in repository.store.list(f"{repository.target_id}/scorecard/"))
+    cards = (_scorecard(repository, key) for key in reversed(keys[-_LOOKED_BACK:]))
+    return next((card.turn for card in cards if card.turn is not None), None)
 
 
 def last_proof(proofs: Sequence[Proof]) -> Proof | None:

@@ -104,6 +104,7 @@ class Verification:
         self.notes: list[str] = []
         self.engine: BackupEngine = open_engine(access, target, clock=clock)
         self.choice: Choice | None = None
+        self.turn: int | None = None
         self.moment: SourceMoment | None = None
         self.window: RecoveryWindow | None = None
         self.install: PgInstall | None = None
@@ -229,10 +230,11 @@ class Verification:
         return self._to_now(backups[-1], window, "the newest backup")
 
     def _turn(self) -> Pick:
-        """By turns through the policy's list, counted by the proofs that are there."""
+        """The next of the policy's list. Proofs that were asked for, and those that follow each backup, are no turns: they would skip some."""
         repository = records.repository_of(self.access, self.target)
-        done = len(repository.proofs()) if repository else 0
-        return self.policy.pick[done % len(self.policy.pick)]
+        last = records.last_turn(repository) if repository else None
+        self.turn = 0 if last is None else last + 1  # noted even where it fails: it does not come again and again
+        return self.policy.pick[self.turn % len(self.policy.pick)]
 
     def _to_now(self, backup: BackupInfo, window: RecoveryWindow, why: str) -> Choice:
         """That backup, to the moment at which the source was looked at."""
@@ -420,7 +422,9 @@ class Verification:
         return max(ends)[1] if ends else None
 
     def _canary_history(self) -> dict[int, datetime]:
-        with self.access.postgres(self.target, role="primary") as connection:
+        from ops_platform.clients.postgres import asking
+
+        with asking(self.access.postgres(self.target, role="primary"), self.target.id) as connection:
             return dict(connection.execute("select id, at from ops_canary.canary").fetchall())
 
     def _look(self, sandbox: Sandbox, runner: object) -> None:
@@ -511,6 +515,7 @@ class Verification:
             backup_ended_at=choice.backup.ended_at if choice else None,
             chain=self._chain(),
             picked=choice.picked if choice else "nothing",
+            turn=self.turn,
             recovery_target=str(choice.recovery) if choice else "none",
             reached=self.because,
             reached_lsn=str(self.reached[0]) if self.reached else None,

@@ -16,14 +16,16 @@ import pytest
 
 from ops_platform.backup.archive import read_archive
 from ops_platform.backup.basebackup import run_backup
-from ops_platform.backup.model import RecoveryTarget
+from ops_platform.backup.model import RecoveryTarget, no_progress
 from ops_platform.clients.postgres_binaries import run_as
+from ops_platform.clock import SYSTEM_CLOCK
 from ops_platform.errors import UsageError
 from ops_platform.recovery import canary, records
 from ops_platform.recovery import verify as room
 from ops_platform.recovery.model import GateStatus, Scorecard, Verdict
 from ops_platform.recovery.verify import verify
 from tests.rig import Cluster, Platform
+from tests.unit.test_reports import make_card
 
 MakeCluster = Callable[..., Cluster]
 MakePlatform = Callable[..., Platform]
@@ -157,6 +159,26 @@ def test_libraries_that_act_on_their_own_are_left_out(new_cluster: MakeCluster, 
     card = verify(platform.access, platform.target)
     assert card.verdict is Verdict.PASS, card.reason
     assert any("pg_cron" in note for note in card.notes)
+
+
+def test_turns_are_counted_by_proofs_that_were_turns(new_platform: MakePlatform, shared_cluster: Cluster) -> None:
+    """The proof that follows each nightly backup picks the newest: counted as a turn it would take every other one, for ever."""
+    platform = new_platform(
+        {"app-db": [shared_cluster]}, extra={"backup": {"verification": {"pick": ["newest", "chain", "oldest"]}}}
+    )
+    picked: list[str] = []
+    for number in range(7):
+        for asked in (True, False):
+            running = room.Verification(
+                platform.access, platform.target, pick=None, at=None, backup_id=None, full=False, data_docs=None,
+                progress=no_progress, clock=SYSTEM_CLOCK,
+            )  # fmt: skip
+            if not asked:
+                picked.append(running._turn())
+            key = f"20260101T0000{number:02}Z-{'a' if asked else 'b'}"
+            card = make_card(verification_id=key, target_id="app-db", turn=running.turn)
+            assert records.keep(platform.repository, card)
+    assert picked == ["newest", "chain", "oldest", "newest", "chain", "oldest", "newest"]
 
 
 # What must not pass
