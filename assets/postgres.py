@@ -5,6 +5,7 @@ works on every target, one after the other, and fails at its end when any of the
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -36,9 +37,12 @@ class BackupConfig(dg.Config):
 
 
 class VerificationConfig(dg.Config):
-    """`pick`: newest, oldest, chain, random, or by turns. `at`: a moment with its zone instead."""
+    """`pick`: newest, oldest, chain, random, or by turns; auto is the newest in a run that takes a backup, by turns in others.
 
-    pick: str = "turns"
+    `at`: a moment with its zone instead.
+    """
+
+    pick: str = "auto"
     at: str = ""
     full: bool = False
 
@@ -90,7 +94,7 @@ def build_assets(inventory: Inventory) -> tuple[list[Any], list[dg.AssetChecksDe
                 return {"backup": dg.MetadataValue.text(f"taken by {target.repository.engine}, proven by us")}
             return backup_metadata(run_backup(access, target, kind=config.kind, progress=_log_steps(context)))  # type: ignore[arg-type]
 
-        return _materialize(context, platform, BASE_BACKUP, back_up)
+        return _materialize(context, platform, back_up)
 
     @dg.asset(
         key=PITR_VERIFICATION,
@@ -116,7 +120,7 @@ def build_assets(inventory: Inventory) -> tuple[list[Any], list[dg.AssetChecksDe
             if at is not None and at.tzinfo is None:
                 raise dg.Failure(f"at: {config.at!r} has no zone; write it with one, such as {config.at}+00:00")
             proof = prove(
-                access, target, pick=None if config.pick == "turns" else config.pick,  # type: ignore[arg-type]
+                access, target, pick=_pick(context, config),  # type: ignore[arg-type]
                 at=at, full=config.full, actor=f"dagster run {context.run_id}", progress=_log_steps(context),
             )  # fmt: skip
             metadata = proof_metadata(proof)
@@ -125,10 +129,17 @@ def build_assets(inventory: Inventory) -> tuple[list[Any], list[dg.AssetChecksDe
                 raise NotProvenError(f"{proof.scorecard.verdict.value}: {proof.scorecard.reason}")
             return metadata
 
-        return _materialize(context, platform, PITR_VERIFICATION, prove_it)
+        return _materialize(context, platform, prove_it)
 
     checks = [_check(name, key, text, partitions) for name, (key, text) in CHECKED.items()]
     return [database, wal_archive, base_backup, pitr_verification], checks
+
+
+def _pick(context: dg.AssetExecutionContext, config: VerificationConfig) -> str | None:
+    """None: by turns."""
+    if config.pick == "auto":
+        return "newest" if BASE_BACKUP in _assets_of(context) else None
+    return None if config.pick == "turns" else config.pick
 
 
 class NotProvenError(OpsError):
@@ -143,6 +154,11 @@ def _longest(inventory: Inventory, of: Callable[[Target], timedelta]) -> timedel
 # One run, one or many targets
 
 
+def _assets_of(context: Any) -> AbstractSet[dg.AssetKey]:
+    """Everything that the run makes, not this step alone."""
+    return context.job_def.asset_layer.selected_asset_keys
+
+
 def targets_of(context: Any, access: Access) -> list[Target]:
     """The run's partitions; without any, all targets."""
     inventory = access.inventory
@@ -152,34 +168,16 @@ def targets_of(context: Any, access: Access) -> list[Target]:
 
 
 def _materialize(
-    context: dg.AssetExecutionContext,
-    platform: PlatformResource,
-    key: dg.AssetKey,
-    work: Callable[[Access, Target], dict[str, Any]],
+    context: dg.AssetExecutionContext, platform: PlatformResource, work: Callable[[Access, Target], dict[str, Any]]
 ) -> dg.MaterializeResult[Any]:
-    """Work on each target; one that fails does not keep the others from their turn, and fails the run at its end."""
-    failed: dict[str, str] = {}
-    done: dict[str, dict[str, Any]] = {}
+    """Work on the run's target. A run over all of them is one such run after the other: see jobs/each_target.py."""
     with platform.access() as access:
-        for target in targets_of(context, access):
-            try:
-                done[target.id] = work(access, target)
-            except OpsError as error:
-                failed[target.id] = str(error)
-                context.log.error(f"{target.id}: {error}")
-    one = context.has_partition_key
-    if not one:
-        for target_id, metadata in done.items():
-            context.log_event(dg.AssetMaterialization(key, partition=target_id, metadata=metadata))
-    if failed:
-        text = "; ".join(f"{target_id}: {reason}" for target_id, reason in failed.items())
-        # What a second try would not mend is not tried again by the run; retries of the run stand in dagster.yaml.
-        raise dg.Failure(
-            text, metadata={target_id: dg.MetadataValue.text(reason) for target_id, reason in failed.items()}
-        )
-    if one:
-        return dg.MaterializeResult(metadata=done[context.partition_key])
-    return dg.MaterializeResult(metadata={"targets": len(done)})
+        target = access.inventory.target(context.partition_key)
+        try:
+            return dg.MaterializeResult(metadata=work(access, target))
+        except OpsError as error:
+            # What a second try would not mend is not tried again by the run; retries of the run stand in dagster.yaml.
+            raise dg.Failure(f"{target.id}: {error}") from None
 
 
 def _log_steps(context: Any) -> Progress:
@@ -200,28 +198,34 @@ def _log_steps(context: Any) -> Progress:
 def _check(
     name: str, key: dg.AssetKey, text: str, partitions: dg.PartitionsDefinition[str]
 ) -> dg.AssetChecksDefinition:
-    @dg.asset_check(asset=key, name=name, description=text, blocking=True, partitions_def=partitions)
-    def check(context: dg.AssetCheckExecutionContext, platform: PlatformResource) -> dg.AssetCheckResult:
+    # A check may yield its events, whatever the type of the decorator says.
+    @dg.asset_check(asset=key, name=name, description=text, blocking=True, partitions_def=partitions)  # pyright: ignore[reportArgumentType]
+    def check(context: dg.AssetCheckExecutionContext, platform: PlatformResource) -> Iterator[Any]:
         with platform.access() as access:
             found = [judge(name, access, target) for target in targets_of(context, access)]
-        return check_result(found)
+        if context.has_partition_key:
+            yield check_result(found[0])
+            return
+        # Dagster makes no AssetCheckResult of a partitioned check where the run has no partition: each target gets its own event.
+        for kept in found:
+            result = check_result(kept)
+            yield dg.AssetCheckEvaluation(
+                key, name, result.passed, result.metadata, severity=result.severity, description=result.description,
+                blocking=True, partition=kept.target_id,
+            )  # fmt: skip
+        if not found:
+            raise dg.Failure("the inventory has no target: no target at all is no kept promise")
+        yield dg.Output(None, context.op_def.output_defs[0].name)
 
     return check
 
 
-def check_result(found: Sequence[Kept]) -> dg.AssetCheckResult:
-    """Passed when every target's promise is kept; no target at all is no kept promise."""
-    broken = [kept for kept in found if not kept.kept]
-    metadata: dict[str, Any] = {kept.target_id: kept.text for kept in (broken or found)[:50]}
-    if len(found) == 1:
-        metadata |= found[0].numbers
-    unknown = sum(not kept.known for kept in broken)
-    text = f"{len(broken)} of {len(found)} not kept" + (f", {unknown} of them could not be judged" if unknown else "")
+def check_result(kept: Kept) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(
-        passed=bool(found) and not broken,
+        passed=kept.kept,
         severity=dg.AssetCheckSeverity.ERROR,
-        description=found[0].text if len(found) == 1 else text,
-        metadata=metadata,
+        description=kept.text if kept.known else f"could not be judged: {kept.text}",
+        metadata={**kept.numbers, "known": kept.known},
     )
 
 
@@ -253,8 +257,10 @@ def _observe(
 
 
 def _see_database(access: Access, target: Target) -> tuple[str, dict[str, Any]]:
+    from ops_platform.clients.postgres import asking
+
     member = access.member(target, "any")
-    with access.postgres(target, member=member) as connection:
+    with asking(access.postgres(target, member=member), f"{member.host}:{member.port}") as connection:
         row = connection.execute(
             "select sum(pg_database_size(oid))::bigint, count(*) from pg_database where datallowconn"
         ).fetchone()

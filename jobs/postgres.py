@@ -5,10 +5,12 @@ from typing import Any
 import dagster as dg
 
 from assets.postgres import BASE_BACKUP, DATABASE, PITR_VERIFICATION, POOL, WAL_ARCHIVE, check_keys, targets_of
+from jobs.each_target import each_target
 from ops_platform.errors import OpsError
 from ops_platform.resources import PlatformResource
 
 TARGET_TAG = "ops/target"  # dagster.yaml lets one run at a time have each value of it
+MOST_REQUESTS = 100  # of one tick of a schedule or a sensor: each is a run to make and to launch within the tick's time
 
 
 class ExpiryConfig(dg.Config):
@@ -62,13 +64,14 @@ def build_jobs() -> dict[str, Any]:
             "nightly_backup",
             selection=backup | proof,
             description="Take a backup and prove it: fails unless it was restored and its data checked.",
-            config={"ops": {op_name(PITR_VERIFICATION): {"config": {"pick": "newest"}}}},
+            executor_def=each_target,
             tags=tags,
         ),
         "verify_recovery": dg.define_asset_job(
             "verify_recovery",
             selection=proof,
             description="Prove what is in the store: the newest, the oldest, a chain, a moment by chance, by turns.",
+            executor_def=each_target,
             tags=tags,
         ),
         "check_promises": dg.define_asset_job(
