@@ -3,18 +3,20 @@
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import dagster as dg
 
-from assets.postgres import BASE_BACKUP, PITR_VERIFICATION, WAL_ARCHIVE, archive_metadata
-from jobs.postgres import TARGET_TAG, op_name
+from assets.postgres import BASE_BACKUP, WAL_ARCHIVE, archive_metadata
+from jobs.postgres import MOST_REQUESTS, TARGET_TAG, op_name
 from ops_platform.errors import OpsError
 from ops_platform.inventory.model import Inventory, Target
 from ops_platform.resources import PlatformResource
 
 BUDGET = 20.0  # seconds of one tick; Dagster ends it at 60
-MOST_REQUESTS = 100
+CAUSE_TAG = "ops/cause"  # what a run was asked for, whichever try it is
+TRY_AGAIN = timedelta(hours=1)  # after a try that did not mend its cause; its failure has been told meanwhile
 
 
 def build_sensors(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.SensorDefinition]:
@@ -36,12 +38,10 @@ def build_sensors(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.Sens
             known = [t for t in native if t.id not in unknown]
             cursor = _Round(context.cursor)
             for target in cursor.turn(known):
-                if _has_no_backup(access, target):
-                    requests.append(
-                        dg.RunRequest(
-                            run_key=f"first/{target.id}", partition_key=target.id, tags={TARGET_TAG: target.id}
-                        )
-                    )
+                if _has_no_backup(access, target) and (
+                    wanted := _asked(context.instance, f"first/{target.id}", target)
+                ):
+                    requests.append(wanted)
                 if len(requests) == MOST_REQUESTS:
                     break
         return dg.SensorResult(run_requests=requests, cursor=cursor.next)
@@ -53,7 +53,7 @@ def build_sensors(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.Sens
         description="Looks at each WAL archive; a new gap gets a full backup, from which recovery is possible again.",
     )
     def wal_watch(context: dg.SensorEvaluationContext, platform: PlatformResource) -> dg.SensorResult:
-        from ops_platform.backup.archive import archive_status
+        from ops_platform.backup.archive import archive_status, open_gaps
 
         requests: list[dg.RunRequest] = []
         events: list[dg.AssetObservation] = []
@@ -71,10 +71,11 @@ def build_sensors(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.Sens
                     dg.AssetObservation(WAL_ARCHIVE, partition=target.id, metadata=archive_metadata(status)[1])
                 )
                 # However many gaps there are, one full backup after the newest of them mends them all.
-                open_gaps = [gap for gap in status.gaps if gap.recovery_again_from is None]
-                if open_gaps:
-                    newest = max(open_gaps, key=lambda gap: (gap.timeline, gap.first))
-                    requests.append(full_after_gap(target, newest.first))
+                if found := open_gaps(status.gaps):
+                    newest = max(found, key=lambda gap: (gap.timeline, gap.first))
+                    cause = f"gap/{target.id}/{newest.first}"
+                    if wanted := _asked(context.instance, cause, target, _FULL):
+                        requests.append(wanted)
                 if len(requests) == MOST_REQUESTS:
                     break
         if away and not events:
@@ -112,15 +113,29 @@ def build_sensors(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.Sens
     return [new_targets, wal_watch, failed_runs]
 
 
-def full_after_gap(target: Target, first: str) -> dg.RunRequest:
-    config = {
-        "ops": {
-            op_name(BASE_BACKUP): {"config": {"kind": "full"}},
-            op_name(PITR_VERIFICATION): {"config": {"pick": "newest"}},
-        }
-    }
+_FULL = {"ops": {op_name(BASE_BACKUP): {"config": {"kind": "full"}}}}
+
+
+def _asked(
+    instance: dg.DagsterInstance, cause: str, target: Target, config: Mapping[str, Any] | None = None
+) -> dg.RunRequest | None:
+    """A run for the cause; None while one is at work, and for a while after one that has ended and left the cause.
+
+    Dagster never launches a run key twice, also where its run failed: each try has a key of its own.
+    """
+    records = instance.get_run_records(dg.RunsFilter(tags={CAUSE_TAG: cause}))
+    # A run that was made and not launched is the rest of an interrupted tick: asked for under its key, it is resumed.
+    tries = [record for record in records if record.dagster_run.status is not dg.DagsterRunStatus.NOT_STARTED]
+    if any(not record.dagster_run.is_finished for record in tries):
+        return None
+    ended = max((record.end_time or record.update_timestamp.timestamp() for record in tries), default=None)
+    if ended is not None and time.time() - ended < TRY_AGAIN.total_seconds():
+        return None
     return dg.RunRequest(
-        run_key=f"gap/{target.id}/{first}", partition_key=target.id, tags={TARGET_TAG: target.id}, run_config=config
+        run_key=f"{cause}/{len(tries) + 1}",
+        partition_key=target.id,
+        tags={TARGET_TAG: target.id, CAUSE_TAG: cause},
+        run_config=dict(config or {}),
     )
 
 

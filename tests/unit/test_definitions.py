@@ -178,9 +178,6 @@ def test_the_jobs_are_there_and_each_works_on_one_target_or_all() -> None:
     assert names <= set(repository.job_names)
     assert all(repository.get_job(name).description for name in names)
     nightly = repository.get_job("nightly_backup")
-    preset = nightly.run_config
-    assert preset is not None
-    assert preset["ops"]["postgres__pitr_verification"]["config"] == {"pick": "newest"}
     checks = {key.name for key in nightly.asset_layer.asset_graph.asset_check_keys}
     assert checks == CHECKS
 
@@ -257,6 +254,35 @@ def test_however_many_ticks_see_a_moment_it_is_run_once(stored: dg.DagsterInstan
     assert sorted(started) == sorted(ids)
 
 
+def test_after_an_outage_many_targets_are_asked_for_a_hundred_at_each_tick(stored: dg.DagsterInstance) -> None:
+    ids = [f"t-{i}" for i in range(250)]
+    repository = build_defs(an_inventory(*ids)).get_repository_def()
+    late, asked = NIGHT + timedelta(hours=3), list[list[str]]()
+    for minutes in (0, 5, 10):
+        found = tick(repository, stored, late + timedelta(minutes=minutes))
+        asked.append([wanted.partition_key for wanted in found])
+        for wanted in found:
+            launch(stored, wanted, dg.DagsterRunStatus.STARTED)
+    assert [len(keys) for keys in asked] == [100, 100, 50]
+    assert sorted(key for keys in asked for key in keys) == sorted(ids)
+
+
+def test_what_tells_people_runs_without_anybody_turning_it_on() -> None:
+    repository = build_defs(an_inventory("a")).get_repository_def()
+    running = {s.name for s in repository.schedule_defs if s.default_status is dg.DefaultScheduleStatus.RUNNING}
+    assert running == {"nightly_backups", "verifications", "promises", "observations"}
+
+
+def test_a_target_is_never_worked_on_twice_whoever_starts_the_run() -> None:
+    """A schedule's run has the tag and the partition, one from the web UI or a backfill the partition alone."""
+    shipped = yaml.safe_load((Path(__file__).parents[2] / "deploy" / "dagster.yaml").read_text())
+    limits = {entry["key"]: entry for entry in shipped["concurrency"]["runs"]["tag_concurrency_limits"]}
+    assert set(limits) == {"ops/target", "dagster/partition"}
+    for entry in limits.values():
+        assert entry["limit"] == 1
+        assert entry["value"] == {"applyLimitPerUniqueValue": True}
+
+
 def test_a_night_missed_by_an_outage_is_caught_up_and_an_old_one_is_not(stored: dg.DagsterInstance) -> None:
     repository = build_defs(an_inventory("shop")).get_repository_def()
     (late,) = tick(repository, stored, slot("shop") + LOOK_BACK - timedelta(minutes=10))
@@ -284,6 +310,9 @@ def test_the_clock_of_the_scheduling_machine_set_back_starts_nothing_twice(store
 
 
 # Sensors
+
+
+Archives = dict[str, list[WalGap] | Exception]
 
 
 class Sensed:
@@ -336,10 +365,55 @@ def test_a_target_without_a_backup_gets_its_first_one(
     sensed = Sensed("new_targets", written(tmp_path, "old", "new"), instance)
     stores["old"] = ["a backup"]
     found = sensed.tick()
-    assert keys_of(found) == ["first/new"]
+    assert keys_of(found) == ["first/new/1"]
     assert found.run_requests[0].partition_key == "new"
     assert found.run_requests[0].tags["ops/target"] == "new"
-    assert keys_of(sensed.tick()) == ["first/new"]  # the same key: Dagster runs it once
+    assert keys_of(sensed.tick()) == ["first/new/1"]  # the same key: Dagster runs it once
+
+
+def ended(instance: dg.DagsterInstance, wanted: dg.RunRequest, status: dg.DagsterRunStatus, before: timedelta) -> None:
+    """A run of that request which ended so long ago."""
+    from dagster._core.events import DagsterEvent, DagsterEventType, JobFailureData
+    from dagster._core.events.log import EventLogEntry
+    from dagster._core.test_utils import create_run_for_test
+
+    run = create_run_for_test(instance, status=status, tags={**wanted.tags, RUN_KEY_TAG: str(wanted.run_key)})
+    if status is dg.DagsterRunStatus.FAILURE:
+        event = DagsterEvent(DagsterEventType.RUN_FAILURE.value, run.job_name, event_specific_data=JobFailureData(None))
+        at = (datetime.now(UTC) - before).timestamp()
+        instance.handle_new_event(
+            EventLogEntry(None, 10, "", run.run_id, at, job_name=run.job_name, dagster_event=event)
+        )
+
+
+@pytest.mark.parametrize("name", ["new_targets", "wal_watch"])
+def test_a_try_that_failed_is_followed_by_another_after_a_while(
+    tmp_path: Path, instance: dg.DagsterInstance, stores: dict[str, Any], archives: Archives, name: str
+) -> None:
+    """Dagster launches no run key twice, not even one whose run failed: the target would be left without its backup for ever."""
+    archives["new"] = [a_gap("000000010000000000000007")]
+    sensed = Sensed(name, written(tmp_path, "new"), instance)
+    (first,) = sensed.tick().run_requests
+    ended(instance, first, dg.DagsterRunStatus.FAILURE, sensors.TRY_AGAIN + timedelta(minutes=1))
+    (second,) = sensed.tick().run_requests
+    assert (first.run_key[-2:], second.run_key[-2:]) == ("/1", "/2")
+    assert first.run_key[:-2] == second.run_key[:-2]
+    ended(instance, second, dg.DagsterRunStatus.FAILURE, timedelta(minutes=1))
+    assert sensed.tick().run_requests == [], "not again at once"
+
+
+def test_while_its_run_is_at_work_or_waits_nothing_more_is_asked_for(
+    tmp_path: Path, instance: dg.DagsterInstance, stores: dict[str, Any]
+) -> None:
+    sensed = Sensed("new_targets", written(tmp_path, "new"), instance)
+    (wanted,) = sensed.tick().run_requests
+    ended(
+        instance, wanted, dg.DagsterRunStatus.NOT_STARTED, timedelta()
+    )  # an interrupted tick's, which Dagster resumes
+    assert keys_of(sensed.tick()) == [wanted.run_key]
+    for status in (dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED):
+        ended(instance, wanted, status, timedelta())
+        assert sensed.tick().run_requests == [], status
 
 
 def test_a_store_that_cannot_be_asked_is_not_an_empty_one(
@@ -347,7 +421,7 @@ def test_a_store_that_cannot_be_asked_is_not_an_empty_one(
 ) -> None:
     sensed = Sensed("new_targets", written(tmp_path, "away", "new"), instance)
     stores["away"] = UnreachableError("no answer", where="store")
-    assert keys_of(sensed.tick()) == ["first/new"]
+    assert keys_of(sensed.tick()) == ["first/new/1"]
 
 
 def test_more_new_targets_than_one_tick_may_request_have_their_turn_in_the_next(
@@ -358,7 +432,7 @@ def test_more_new_targets_than_one_tick_may_request_have_their_turn_in_the_next(
     sensed = Sensed("new_targets", written(tmp_path, *ids), instance)
     asked = [keys_of(sensed.tick()) for _ in range(3)]
     assert [len(keys) for keys in asked] == [3, 3, 3]
-    assert {key for keys in asked for key in keys} == {f"first/{target_id}" for target_id in ids}
+    assert {key for keys in asked for key in keys} == {f"first/{target_id}/1" for target_id in ids}
 
 
 def test_when_the_time_of_a_tick_ends_the_next_goes_on_from_there(
@@ -367,9 +441,9 @@ def test_when_the_time_of_a_tick_ends_the_next_goes_on_from_there(
     moments = iter(range(0, 10_000, 7))  # each look takes 7 s, 20 are allowed
     monkeypatch.setattr(sensors, "time", SimpleNamespace(monotonic=lambda: next(moments)))
     sensed = Sensed("new_targets", written(tmp_path, "a", "b", "c", "d", "e"), instance)
-    assert keys_of(sensed.tick()) == ["first/a", "first/b"]
-    assert keys_of(sensed.tick()) == ["first/c", "first/d"]
-    assert keys_of(sensed.tick()) == ["first/e", "first/a"]
+    assert keys_of(sensed.tick()) == ["first/a/1", "first/b/1"]
+    assert keys_of(sensed.tick()) == ["first/c/1", "first/d/1"]
+    assert keys_of(sensed.tick()) == ["first/e/1", "first/a/1"]
 
 
 @pytest.mark.parametrize("cursor", ["", "nonsense", "{}", "[]", '{"after": "zzz"}'])
@@ -378,7 +452,7 @@ def test_a_cursor_that_says_nothing_begins_at_the_beginning(
 ) -> None:
     sensed = Sensed("new_targets", written(tmp_path, "a", "b"), instance)
     sensed.cursor = cursor
-    assert keys_of(sensed.tick()) == ["first/a", "first/b"]
+    assert keys_of(sensed.tick()) == ["first/a/1", "first/b/1"]
     assert json.loads(sensed.cursor) == {"after": "b"}
 
 
@@ -387,10 +461,7 @@ def test_a_target_that_the_code_location_does_not_know_yet_is_not_requested(
 ) -> None:
     sensed = Sensed("new_targets", written(tmp_path, "a"), instance)
     written(tmp_path, "a", "added-since")
-    assert keys_of(sensed.tick()) == ["first/a"]
-
-
-Archives = dict[str, list[WalGap] | Exception]
+    assert keys_of(sensed.tick()) == ["first/a/1"]
 
 
 @pytest.fixture
@@ -433,7 +504,7 @@ def test_a_gap_gets_one_full_backup_and_one_that_has_it_gets_none(
     archives["torn"] = [a_gap("000000010000000000000007"), a_gap("000000010000000000000009")]
     sensed = Sensed("wal_watch", written(tmp_path, "mended", "torn"), instance)
     found = sensed.tick()
-    assert keys_of(found) == ["gap/torn/000000010000000000000009"]
+    assert keys_of(found) == ["gap/torn/000000010000000000000009/1"]
     (wanted,) = found.run_requests
     assert wanted.run_config["ops"]["postgres__base_backup"] == {"config": {"kind": "full"}}
     assert (wanted.partition_key, wanted.tags["ops/target"]) == ("torn", "torn")
