@@ -87,7 +87,9 @@ class TargetState:
     received: int = 0
     durable: int = 0
     server_end: int = 0
-    lag_seconds: float = 0.0
+    behind_since: float | None = (
+        None  # monotonic: the oldest bytes here that are not durable; the end of the stream while there is none
+    )
     segments: int = 0
     partials: int = 0
     raw_bytes: int = 0
@@ -101,6 +103,10 @@ class TargetState:
     @property
     def lag_bytes(self) -> int:
         return max(0, self.server_end - self.durable)
+
+    def lag_seconds(self, now: float) -> float:
+        """It grows while nothing is received, whatever the server writes meanwhile: nobody would know of it."""
+        return 0.0 if self.behind_since is None else max(0.0, now - self.behind_since)
 
 
 class DataKeys:
@@ -219,11 +225,11 @@ class Segments:
         """Puts of which nobody knows yet whether they arrive."""
         return [job.future for job in self._jobs if job.future is not None and not job.future.done()]
 
-    def lag_seconds(self) -> float:
-        """How long the oldest bytes that are not durable have been here."""
+    def behind_since(self) -> float | None:
+        """When the oldest bytes that are not durable came (monotonic); None where all are."""
         while self._arrivals and self._arrivals[0][0] <= self.durable:
             self._arrivals.popleft()
-        return self._sink.clock.monotonic() - self._arrivals[0][1] if self._arrivals else 0.0
+        return self._arrivals[0][1] if self._arrivals else None
 
     def add(self, message: WalData) -> None:
         if message.start != self.received:
@@ -426,6 +432,8 @@ class TargetReceiver:
                 break
             attempt = 0 if self.state.durable > before else attempt + 1
             self.state.phase = "waiting"
+            if self.state.behind_since is None:
+                self.state.behind_since = self._clock.monotonic()
             self.state.reconnects += 1
             self._pause(backoff(attempt, self._rng, most=self._most_backoff))
         self.state.phase = "stopped"
@@ -435,6 +443,7 @@ class TargetReceiver:
         end = self._clock.monotonic() + seconds
         while not self._stop.is_set() and (left := end - self._clock.monotonic()) > 0:
             self.state.alive_at = self._clock.monotonic()
+            self._look_at_slot(self.state.alive_at)
             self._stop.wait(min(left, 1.0))
 
     def _trouble(self, error: OpsError) -> None:
@@ -663,9 +672,12 @@ class TargetReceiver:
     def _publish(self, segments: Segments, now: float) -> None:
         state = self.state
         state.received, state.durable = segments.received, segments.durable
-        state.lag_seconds, state.alive_at = segments.lag_seconds(), now
+        state.behind_since, state.alive_at = segments.behind_since(), now
         if segments.idle and state.last_error:
             state.last_error = state.last_error_kind = None
+        self._look_at_slot(now)
+
+    def _look_at_slot(self, now: float) -> None:
         if now - self._slot_checked >= SLOT_CHECK_EVERY and (self._slot_check is None or self._slot_check.done()):
             self._slot_checked = now
             self._slot_check = self._pool.submit(self._check_slot)
@@ -675,6 +687,9 @@ class TargetReceiver:
             slot = slot_state(self.access, self.target)
             self.state.slot_status = slot.wal_status if slot else "missing"
             self.state.slot_retained = slot.retained if slot else None
+            if slot is not None and slot.restart_lsn is not None and slot.retained is not None:
+                # While nothing is received the server's position is known by this question alone.
+                self.state.server_end = max(self.state.server_end, slot.restart_lsn + slot.retained)
 
     def _goodbye(self, segments: Segments) -> None:
         """Store what was received, whatever ended the stream: the server's disk may be gone."""

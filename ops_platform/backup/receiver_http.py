@@ -21,8 +21,11 @@ STUCK_AFTER = 180.0  # seconds without a sign of life of a target's thread
 # name: (what it is, counter or gauge, how it is read from the state)
 METRICS: dict[str, tuple[str, str, Callable[[TargetState], float | None]]] = {
     "ops_wal_streaming": ("1 while WAL is being received.", "gauge", lambda s: s.phase == "streaming"),
-    "ops_wal_lag_bytes": ("WAL of the server that is not yet durable in the store.", "gauge", lambda s: s.lag_bytes),
-    "ops_wal_lag_seconds": ("Age of the oldest received bytes that are not yet durable.", "gauge", lambda s: s.lag_seconds),
+    "ops_wal_lag_bytes": ("WAL of the server that is not yet durable in the store, as far as the server could be asked.", "gauge", lambda s: s.lag_bytes),
+    "ops_wal_lag_seconds": (
+        "Age of the oldest received bytes that are not yet durable; time since the stream ended while there is none.",
+        "gauge", lambda s: s.lag_seconds(SYSTEM_CLOCK.monotonic()),
+    ),
     "ops_wal_received_lsn_bytes": ("Position received.", "gauge", lambda s: s.received),
     "ops_wal_durable_lsn_bytes": ("Position durable in the store.", "gauge", lambda s: s.durable),
     "ops_wal_timeline": ("Timeline being received.", "gauge", lambda s: s.timeline),
@@ -31,7 +34,7 @@ METRICS: dict[str, tuple[str, str, Callable[[TargetState], float | None]]] = {
     "ops_wal_segments": ("Whole segments stored.", "counter", lambda s: s.segments),
     "ops_wal_partials": ("Unfinished segments stored.", "counter", lambda s: s.partials),
     "ops_wal_raw_bytes": ("Bytes of WAL stored in whole segments, before compression.", "counter", lambda s: s.raw_bytes),
-    "ops_wal_gaps": ("Gaps met: WAL that the server no longer had.", "counter", lambda s: s.gaps),
+    "ops_wal_gaps": ("Gaps that stand in the store: WAL that the server no longer had. Fewer when they expire.", "gauge", lambda s: s.gaps),
     "ops_wal_reconnects": ("Connections begun anew.", "counter", lambda s: s.reconnects),
 }  # fmt: skip
 

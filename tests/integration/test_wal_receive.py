@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import psycopg
 import pytest
+import urllib3
+from prometheus_client.parser import text_string_to_metric_families
 
 from ops_platform.backup import receiver as receiver_module
-from ops_platform.backup.archive import GapNote, archive_status, gap_notes, holds, read_archive, wait_durable
+from ops_platform.backup import receiver_http
+from ops_platform.backup.archive import GapNote, archive_status, gap_notes, holds, put_gap, read_archive, wait_durable
 from ops_platform.backup.basebackup import run_backup
 from ops_platform.backup.engine import open_engine
 from ops_platform.backup.model import Lsn, segment_name, segment_start
@@ -24,7 +29,7 @@ from ops_platform.backup.wal import history_name, parse_history
 from ops_platform.backup.walstream import WalRemovedError
 from ops_platform.clients.postgres_binaries import PostgresServer
 from ops_platform.clients.s3 import S3Store
-from ops_platform.errors import CorruptionError, UnreachableError
+from ops_platform.errors import CorruptionError, UnreachableError, UsageError
 from ops_platform.local.components import s3_settings
 from tests.integration.wal_rig import (
     Child,
@@ -378,10 +383,10 @@ def test_a_slow_store_is_waited_for_and_the_lag_is_shown(new_rig: Callable[..., 
     rig.store.fault = slow
     before = state.reconnects
     rig.load(20000)
-    eventually(lambda: state.lag_bytes > MB and state.lag_seconds > 0.2, why=lambda: state)
+    eventually(lambda: state.lag_bytes > MB and state.lag_seconds(time.monotonic()) > 0.2, why=lambda: state)
     assert state.received - state.durable <= (IN_FLIGHT + 1) * MB
     rig.await_archived(rig.position())
-    eventually(lambda: state.lag_bytes == 0 and state.lag_seconds == 0, why=lambda: state)
+    eventually(lambda: state.lag_bytes == 0 and state.lag_seconds(time.monotonic()) == 0, why=lambda: state)
     assert state.reconnects == before
     assert state.last_error is None
     rig.assert_identical()
@@ -811,3 +816,157 @@ def test_one_process_receives_many_targets_and_one_that_fails_hurts_no_other(new
     rig.stop(receiver)
     assert [state.phase for state in receiver.states] == ["stopped"] * 21
     assert rig.sql("select count(*) from pg_replication_slots where active") == 0
+
+
+# Seen from outside
+
+
+class Outside:
+    """What a monitoring system and an orchestrator see of a receiver."""
+
+    def __init__(self, receiver: Receiver) -> None:
+        self._server = receiver_http.serve(receiver, "127.0.0.1", 0)
+        self.port = self._server.server_address[1]
+
+    def get(self, path: str) -> tuple[int, str]:
+        answer = urllib3.request("GET", f"http://127.0.0.1:{self.port}{path}", retries=False, timeout=10)
+        return answer.status, answer.data.decode()
+
+    def health(self, path: str = "/healthz") -> tuple[int, dict[str, str]]:
+        status, text = self.get(path)
+        return status, json.loads(text)
+
+    def metrics(self) -> dict[str, float]:
+        """By the name under which Prometheus stores them, of the one target that there is."""
+        found: dict[str, float] = {}
+        for family in text_string_to_metric_families(self.get("/metrics")[1]):
+            for sample in family.samples:
+                assert sample.labels == {"target": "app-db"}
+                found[sample.name] = sample.value
+        return found
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def outside() -> Iterator[Callable[[Receiver], Outside]]:
+    made: list[Outside] = []
+
+    def look(receiver: Receiver) -> Outside:
+        made.append(Outside(receiver))
+        return made[-1]
+
+    yield look
+    for one in made:
+        one.close()
+
+
+def test_the_metrics_say_what_is_received_and_what_is_durable(
+    new_rig: Callable[..., Rig], outside: Callable[[Receiver], Outside]
+) -> None:
+    rig = new_rig()
+    receiver, _ = rig.streaming()
+    seen = outside(receiver)
+    at = rig.load()
+    rig.await_archived(at)
+    eventually(lambda: seen.metrics()["ops_wal_durable_lsn_bytes"] >= at, why=seen.metrics)
+    eventually(lambda: "ops_wal_lag_seconds" in seen.metrics() and seen.metrics()["ops_wal_lag_seconds"] == 0)
+    found = seen.metrics()
+    assert set(found) == {
+        "ops_wal_streaming", "ops_wal_lag_bytes", "ops_wal_lag_seconds", "ops_wal_received_lsn_bytes",
+        "ops_wal_durable_lsn_bytes", "ops_wal_timeline", "ops_wal_slot_retained_bytes", "ops_wal_slot_lost",
+        "ops_wal_segments_total", "ops_wal_partials_total", "ops_wal_raw_bytes_total", "ops_wal_gaps", "ops_wal_reconnects_total",
+    }  # fmt: skip
+    assert (found["ops_wal_streaming"], found["ops_wal_timeline"], found["ops_wal_slot_lost"]) == (1, 1, 0)
+    assert found["ops_wal_received_lsn_bytes"] >= found["ops_wal_durable_lsn_bytes"]
+    assert (found["ops_wal_gaps"], found["ops_wal_lag_bytes"]) == (0, 0)
+    assert found["ops_wal_segments_total"] >= 1
+    assert found["ops_wal_raw_bytes_total"] == found["ops_wal_segments_total"] * MB
+    assert seen.health() == (200, {})
+    assert seen.health("/readyz") == (200, {"app-db": "streaming"})
+    status, text = seen.get("/")
+    assert (status, "/metrics" in text) == (404, True)
+
+
+def test_a_gap_is_a_gauge_that_falls_when_its_note_expires(
+    new_rig: Callable[..., Rig], outside: Callable[[Receiver], Outside]
+) -> None:
+    rig = new_rig()
+    receiver, state = rig.streaming()
+    name = segment_name(1, 0, MB)
+    put_gap(rig.repository, state.system_identifier or 0, GapNote(1, name, name, "removed", datetime.now(UTC)))
+    rig.stop(receiver)
+    receiver, _ = rig.streaming()
+    seen = outside(receiver)
+    assert seen.metrics()["ops_wal_gaps"] == 1
+    assert "# TYPE ops_wal_gaps gauge" in seen.get("/metrics")[1]
+
+
+def test_while_nothing_is_received_lag_and_slot_do_not_stand_still(
+    new_rig: Callable[..., Rig], outside: Callable[[Receiver], Outside], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key service is sealed when the stream has to be begun anew; the server goes on writing."""
+    monkeypatch.setattr(receiver_module, "SLOT_CHECK_EVERY", 0.05)
+    rig = new_rig()
+    receiver, state = rig.streaming(key_lifetime=0.0)
+    seen = outside(receiver)
+    rig.await_archived(rig.load(100))
+    rig.keys.sealed = True
+    rig.sql("select pg_terminate_backend(active_pid) from pg_replication_slots")
+    eventually(lambda: state.phase == "waiting", why=lambda: state)
+    rig.load()
+    eventually(lambda: seen.metrics()["ops_wal_lag_bytes"] > MB, why=seen.metrics)
+    first = seen.metrics()
+    assert first["ops_wal_streaming"] == 0
+    eventually(lambda: seen.metrics()["ops_wal_lag_seconds"] > first["ops_wal_lag_seconds"] > 0, why=seen.metrics)
+    status, why = seen.health("/readyz")
+    assert status == 503
+    assert "sealed" in why["app-db"]
+    assert seen.health()[0] == 200, "a restart would not help it"
+    rig.sql("select pg_drop_replication_slot(slot_name) from pg_replication_slots")
+    eventually(lambda: seen.metrics()["ops_wal_slot_lost"] == 1, why=seen.metrics)
+    rig.keys.sealed = False
+    eventually(lambda: state.phase == "streaming", why=lambda: state)
+    eventually(lambda: seen.metrics()["ops_wal_slot_lost"] == 0, why=seen.metrics)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_target_whose_thread_has_ended_is_not_healthy(
+    new_rig: Callable[..., Rig], outside: Callable[[Receiver], Outside], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(_self: Any) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(receiver_module.TargetReceiver, "_follow", end)
+    receiver = new_rig().receiver()
+    seen = outside(receiver)
+    eventually(lambda: seen.health() == (503, {"app-db": "ended"}), why=seen.health)
+    assert seen.health("/readyz")[0] == 503
+
+
+def test_a_target_that_hangs_is_not_healthy(
+    new_rig: Callable[..., Rig], outside: Callable[[Receiver], Outside], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(receiver_http, "STUCK_AFTER", 1.5)
+    settle = receiver_module.Segments.settle
+    rig = new_rig()
+    receiver, _ = rig.streaming()
+    seen = outside(receiver)
+    monkeypatch.setattr(receiver_module.Segments, "settle", lambda self: (go_on.wait(60), settle(self))[1])
+    try:
+        eventually(lambda: seen.health()[0] == 503, why=seen.health)
+        assert "no sign of life for" in seen.health()[1]["app-db"]
+    finally:
+        go_on.set()
+    eventually(lambda: seen.health() == (200, {}), why=seen.health)
+
+
+def test_an_address_that_is_taken_is_said(new_rig: Callable[..., Rig], outside: Callable[[Receiver], Outside]) -> None:
+    receiver = new_rig().receiver()
+    seen = outside(receiver)
+    with pytest.raises(UsageError, match="--listen") as refused:
+        receiver_http.serve(receiver, "127.0.0.1", seen.port)
+    assert refused.value.where == f"127.0.0.1:{seen.port}"
