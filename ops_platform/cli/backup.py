@@ -9,6 +9,7 @@ import click
 
 from ops_platform.cli.common import (
     Commands,
+    Each,
     actor,
     ago,
     chosen,
@@ -23,6 +24,7 @@ from ops_platform.cli.common import (
     stamp,
     table,
 )
+from ops_platform.errors import UsageError
 
 if TYPE_CHECKING:
     from ops_platform.actions import ActionResult
@@ -57,7 +59,8 @@ def backup() -> None:
 @click.option("--full", "kind", flag_value="full", help="A full backup, whatever the policy says.")
 @click.option("--incremental", "kind", flag_value="incremental", help="On top of the newest one (PostgreSQL 17+).")
 @json_option
-def run(targets: tuple[str, ...], everything: bool, kind: str | None, as_json: bool) -> None:
+@click.pass_context
+def run(ctx: click.Context, targets: tuple[str, ...], everything: bool, kind: str | None, as_json: bool) -> None:
     """Take a backup; full or incremental by the policy."""
     from ops_platform.backup.basebackup import run_backup
     from ops_platform.backup.model import Manifest
@@ -65,34 +68,40 @@ def run(targets: tuple[str, ...], everything: bool, kind: str | None, as_json: b
 
     taken: list[Manifest] = []
     with opened() as access:
-        for target in chosen(access.inventory, targets, everything):
-            with progress_bar(target.id) as progress:
+        each = Each(chosen(access.inventory, targets, everything))
+        for target in each:
+            with each.going_on(target), progress_bar(target.id) as progress:
                 manifest = run_backup(access, target, kind=kind or "auto", progress=progress)  # type: ignore[arg-type]
-            taken.append(manifest)
-            if not as_json:
-                amount = f"{size(manifest.raw)} as {size(manifest.stored)} in {span(manifest.seconds)}"
-                click.echo(f"{target.id}: {manifest.backup_id}, {manifest.kind.value} ({manifest.why}), {amount}")
+                taken.append(manifest)
+                if not as_json:
+                    amount = f"{size(manifest.raw)} as {size(manifest.stored)} in {span(manifest.seconds)}"
+                    click.echo(f"{target.id}: {manifest.backup_id}, {manifest.kind.value} ({manifest.why}), {amount}")
     if as_json:
         emit(list[Manifest], taken)
+    ctx.exit(each.code)
 
 
 @backup.command(name="list")
 @click.argument("targets", nargs=-1, shell_complete=complete_targets)
 @json_option
-def list_(targets: tuple[str, ...], as_json: bool) -> None:
+@click.pass_context
+def list_(ctx: click.Context, targets: tuple[str, ...], as_json: bool) -> None:
     """The backups and the recovery window, read from the store alone."""
     from ops_platform.cli.outputs import BackupList
 
     found: list[BackupList] = []
     with opened() as access:
-        for target in chosen(access.inventory, targets, not targets):
-            infos, window = _catalog(access, target)
-            found.append(BackupList(target.id, infos, window))
+        each = Each(chosen(access.inventory, targets, not targets))
+        for target in each:
+            with each.going_on(target):
+                infos, window = _catalog(access, target)
+                found.append(BackupList(target.id, infos, window))
     if as_json:
         emit(list[BackupList], found)
-        return
-    for item in found:
-        _show_list(item.target_id, item.backups, item.window)
+    else:
+        for item in found:
+            _show_list(item.target_id, item.backups, item.window)
+    ctx.exit(each.code)
 
 
 def _catalog(access: Access, target: Target) -> tuple[list[BackupInfo], RecoveryWindow]:
@@ -141,6 +150,8 @@ def show(target: str, backup_id: str, as_json: bool) -> None:
 
     with opened() as access:
         repository = open_target_repository(access, access.inventory.target(target))
+        if backup_id not in repository.backup_ids():
+            raise UsageError(f"there is no backup {backup_id} of {target}", remedy=f"ops backup list {target}")
         chain = repository.chain(backup_id)
         detail = BackupDetail(chain[-1], [part.backup_id for part in chain], repository.proofs(backup_id))
     if as_json:
@@ -184,14 +195,15 @@ def verify(
 ) -> None:
     """Restore into a sandbox and look at the data. Exit 0 proven, 1 failed, 3 could not verify."""
     from ops_platform.proof import prove
-    from ops_platform.recovery.model import Scorecard, Verdict
+    from ops_platform.recovery.model import Scorecard
     from ops_platform.reports.terminal import print_scorecard, progress_bar
 
     at: datetime | None = parse_moment(moment, option="--to") if moment else None
     cards: list[Scorecard] = []
     with opened() as access:
-        for target in chosen(access.inventory, targets, everything):
-            with progress_bar(target.id) as progress:
+        each = Each(chosen(access.inventory, targets, everything))
+        for target in each:
+            with each.going_on(target), progress_bar(target.id) as progress:
                 proof = prove(
                     access,
                     target,
@@ -203,15 +215,18 @@ def verify(
                     progress=progress,
                     actor=actor(),
                 )
-            cards.append(proof.scorecard)
-            if not as_json:
-                print_scorecard(proof.scorecard, console())
-                if proof.report is not None:
-                    click.echo(f"report: {proof.report}")
+                cards.append(proof.scorecard)
+                each.add(_VERDICT_CODES[proof.scorecard.verdict.value])
+                if not as_json:
+                    print_scorecard(proof.scorecard, console())
+                    if proof.report is not None:
+                        click.echo(f"report: {proof.report}")
     if as_json:
         emit(list[Scorecard], cards)
-    verdicts = {card.verdict for card in cards}
-    ctx.exit(1 if Verdict.FAIL in verdicts else 3 if Verdict.COULD_NOT_VERIFY in verdicts else 0)
+    ctx.exit(each.code)
+
+
+_VERDICT_CODES = {"PASS": 0, "FAIL": 1, "COULD_NOT_VERIFY": 3}
 
 
 @backup.command()
@@ -238,15 +253,17 @@ def expire(
 
     results: list[ActionResult] = []
     with opened() as access:
-        for target in chosen(access.inventory, targets, everything):
-            result = run_expiry(access, target, mode=mode, approve=approve, actor=actor())  # type: ignore[arg-type]
-            results.append(result)
-            if not as_json:
-                _show_action(target.id, result)
+        each = Each(chosen(access.inventory, targets, everything))
+        for target in each:
+            with each.going_on(target):
+                result = run_expiry(access, target, mode=mode, approve=approve, actor=actor())  # type: ignore[arg-type]
+                results.append(result)
+                each.add(_exit_code(result))
+                if not as_json:
+                    _show_action(target.id, result)
     if as_json:
         emit(list[dict[str, Any]], [result.as_json() for result in results])
-    codes = [_exit_code(result) for result in results]
-    ctx.exit(1 if 1 in codes else max(codes))
+    ctx.exit(each.code)
 
 
 def _exit_code(result: ActionResult) -> int:

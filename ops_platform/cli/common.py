@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ops_platform.errors import UsageError
+from ops_platform.errors import OpsError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,6 +60,37 @@ def chosen(inventory: Inventory, ids: tuple[str, ...], everything: bool) -> list
     return list(inventory.targets) if everything else [inventory.target(name) for name in ids]
 
 
+class Each:
+    """Works on targets one after the other: one that fails is said at once, and does not keep the others from their turn.
+
+    A single target's error is simply raised. `code` is the worst exit code so far: 1 before 2 before 3.
+    """
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self._targets = targets
+        self._codes: set[int] = set()
+
+    def __iter__(self) -> Iterator[Target]:
+        return iter(self._targets)
+
+    @contextmanager
+    def going_on(self, target: Target) -> Generator[None]:
+        try:
+            yield
+        except OpsError as error:
+            if len(self._targets) == 1:
+                raise
+            click.echo(f"{click.style('error:', fg='red', bold=True)} {target.id}: {error}", err=True)
+            self.add(error.exit_code)
+
+    def add(self, code: int) -> None:
+        self._codes |= {code} - {0}
+
+    @property
+    def code(self) -> int:
+        return min(self._codes, default=0)
+
+
 def emit(kind: Any, value: Any) -> None:
     """Print `value` as JSON of the type `kind`, which is what docs/reference/json-output.md documents."""
     from pydantic import TypeAdapter
@@ -75,7 +106,6 @@ def console(*, err: bool = False) -> Console:
 
 def complete_targets(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
     """For the shell: an inventory that cannot be read completes nothing and says nothing."""
-    from ops_platform.errors import OpsError
     from ops_platform.inventory import load
 
     try:

@@ -6,7 +6,18 @@ import signal
 
 import click
 
-from ops_platform.cli.common import Commands, address, chosen, complete_targets, emit, json_option, opened, size, stamp
+from ops_platform.cli.common import (
+    Commands,
+    Each,
+    address,
+    chosen,
+    complete_targets,
+    emit,
+    json_option,
+    opened,
+    size,
+    stamp,
+)
 from ops_platform.errors import OpsError, UsageError
 
 
@@ -67,19 +78,23 @@ def receive(targets: tuple[str, ...], everything: bool, listen: str | None, acce
 @json_option
 @click.pass_context
 def status(ctx: click.Context, targets: tuple[str, ...], as_json: bool) -> None:
-    """What the archive holds, its gaps, its distance to the server. Exit 1 for a gap or too much lag, 3 where it is unknown."""
+    """What the archive holds, its gaps, its distance to the server. Exit 1 for a gap that no later backup mends or too much lag, 3 where it is unknown."""
     from ops_platform.backup.archive import ArchiveStatus, archive_status
 
+    found: list[ArchiveStatus] = []
     with opened() as access:
         wanted = chosen(access.inventory, targets, not targets)
-        found = [(target, archive_status(access, target)) for target in wanted if target.repository.engine == "native"]
+        each = Each([target for target in wanted if target.repository.engine == "native"])
+        for target in each:
+            with each.going_on(target):
+                found.append(archive_status(access, target))
+                each.add(_code(target, found[-1]))
     if as_json:
-        emit(list[ArchiveStatus], [status for _, status in found])
+        emit(list[ArchiveStatus], found)
     else:
-        for _, status in found:
+        for status in found:
             _show(status)
-    codes = [_code(target, status) for target, status in found]
-    ctx.exit(1 if 1 in codes else max(codes, default=0))
+    ctx.exit(each.code)
 
 
 def _code(target: object, status: object) -> int:

@@ -261,6 +261,9 @@ class S3Store:
     def check(self) -> dict[str, object]:
         """Reads, writes and deletes a probe object; says what the bucket can do. Raises as every other call does."""
         probe = f".ops-probe-{secrets.token_hex(6)}"
+        self._bucket_is_there(
+            probe
+        )  # asked first: there are stores that make a bucket by the way when something is put into it
         self.put(probe, b"probe")
         self.get(probe)
         self.delete(probe)
