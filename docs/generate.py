@@ -74,7 +74,7 @@ _ENVIRONMENT = """\
 | variable | |
 |---|---|
 | `OPS_INVENTORY` | The inventory, where `--inventory` does not name one. Without both it is the nearest `platform.yaml` from here upwards. |
-| `OPS_STATE_DIR` | Where the local stack lives; `.state/local` beside `platform.yaml` by default. |
+| `OPS_STATE_DIR` | Where the local stack lives; `.state/local` beside `platform.yaml` by default, below `/var/lib/ops_platform` for root in a closed home. |
 | `OPS_ACTOR` | Who is asking, for the ledger; the login name by default. |
 | `OPS_DEBUG` | `1` shows the traceback of an unexpected error. |"""
 

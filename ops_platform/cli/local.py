@@ -13,7 +13,7 @@ from ops_platform.cli.common import Commands, emit, json_option, table
 def local() -> None:
     """The embedded stack: real servers as child processes on free loopback ports. For trying, not for earnest.
 
-    It lives in .state/local beside platform.yaml; OPS_STATE_DIR moves it.
+    It lives in .state/local beside platform.yaml (of root's checkouts in a closed home: below /var/lib/ops_platform); OPS_STATE_DIR moves it.
     """
 
 

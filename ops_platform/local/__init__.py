@@ -24,14 +24,30 @@ class Endpoint:
     url: str
 
 
+SHARED = Path("/var/lib/ops_platform")
+
+
 def state_dir() -> Path:
-    """`OPS_STATE_DIR`, else `.state/local` in the folder that holds platform.yaml, else in this one."""
+    """`OPS_STATE_DIR`, else `.state/local` in the folder that holds platform.yaml, else in this one.
+
+    As root, whose servers run as another user: where that one cannot pass through the folders above (a clone in root's own home),
+    a folder below /var/lib/ops_platform that belongs to this checkout alone.
+    """
     if named := os.environ.get("OPS_STATE_DIR"):
         return Path(named).absolute()
     inventory = os.environ.get("OPS_INVENTORY")
     base = Path(inventory).absolute().parent if inventory else Path.cwd()
     home = next((folder for folder in (base, *base.parents) if (folder / "platform.yaml").is_file()), base)
+    if os.geteuid() == 0 and (closed_folder(home / ".state") is not None):
+        import hashlib
+
+        return SHARED / hashlib.sha256(os.fsencode(home)).hexdigest()[:12]
     return home / ".state" / "local"
+
+
+def closed_folder(place: Path) -> Path | None:
+    """The first folder above `place` through which others cannot pass; what does not exist yet will be passable."""
+    return next((f for f in place.parents if f.exists() and not f.stat().st_mode & 0o001), None)
 
 
 def endpoint(name: str, directory: Path | None = None) -> Endpoint:

@@ -23,7 +23,7 @@ from typing import Any
 
 from ops_platform.clients.processes import Process, reap, spawn, stop
 from ops_platform.errors import OpsError
-from ops_platform.local import STATE_FILE, state_dir
+from ops_platform.local import STATE_FILE, closed_folder, state_dir
 from ops_platform.local.components import COMPONENTS, HOST, Component, Place, find_marked, sockets_path
 
 READY_SECONDS = 60.0
@@ -276,14 +276,12 @@ def _is_free(port: int) -> bool:
 
 def _check_reachable(place: Place) -> None:
     """As root, the servers' user has to pass through every folder above the state."""
-    if os.geteuid() == 0:
-        for parent in place.directory.parents:
-            if not parent.stat().st_mode & 0o001:
-                raise OpsError(
-                    f"PostgreSQL runs as {place.user.name}, who cannot pass through {parent}",
-                    where=str(place.directory),
-                    remedy="set OPS_STATE_DIR to a place that others can pass through, such as /var/lib/ops_platform/local",
-                )
+    if os.geteuid() == 0 and (closed := closed_folder(place.directory)) is not None:
+        raise OpsError(
+            f"PostgreSQL runs as {place.user.name}, who cannot pass through {closed}",
+            where=str(place.directory),
+            remedy="set OPS_STATE_DIR to a place that others can pass through, such as /var/lib/ops_platform/local",
+        )
 
 
 def supervisor_mark(place: Place) -> str:
@@ -309,9 +307,11 @@ def supervise(directory: Path) -> None:
                 pause[name] = min(30.0, pause.get(name, 0.5) * 2)
                 due[name] = time.monotonic() + pause[name]
                 _log(f"{name} is not running; starting it")
-                with contextlib.suppress(OpsError):
+                try:
                     stack.ensure(component, _log)
                     stack.save()
+                except OpsError as error:
+                    _log(str(error))
 
 
 def _log(text: str) -> None:

@@ -16,8 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from ops_platform.clients.s3 import S3Store
+from ops_platform.local.components import admin, s3_settings
+from ops_platform.local.stack import Stack
 from tests.integration.wal_rig import eventually
-from tests.rig import scratch
+from tests.rig import missing, scratch
 
 ROOT = Path(__file__).parents[2]
 NOBODY = 65534
@@ -130,9 +133,69 @@ def interrupt_after_the_damage(newcomer: Newcomer) -> None:
     assert "payments are back" not in rest
 
 
+def secrets_of(state: Path) -> dict[str, str]:
+    """By the name of its file. Of a private key a line from the middle, of a file that holds several the others have them."""
+    found = {file.name: file.read_text().strip() for file in (state / "secrets").iterdir()}
+    public = {"s3.crt", "s3-ca.pem", "s3.json", "vault.role_id", "s3.access_key"}
+    secrets = {
+        name: text.splitlines()[1] if "-----" in text else text for name, text in found.items() if name not in public
+    }
+    assert all(len(value) >= 20 for value in secrets.values())
+    assert {"vault.unseal_key", "s3.secret_key", "s3.key", "platform-db.password", "app-db.ops_backup.password"} <= set(
+        secrets
+    )
+    return secrets
+
+
+def everything_that_is_told(newcomer: Newcomer) -> Iterator[tuple[str, bytes]]:
+    """Whatever somebody may see who may not see the secrets: where it stands, and what stands there."""
+    for pid, arguments in ((entry.partition(" "))[::2] for entry in newcomer.processes()):
+        yield f"arguments of process {pid}", arguments.encode()
+    for file in newcomer.state.rglob("*"):
+        inside = file.relative_to(newcomer.state).parts
+        # The servers' own data is looked at through the servers.
+        if file.is_file() and inside[0] not in {"secrets", "app-db", "platform-db", "vault", "s3"}:
+            yield str(file), file.read_bytes()
+    place = Stack.load(newcomer.state).place
+    # Dagster's runs with their config and tags, its events with their metadata, schedules and ticks; and the ledger.
+    for dbname, least in (("dagster", {"runs", "event_logs", "run_tags"}), ("ops", {"entries"})):
+        with admin(place, "platform-db", dbname) as connection:
+            tables = connection.execute(
+                "select schemaname, tablename from pg_tables where schemaname not in ('pg_catalog', 'information_schema')"
+            ).fetchall()
+            assert least <= {table for _, table in tables}
+            for schema, table in tables:
+                rows = connection.execute(f'select t::text from "{schema}"."{table}" t').fetchall()
+                assert rows or table not in least, table
+                yield f"{dbname}: {table}", "\n".join(row[0] for row in rows).encode()
+    with contextlib.closing(S3Store(s3_settings(place))) as store:
+        objects = list(store.list(""))
+        assert objects
+        for info in objects:
+            yield f"object {info.key}", info.key.encode() + bytes(store.get(info.key))
+
+
+def assert_no_secret_is_told(newcomer: Newcomer) -> None:
+    secrets = secrets_of(newcomer.state)
+    shown = list[tuple[str, str]]()
+    places = 0
+    for where, told in everything_that_is_told(newcomer):
+        places += 1
+        shown += [(name, where) for name, value in secrets.items() if value.encode() in told]
+    assert shown == []
+    assert places > 50
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    for name in filter(None, tracked.stdout.split(b"\0")):
+        file = ROOT / os.fsdecode(name)
+        if file.is_file():
+            content = file.read_bytes()
+            assert not [known for known, value in secrets.items() if value.encode() in content], file
+
+
 def test_the_demo_twice_interrupted_and_again(newcomer: Newcomer) -> None:
     first = newcomer.run("demo")
     check(first, newcomer)
+    assert_no_secret_is_told(newcomer)
     ready = [line.split()[0] for line in first.splitlines() if " ready (" in line]
     assert ready == ["vault", "s3", "platform-db", "app-db", "wal-receiver"]
 
@@ -145,10 +208,54 @@ def test_the_demo_twice_interrupted_and_again(newcomer: Newcomer) -> None:
     assert payments_before(second) > noted["before"], "what was paid before the interrupted damage is there again"
     assert not (newcomer.state / "demo-loss.json").exists()
 
+    # Two verdicts of each demo that came to its end, one of the one that was interrupted before its second.
     ledger = newcomer.run("ledger", "verify")
-    assert int(re.findall(r"(\d+) entries, unbroken", ledger)[0]) >= 6, "each of the runs left its entries"
+    assert re.findall(r"(\d+) entries, unbroken", ledger) == ["5"]
+    entries = json.loads(newcomer.run("ledger", "list", "--json"))
+    told = [(e["kind"], e["subject"], json.loads(e["text"])["verdict"]) for e in entries]
+    assert told == [("backup.verification", "app-db", "PASS")] * 5
     assert "NOT PROTECTED" not in ledger
     assert all(item["ready"] for item in json.loads(newcomer.run("local", "status", "--json")))
     newcomer.run("local", "down")
     eventually(lambda: not newcomer.processes(), why=newcomer.processes)
     assert list((newcomer.home / "tmp").iterdir()) == [], "a sandbox or a dump was left"
+
+
+def test_make_demo_in_a_fresh_clone_in_roots_own_home() -> None:
+    """By the README alone: a clone, `make demo`, nothing else. Root's home is closed, and PostgreSQL runs as another user."""
+    if os.geteuid() != 0:
+        missing("a closed home of root", "run the tests as root")
+    if subprocess.run(["git", "rev-parse"], cwd=ROOT, check=False, capture_output=True).returncode:
+        missing("a git checkout", "run the tests in a clone")
+    home = scratch("ops-root-home-")
+    home.chmod(0o700)
+    clone = home / "ops_platform"
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("OPS_", "DAGSTER_", "PYTEST_"))}
+    env.pop("VIRTUAL_ENV", None)
+
+    def make(goal: str) -> str:
+        command = ["make", goal, f"PYTHON={sys.base_prefix}/bin/python3"]
+        done = subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True, check=False, timeout=1200)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        return done.stdout
+
+    try:
+        subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(clone)], check=True, env=env)
+        out = make("demo")
+        assert out.count("PASS") >= 2
+        report = Path(re.findall(r"^report: +(.+)$", out, re.MULTILINE)[0])
+        assert report.is_file()
+        assert not report.is_relative_to(home), "the servers' user could not have come there"
+        state = report.parents[1]
+        assert (
+            subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True, check=True).stdout == b""
+        )
+        make("clean")
+        assert not state.exists()
+        assert not (clone / ".venv").exists()
+    finally:
+        if (clone / ".venv").exists():
+            subprocess.run(
+                [clone / ".venv" / "bin" / "ops", "local", "reset", "--yes"], cwd=clone, env=env, check=False
+            )
+        shutil.rmtree(home)

@@ -1,0 +1,57 @@
+"""Where the local stack lives when nobody says so: beside the inventory, unless the servers' user could not come there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ops_platform.local import SHARED, closed_folder, state_dir
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout in somebody's home, below folders that all can pass through."""
+    monkeypatch.delenv("OPS_STATE_DIR", raising=False)
+    monkeypatch.delenv("OPS_INVENTORY", raising=False)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.is_relative_to("/tmp") and folder != Path("/tmp"):
+            folder.chmod(0o755)
+    made = tmp_path / "home" / "ops_platform"
+    made.mkdir(parents=True)
+    (made / "platform.yaml").touch()
+    monkeypatch.chdir(made)
+    return made
+
+
+def test_it_stands_beside_the_inventory(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for user in (0, 1000):
+        monkeypatch.setattr(os, "geteuid", lambda user=user: user)
+        assert state_dir() == checkout / ".state" / "local"
+
+
+def test_roots_checkout_in_a_closed_home_has_it_where_the_servers_user_can_come(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout.parent.chmod(0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    found = state_dir()
+    assert found.parent == SHARED
+    assert closed_folder(found) is None
+    assert state_dir() == found, "it is found again"
+    other = checkout.with_name("another")
+    other.mkdir()
+    (other / "platform.yaml").touch()
+    monkeypatch.setenv("OPS_INVENTORY", str(other / "platform.yaml"))
+    assert state_dir() != found, "two checkouts do not share one"
+    monkeypatch.setenv("OPS_STATE_DIR", "/somewhere/else")
+    assert state_dir() == Path("/somewhere/else")
+
+
+def test_an_ordinary_user_has_it_in_their_own_home_however_closed(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout.parent.chmod(0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert state_dir() == checkout / ".state" / "local"
