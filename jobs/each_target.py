@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
+from dagster._core.events import EngineEventData
 from dagster._core.execution.api import ExecuteRunWithPlanIterable
 from dagster._core.execution.context.system import PlanOrchestrationContext
 from dagster._core.execution.context_creation_job import PlanExecutionContextManager
@@ -35,7 +36,7 @@ class EachTarget(InProcessExecutor):
                 "the inventory has no target: nothing would be done, and nothing proven"
             )
         for key in keys:
-            yield dg.DagsterEvent.engine_event(plan_context, f"the steps of {key}")
+            yield dg.DagsterEvent.engine_event(plan_context, f"the steps of {key}", EngineEventData())
             yield from self._of_one(plan_context, key)
 
     def _of_one(self, plan_context: PlanOrchestrationContext, key: str) -> Iterator[dg.DagsterEvent]:
