@@ -12,7 +12,7 @@ from ops_platform.errors import OpsError
 from ops_platform.inventory.model import Inventory
 from ops_platform.resources import PlatformResource
 
-ALERTS_EVERY = INCIDENTS_EVERY = 30  # seconds, at least: Dagster's daemon looks at sensors no more often
+ALERTS_EVERY = EVENTS_EVERY = INCIDENTS_EVERY = 30  # seconds, at least: Dagster's daemon looks at sensors no more often
 LOST_AFTER = 120.0  # seconds after which the run of a step is taken for lost when nobody works on it
 BUDGET = 20.0  # seconds of a tick, which Dagster ends after 60
 
@@ -24,6 +24,7 @@ def build_sensors(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.Sens
     made = [_incidents(jobs["remediate"])]
     if inventory.remediation.alertmanagers:
         made.append(_alerts(jobs["remediate"]))
+    made += [_events(jobs["remediate"], number) for number in range(len(inventory.remediation.events))]
     return made
 
 
@@ -49,6 +50,24 @@ def _alerts(job: Any) -> dg.SensorDefinition:
     return alerts
 
 
+def _events(job: Any, number: int) -> dg.SensorDefinition:
+    @dg.sensor(
+        name="events" if number == 0 else f"events_{number}", job=job, minimum_interval_seconds=EVENTS_EVERY,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Reads the topics from the cursor on, opens incidents, asks for a run for each: exactly once.",
+    )  # fmt: skip
+    def events(context: dg.SensorEvaluationContext, platform: PlatformResource) -> dg.SensorResult:
+        from ops_platform.remediation.sources import read_events
+
+        with platform.access() as access, _opened(access) as store:
+            read = read_events(access, store, number, cursor=context.cursor, budget=BUDGET)
+            for text in read.notes:
+                context.log.warning(text)
+            return _result(read.opened, read.cursor)
+
+    return events
+
+
 def _incidents(job: Any) -> dg.SensorDefinition:
     @dg.sensor(
         name="incidents", job=job, minimum_interval_seconds=INCIDENTS_EVERY, default_status=dg.DefaultSensorStatus.RUNNING,
@@ -57,11 +76,10 @@ def _incidents(job: Any) -> dg.SensorDefinition:
     def incidents(context: dg.SensorEvaluationContext, platform: PlatformResource) -> dg.SensorResult:
         from datetime import timedelta
 
-        from ops_platform.remediation.intake import MOST
         from ops_platform.remediation.tell import tell_everybody
 
         with platform.access() as access, _opened(access) as store:
-            due = store.due(lost_after=timedelta(seconds=LOST_AFTER))[:MOST]
+            due = store.due(lost_after=timedelta(seconds=LOST_AFTER))
             try:
                 for text in tell_everybody(access, store):
                     context.log.warning(text)
@@ -88,7 +106,7 @@ def _opened(access: Access) -> Any:
 
 
 def _result(incidents: Sequence[Any], cursor: str | None) -> dg.SensorResult:
-    from ops_platform.remediation.intake import run_key
+    from ops_platform.remediation.intake import MOST, run_key
 
     now = SYSTEM_CLOCK.now()
     requests = [
@@ -99,6 +117,6 @@ def _result(incidents: Sequence[Any], cursor: str | None) -> dg.SensorResult:
             },
             tags={INCIDENT_TAG: incident.id, SUBJECT_TAG: incident.subject, RULE_TAG: incident.rule},
         )
-        for incident in incidents
+        for incident in incidents[:MOST]
     ]
     return dg.SensorResult(run_requests=requests, cursor=cursor)

@@ -52,6 +52,9 @@ METRICS: Mapping[str, Metric] = {
     "ops_messages_oldest_timestamp_seconds": Metric(
         "gauge", "When the oldest message that is unsent was written.", (), "incidents"
     ),
+    "ops_events_lag": Metric(
+        "gauge", "Events that the newest tick left unread.", ("system", "topic", "partition"), "incidents"
+    ),
     "ops_watchdog_seen_timestamp_seconds": Metric(
         "gauge", "When the alert that must always fire was seen last.", ("alertmanager",), "incidents"
     ),
@@ -70,7 +73,9 @@ METRICS: Mapping[str, Metric] = {
     "ops_rto_seconds": Metric(
         "gauge", "Time to restore that the newest verification measured.", ("target",), "promises"
     ),
-    "ops_rto_whole_seconds": Metric("gauge", "Estimate of the time to restore the worst moment.", ("target",), "promises"),
+    "ops_rto_whole_seconds": Metric(
+        "gauge", "Estimate of the time to restore the worst moment.", ("target",), "promises"
+    ),
     "ops_wal_archive_lag_bytes": Metric("gauge", "WAL that is not durable in the store.", ("target",), "promises"),
     "ops_wal_archive_gaps": Metric("gauge", "Gaps in the archive.", ("target",), "promises"),
     "ops_objective_seconds": Metric("gauge", "What was promised.", ("target", "objective"), "promises"),
@@ -111,6 +116,8 @@ def read_incidents(store: Store) -> Iterator[Sample]:
     yield "ops_messages_unsent", (), found.unsent
     if found.oldest_unsent is not None:
         yield "ops_messages_oldest_timestamp_seconds", (), found.oldest_unsent.timestamp()
+    for (system, topic, part), messages in found.lag.items():
+        yield "ops_events_lag", (system, topic, str(part)), messages
     for name, at in found.seen.items():
         if name.startswith("watchdog/"):
             yield "ops_watchdog_seen_timestamp_seconds", (name.partition("/")[2],), at.timestamp()

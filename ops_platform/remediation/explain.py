@@ -137,6 +137,10 @@ def _signal(item: Any, where: str) -> Signal:
         raise UsageError("this is neither an alert nor a CloudEvent", where=where)
     found = cast("dict[str, Any]", item)
     now = datetime.now(UTC)
+    if "specversion" in found:
+        from ops_platform.events import signal_of_event
+
+        return signal_of_event(found, fingerprint=f"file/{found.get('id', '')}", seen_at=now)
     labels = found.get("labels")
     if not isinstance(labels, dict) or not all(isinstance(v, str) for v in labels.values()):
         raise UsageError("an alert has `labels`, a mapping of texts", where=where)

@@ -45,10 +45,13 @@ def decide(inventory: Inventory, signals: Iterable[Signal], now: datetime) -> tu
     return found, unmatched
 
 
-def take(store: Store, inventory: Inventory, signals: Sequence[Signal], *, complete: bool) -> Taken:
+def take(
+    store: Store, inventory: Inventory, signals: Sequence[Signal], *, complete: bool, most: int | None = MOST
+) -> Taken:
     """Keep the signals, open incidents, end those whose alert has ended.
 
-    `complete`: `signals` is all that fires at this source now; only then what is not among them has ended. Events never end.
+    `most`: incidents that are opened at once; None for signals that do not come again. `complete`: `signals` is all that fires at this
+    source now; only then what is not among them has ended. Events never end.
     """
     now = store.clock.now()
     wanted, unmatched = decide(inventory, signals, now)
@@ -62,13 +65,13 @@ def take(store: Store, inventory: Inventory, signals: Sequence[Signal], *, compl
     opened = store.open_all(
         [
             Opening(one.rule.id, subject_id(one), one.rule.playbook, one.signal, proposer(one.rule))
-            for one in fresh[:MOST]
+            for one in fresh[:most]
         ]
     )
     problems = tuple(
         dict.fromkeys(f"rule {one.rule.id}: {one.problem}" for one in wanted if isinstance(one, Unresolved))
     )
-    return Taken(tuple(opened), tuple(ended), max(0, len(fresh) - MOST), unmatched, problems)
+    return Taken(tuple(opened), tuple(ended), max(0, len(fresh) - len(fresh[:most])), unmatched, problems)
 
 
 def _end(

@@ -10,7 +10,7 @@ from ops_platform.clients.prometheus import Measured
 from ops_platform.errors import OpsError, UsageError
 from ops_platform.inventory.remediation import MetricCheck
 from ops_platform.inventory.systems import AlertmanagerSystem, PrometheusSystem
-from ops_platform.remediation.intake import Taken, take
+from ops_platform.remediation.intake import ACTOR, Taken, take
 from ops_platform.remediation.model import Incident, Signal
 from ops_platform.remediation.rules import remediation_of
 from ops_platform.remediation.store import Store
@@ -136,3 +136,35 @@ def _seen_again(access: Access, store: Store, fingerprint: str, now: datetime) -
         if signal.fingerprint == fingerprint
     ]
     return take(store, access.inventory, ended, complete=False) if ended else Taken()
+
+
+@dataclass(frozen=True)
+class EventsRead:
+    """A tick over the topics of one source. Whoever stores `cursor` has taken what was opened."""
+
+    opened: tuple[Incident, ...]
+    cursor: str
+    notes: tuple[str, ...]
+
+
+def read_events(access: Access, store: Store, number: int, *, cursor: str | None, budget: float) -> EventsRead:
+    """Read on from the cursor and open an incident for each event that a rule is about.
+
+    Opening is idempotent by topic, partition and offset, so a tick that dies before its cursor is stored is repeated without harm.
+    Gaps and dead letters go into the ledger: what was lost or put aside is known afterwards.
+    """
+    from ops_platform.events.reader import open_reader
+
+    source = remediation_of(access.inventory).events[number]
+    with open_reader(access, source) as reader:
+        batch = reader.read(cursor, budget=budget)
+    for gap in batch.gaps:
+        store.ledger.append("events.gap", source.kafka, gap.as_json(), actor=ACTOR)
+    for letter in batch.dead_letters:
+        store.ledger.append("events.dead_letter", source.kafka, letter.as_json(), actor=ACTOR)
+    taken = take(store, access.inventory, batch.signals, complete=False, most=None)
+    store.keep_lag(source.kafka, [(lag.topic, lag.partition, lag.messages) for lag in batch.lag])
+    notes = [*map(str, batch.gaps), *map(str, batch.dead_letters), *batch.problems, *taken.problems]
+    if batch.not_committed:
+        notes.append(f"offsets could not be told to the group: {batch.not_committed}")
+    return EventsRead(taken.opened, str(batch.cursor), tuple(notes))

@@ -125,6 +125,15 @@ create table if not exists ops_remediation.requests (
   at timestamptz not null
 );
 
+create table if not exists ops_remediation.lag (
+  system text not null,
+  topic text not null,
+  part int not null,
+  messages bigint not null,
+  at timestamptz not null,
+  primary key (system, topic, part)
+);
+
 create table if not exists ops_remediation.seen (
   name text primary key,
   at timestamptz not null
@@ -200,6 +209,7 @@ class Figures:
     oldest_unsent: datetime | None
     seen: Mapping[str, datetime]
     paused: Pause | None
+    lag: Mapping[tuple[str, str, int], int]
 
 
 class Store:
@@ -641,6 +651,16 @@ class Store:
             row = t.connection.execute("select at from ops_remediation.seen where name = %s", [name]).fetchone()
         return row[0] if row else None
 
+    def keep_lag(self, system: str, lag: Sequence[tuple[str, int, int]]) -> None:
+        """Topic, partition, messages that wait: as the newest tick left them, for metrics."""
+        now = self.clock.now()
+        with self.transaction() as t, t.connection.cursor() as cursor:
+            cursor.executemany(
+                "insert into ops_remediation.lag values (%s, %s, %s, %s, %s) on conflict (system, topic, part)"
+                " do update set messages = excluded.messages, at = excluded.at",
+                [(system, topic, part, messages, now) for topic, part, messages in lag],
+            )
+
     # Messages
 
     def unsent(self, limit: int = 100) -> list[Message]:
@@ -692,13 +712,14 @@ class Store:
                 "select count(*), min(at) from ops_remediation.messages where sent_at is null"
             ).fetchone()
             seen = t.connection.execute("select name, at from ops_remediation.seen").fetchall()
+            lag = t.connection.execute("select system, topic, part, messages from ops_remediation.lag").fetchall()
             paused = _pause(t)
         count, oldest = unsent or (0, None)
         return Figures(
             {State(state): (number, since) for state, number, since in states},
             {(rule, ending): number for rule, ending, number in endings},
             {(book, helped): number for book, helped, number in actions},
-            count, oldest, dict(seen), paused,
+            count, oldest, dict(seen), paused, {(row[0], row[1], row[2]): row[3] for row in lag},
         )  # fmt: skip
 
     def clock_offset(self) -> timedelta:
