@@ -7,17 +7,19 @@ can take them away, and then `verify` finds what was done.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any, LiteralString, Self, cast
+from typing import Any, LiteralString, NamedTuple, Self, cast
 
 import psycopg
 from psycopg import errors
 
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import AccessDeniedError, ConflictError, OpsError, UnreachableError
+from ops_platform.ledger import schema
 from ops_platform.ledger.chain import (
     GENESIS,
     Entry,
@@ -31,57 +33,25 @@ from ops_platform.ledger.chain import (
 )
 
 _WHERE = "the ledger's database"
-_LOCK_SPACE = 0x6F70736C  # "opsl": advisory locks of the ledger
-_SETUP, _APPEND = 1, 2
-_LOCK_TIMEOUT: LiteralString = "30s"
 _PAGE = 5000
-
-# The advisory lock in the trigger keeps writers apart even where somebody inserts without `append`.
-_SCHEMA: LiteralString = """
-create schema if not exists ops_ledger;
-
-create table ops_ledger.entries (
-  seq bigint primary key check (seq > 0),
-  at timestamptz not null,
-  kind text not null,
-  actor text not null,
-  subject text not null,
-  body text not null check (jsonb_typeof(body::jsonb) = 'object'),
-  prev_sha256 text not null check (prev_sha256 ~ '^[0-9a-f]{64}$'),
-  sha256 text not null check (sha256 ~ '^[0-9a-f]{64}$')
-);
-create index entries_subject on ops_ledger.entries (subject, seq);
-create index entries_kind on ops_ledger.entries (kind, seq);
-comment on table ops_ledger.entries is 'Append-only and chained; format 1, see docs/reference/ledger.md';
-comment on column ops_ledger.entries.body is 'Canonical JSON, kept as text because the digest is over these very bytes';
-
-create function ops_ledger.refuse() returns trigger language plpgsql set search_path = '' as $$
-begin
-  raise exception 'the ledger is append-only: % is refused', tg_op using errcode = 'restrict_violation';
-end $$;
-
-create function ops_ledger.extend() returns trigger language plpgsql set search_path = '' as $$
-declare last record;
-begin
-  perform pg_catalog.pg_advisory_xact_lock(1869640556, 2);
-  select seq, sha256 into last from ops_ledger.entries order by seq desc limit 1;
-  if new.seq <> coalesce(last.seq, 0) + 1 or new.prev_sha256 <> coalesce(last.sha256, pg_catalog.repeat('0', 64)) then
-    raise exception 'entry % does not extend the chain, whose newest entry is %', new.seq, coalesce(last.seq, 0)
-      using errcode = 'restrict_violation';
-  end if;
-  return new;
-end $$;
-
-create trigger append_only before update or delete or truncate on ops_ledger.entries
-  for each statement execute function ops_ledger.refuse();
-create trigger extends_chain before insert on ops_ledger.entries
-  for each row execute function ops_ledger.extend();
--- Also for sessions that replicate, which skip ordinary triggers.
-alter table ops_ledger.entries enable always trigger append_only;
-alter table ops_ledger.entries enable always trigger extends_chain;
-"""
+_BATCH = 1000
 
 _COLUMNS: LiteralString = "seq, at, kind, actor, subject, body, prev_sha256, sha256"
+_NAMES = ("seq", "at", "kind", "actor", "subject", "text", "prev_sha256", "sha256")  # of an entry, in the same order
+
+# One statement for a batch of any size: one round trip, and each row still meets the triggers.
+_INSERT: LiteralString = (
+    f"insert into ops_ledger.entries ({_COLUMNS}) select * from unnest("
+    "%s::bigint[], %s::timestamptz[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[])"
+)
+
+
+class Draft(NamedTuple):
+    """An entry that is to be written."""
+
+    kind: str
+    subject: str
+    body: Mapping[str, Any]
 
 
 class LedgerTransaction:
@@ -94,22 +64,34 @@ class LedgerTransaction:
 
     def append(self, kind: str, subject: str, body: Mapping[str, Any], *, actor: str) -> Entry:
         """As `Ledger.append`; durable when the transaction ends."""
-        canonical([kind, subject, actor])
-        text = canonical(dict(body))
+        return self._write([self._checked(Draft(kind, subject, body), actor)], actor)[0]
+
+    def append_all(self, drafts: Iterable[Draft], *, actor: str) -> list[Entry]:
+        """Many entries in their order, with one round trip for a thousand."""
+        ahead, written = iter(drafts), list[Entry]()
+        while batch := [self._checked(draft, actor) for draft in itertools.islice(ahead, _BATCH)]:
+            written += self._write(batch, actor)
+        return written
+
+    def _checked(self, draft: Draft, actor: str) -> tuple[str, str, str]:
+        canonical([draft.kind, draft.subject, actor])
+        return draft.kind, draft.subject, canonical(dict(draft.body))
+
+    def _write(self, batch: Sequence[tuple[str, str, str]], actor: str) -> list[Entry]:
         seq, prev = self._newest()
-        seq, at = seq + 1, self._clock.now()
-        sha256 = digest(prev, entry_text(seq, moment(at), kind, actor, subject, text))
-        self.connection.execute(
-            "insert into ops_ledger.entries (seq, at, kind, actor, subject, body, prev_sha256, sha256)"
-            " values (%s, %s, %s, %s, %s, %s, %s, %s)",
-            [seq, at, kind, actor, subject, text, prev, sha256],
-        )
-        self._head = (seq, sha256)
-        return Entry(seq, at, kind, actor, subject, text, prev, sha256)
+        entries: list[Entry] = []
+        for kind, subject, text in batch:
+            seq, at = seq + 1, self._clock.now()
+            sha256 = digest(prev, entry_text(seq, moment(at), kind, actor, subject, text))
+            entries.append(Entry(seq, at, kind, actor, subject, text, prev, sha256))
+            prev = sha256
+        self.connection.execute(_INSERT, [[getattr(entry, name) for entry in entries] for name in _NAMES])
+        self._head = (seq, prev)
+        return entries
 
     def _newest(self) -> tuple[int, str]:
         if self._head is None:
-            _one_at_a_time(self.connection, _APPEND)
+            schema.one_at_a_time(self.connection, schema.APPEND)
             row = self.connection.execute(
                 "select seq, sha256 from ops_ledger.entries order by seq desc limit 1"
             ).fetchone()
@@ -123,7 +105,7 @@ class Ledger:
     The schema is made at the first use. Every method raises UnreachableError where the database does not answer.
     """
 
-    claim_space = _LOCK_SPACE + 1
+    claim_space = schema.LOCK_SPACE + 1
     """The first of the two keys of the advisory locks that `claim` takes; the second is the name's hashtext."""
 
     def __init__(self, connect: Callable[[], psycopg.Connection[Any]], *, clock: Clock = SYSTEM_CLOCK) -> None:
@@ -154,6 +136,11 @@ class Ledger:
         with self.transaction() as transaction:
             return transaction.append(kind, subject, body, actor=actor)
 
+    def append_all(self, drafts: Iterable[Draft], *, actor: str) -> list[Entry]:
+        """Write many entries in their order, all or none. Durable when it returns."""
+        with self.transaction() as transaction:
+            return transaction.append_all(drafts, actor=actor)
+
     @contextlib.contextmanager
     def transaction(self) -> Generator[LedgerTransaction]:
         """A transaction of the platform's database: what is written in it and its entries stand there together or not at all.
@@ -176,6 +163,36 @@ class Ledger:
             yield row is not None and row[0] is True
         finally:
             connection.close()
+
+    # What is to be published
+
+    def publish(self, kinds: Iterable[str]) -> None:
+        """From now on entries of these kinds stand in the outbox as well; one that ends in a dot stands for every kind below it.
+
+        It holds for every writer, whoever it is, until it is called with others; with none, nothing new is to be published.
+        """
+        wanted = sorted(set(kinds))
+        with self._session() as connection:
+            there = connection.execute("select kind from ops_ledger.publishing").fetchall()
+            if sorted(kind for (kind,) in there) != wanted:
+                with connection.transaction():
+                    schema.one_at_a_time(connection, schema.SETUP)
+                    connection.execute("delete from ops_ledger.publishing")
+                    connection.execute("insert into ops_ledger.publishing select unnest(%s::text[])", [wanted])
+
+    def outbox(self, limit: int = 1000) -> list[Entry]:
+        """The oldest entries that are to be published, in their order."""
+        with self._session() as connection:
+            rows = connection.execute(
+                f"select {_COLUMNS} from ops_ledger.outbox join ops_ledger.entries using (seq) order by seq limit %s",
+                [limit],
+            )
+            return [Entry(*row) for row in rows]
+
+    def published(self, seqs: Iterable[int]) -> None:
+        """These have arrived, and leave the outbox. Only once that is certain: what stays there is published again."""
+        with self._session() as connection:
+            connection.execute("delete from ops_ledger.outbox where seq = any(%s::bigint[])", [list(seqs)])
 
     # Reading
 
@@ -234,7 +251,7 @@ class Ledger:
                 self._kept = None
             if self._kept is None:
                 self._kept = self._open()
-                self._set_up(self._kept)
+                schema.set_up(self._kept)
             yield self._kept
 
     def _open(self) -> psycopg.Connection[Any]:
@@ -246,33 +263,12 @@ class Ledger:
         connection.execute("set timezone to 'UTC'")
         return connection
 
-    def _set_up(self, connection: psycopg.Connection[Any]) -> None:
-        if _is_there(connection):
-            return
-        with connection.transaction():
-            _one_at_a_time(connection, _SETUP)
-            if not _is_there(connection):
-                connection.execute(_SCHEMA)
-
     @contextlib.contextmanager
     def _named(self) -> Generator[None]:
         try:
             yield
         except psycopg.Error as error:
             raise _named(error) from None  # the cause may quote connection parameters
-
-
-def _one_at_a_time(connection: psycopg.Connection[Any], what: int) -> None:
-    connection.execute(f"set local lock_timeout = '{_LOCK_TIMEOUT}'")
-    connection.execute("select pg_advisory_xact_lock(%s, %s)", [_LOCK_SPACE, what])
-
-
-def _is_there(connection: psycopg.Connection[Any]) -> bool:
-    # By the catalog as a query sees it: to_regclass may answer from before the wait for another's set-up.
-    row = connection.execute(
-        "select exists (select from pg_tables where schemaname = 'ops_ledger' and tablename = 'entries')"
-    ).fetchone()
-    return row is not None and row[0] is True
 
 
 def _alive(connection: psycopg.Connection[Any]) -> bool:
@@ -313,7 +309,7 @@ def _named(error: psycopg.Error) -> OpsError:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, errors.LockNotAvailable):
         return ConflictError(
-            f"another writer held the ledger for more than {_LOCK_TIMEOUT}",
+            f"another writer held the ledger for more than {schema.LOCK_TIMEOUT}",
             where=_WHERE,
             remedy="look for a session that sits in a transaction: pg_stat_activity",
         )

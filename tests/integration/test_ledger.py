@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import pytest
 
 from ops_platform.errors import AccessDeniedError, ConflictError, OpsError, UnreachableError, UsageError
 from ops_platform.inventory.values import Secret
-from ops_platform.ledger import GENESIS, Ledger
+from ops_platform.ledger import GENESIS, Draft, Entry, Ledger, cloudevent
 from tests.rig import Cluster
 
 BEGIN = datetime(2026, 2, 1, 3, 4, 5, 6, tzinfo=UTC)
@@ -214,6 +215,173 @@ def test_newest_entries_that_were_cut_off_are_missed_by_an_anchor(filled: Databa
         assert (rewritten.broken.seq, rewritten.broken.how) == (7, "changed")
 
 
+# Transactions, batches, the outbox
+
+
+def test_entries_and_rows_of_a_transaction_stand_there_together_or_not_at_all(filled: Database) -> None:
+    with filled.ledger() as ledger:
+        with ledger.transaction() as transaction:
+            transaction.connection.execute("create table beside (seq bigint)")
+            for number in (8, 9):
+                entry = transaction.append("test.entry", "db-0", {"number": number}, actor="tester")
+                transaction.connection.execute("insert into beside values (%s)", [entry.seq])
+        with contextlib.suppress(ZeroDivisionError), ledger.transaction() as transaction:
+            transaction.append("test.entry", "db-0", {"number": 10}, actor="tester")
+            transaction.connection.execute("insert into beside values (10)")
+            raise ZeroDivisionError
+        check = ledger.verify()
+        assert (check.ok, check.entries) == (True, 9)
+    with closing(filled.connect()) as connection:
+        assert connection.execute("select seq from beside order by seq").fetchall() == [(8,), (9,)]
+        connection.execute("drop table beside")
+
+
+def test_a_transaction_that_only_looks_keeps_nobody_waiting(filled: Database) -> None:
+    with filled.ledger() as one, filled.ledger() as other, one.transaction() as transaction:
+        transaction.connection.execute("select 1")
+        assert other.append("test.entry", "db-0", {}, actor="tester").seq == 8
+        assert transaction.append("test.entry", "db-0", {}, actor="tester").seq == 9
+
+
+def test_a_batch_is_a_chain_as_if_its_entries_had_come_alone(filled: Database) -> None:
+    drafts = [Draft("test.batch", f"db-{n}", {"n": n, "text": '“{},\\" \n🜁'}) for n in range(2500)]
+    with filled.ledger() as ledger:
+        written = ledger.append_all(iter(drafts), actor="tester")
+        assert [(entry.kind, entry.subject, entry.body) for entry in written] == drafts
+        assert ledger.entries(after_seq=7) == written
+        check = ledger.verify(anchor=(written[-1].seq, written[-1].sha256))
+        assert (check.ok, check.entries) == (True, 2507)
+        assert ledger.append_all([], actor="tester") == []
+
+
+def test_a_batch_is_written_whole_or_not_at_all(filled: Database) -> None:
+    good = [Draft("test.batch", "db-1", {"n": n}) for n in range(1500)]
+    with filled.ledger() as ledger:
+        with pytest.raises(UsageError) as refused:
+            ledger.append_all([*good, Draft("test.batch", "db-1", {"when": BEGIN})], actor="tester")
+        assert refused.value.where == "$.when"
+        assert ledger.verify().entries == 7
+
+
+def published(entries: list[Entry]) -> list[int]:
+    return [entry.seq for entry in entries]
+
+
+def test_the_outbox_holds_the_chosen_kinds_until_they_have_arrived(filled: Database) -> None:
+    with filled.ledger() as ledger:
+        ledger.append("action.plan", "db-0", {}, actor="tester")
+        assert ledger.outbox() == [], "nothing is published unless somebody asks for it"
+        ledger.publish(["action.", "backup.verification"])
+        kinds = ("action.plan", "actions", "action.outcome", "backup.verification", "backup.verification.x", "backup.x")
+        for kind in kinds:
+            ledger.append(kind, "db-1", {"kind": kind}, actor="tester")
+        assert published(ledger.outbox()) == [9, 11, 12]
+        assert published(ledger.outbox(limit=2)) == [9, 11]
+        ledger.published([9, 12])
+        assert published(ledger.outbox()) == [11]
+        ledger.publish([])
+        ledger.append("action.plan", "db-0", {}, actor="tester")
+        assert published(ledger.outbox()) == [11], "what stands there is not forgotten"
+        ledger.append_all([], actor="tester")
+
+
+def test_what_is_published_is_decided_in_the_entrys_own_transaction(filled: Database) -> None:
+    with filled.ledger() as ledger:
+        ledger.publish(["test."])
+        with contextlib.suppress(ZeroDivisionError), ledger.transaction() as transaction:
+            transaction.append("test.entry", "db-0", {}, actor="tester")
+            raise ZeroDivisionError
+        assert ledger.outbox() == []
+        ledger.append_all([Draft("test.entry", "db-0", {})] * 1200, actor="tester")
+        assert published(ledger.outbox(2000)) == list(range(8, 1208))
+
+
+def test_an_entry_is_the_same_event_however_often_it_is_made(filled: Database) -> None:
+    with filled.ledger() as ledger:
+        ledger.publish(["action."])
+        ledger.append("action.outcome", "db-1", {"outcome": "applied"}, actor="tester")
+        (entry,) = ledger.outbox()
+    event = cloudevent(entry, source="/ops-platform")
+    assert event == {
+        "specversion": "1.0",
+        "id": "8",
+        "source": "/ops-platform",
+        "type": "dev.ops-platform.action.outcome",
+        "subject": "db-1",
+        "time": "2026-02-01T03:04:06.000006Z",
+        "datacontenttype": "application/json",
+        "actor": "tester",
+        "ledgersha256": entry.sha256,
+        "data": {"outcome": "applied"},
+    }
+
+
+# Older ledgers
+
+
+def as_version_1(database: Database) -> None:
+    """A ledger as the first version made it, which had nothing but the entries."""
+    from ops_platform.ledger import schema
+
+    with closing(database.connect()) as connection:
+        connection.execute(schema._STEPS[0])
+
+
+def test_an_older_ledger_is_taken_up_with_what_stands_in_it(filled: Database) -> None:
+    with closing(filled.superuser()) as connection:
+        rows = connection.execute("select * from ops_ledger.entries order by seq").fetchall()
+        connection.execute("drop schema ops_ledger cascade")
+    as_version_1(filled)
+    with closing(filled.connect()) as connection, connection.cursor() as cursor:
+        cursor.executemany("insert into ops_ledger.entries values (%s, %s, %s, %s, %s, %s, %s, %s)", rows)
+    start, failures = threading.Barrier(4), []
+
+    def use() -> None:
+        try:
+            with filled.ledger() as ledger:
+                start.wait(30)
+                ledger.publish(["test."])
+                ledger.append("test.entry", "db-0", {}, actor="tester")
+        except OpsError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert failures == []
+    with filled.ledger() as ledger:
+        check = ledger.verify()
+        assert (check.ok, check.entries) == (True, 11)
+        assert published(ledger.outbox()) == [8, 9, 10, 11]
+
+
+def test_a_role_that_may_not_change_an_older_ledger_uses_it_as_it_is(database: Database) -> None:
+    as_version_1(database)
+    writer = f"{database.name}_writer"
+    database.cluster.sql(f"create role {writer} login")
+    try:
+        with closing(database.connect()) as connection:
+            connection.execute(f"grant usage on schema ops_ledger to {writer}")
+            connection.execute(f"grant select, insert on ops_ledger.entries to {writer}")
+        with Ledger(lambda: database.cluster.server.connect(database.name, writer)) as ledger:
+            assert ledger.append("test.entry", "db-0", {}, actor="tester").seq == 1
+            assert ledger.verify().ok
+            with pytest.raises(OpsError):
+                ledger.outbox()
+        with database.ledger() as owner:  # and the owner brings it up to date
+            owner.publish(["test."])
+        with Ledger(lambda: database.cluster.server.connect(database.name, writer)) as ledger:
+            ledger.append("test.entry", "db-0", {}, actor="tester")
+        with database.ledger() as owner:
+            assert published(owner.outbox()) == [2], "a writer needs no rights on the outbox"
+    finally:
+        with closing(database.superuser()) as connection:
+            connection.execute(f"drop owned by {writer}")
+            connection.execute(f"drop role {writer}")
+
+
 def test_a_disabled_trigger_is_reported(filled: Database) -> None:
     with closing(filled.superuser()) as connection:
         connection.execute("alter table ops_ledger.entries disable trigger append_only")
@@ -351,13 +519,13 @@ def test_a_role_without_rights_is_told_what_it_needs(filled: Database) -> None:
 
 
 def test_a_writer_that_never_ends_is_named(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ops_platform.ledger.ledger as module
+    from ops_platform.ledger import schema
 
-    monkeypatch.setattr(module, "_LOCK_TIMEOUT", "50ms")
+    monkeypatch.setattr(schema, "LOCK_TIMEOUT", "50ms")
     with database.ledger() as ledger:
         ledger.append("test.entry", "app-db", {}, actor="tester")
         with closing(database.connect()) as connection, connection.transaction():
-            connection.execute("select pg_advisory_xact_lock(%s, %s)", [module._LOCK_SPACE, module._APPEND])
+            connection.execute("select pg_advisory_xact_lock(%s, %s)", [schema.LOCK_SPACE, schema.APPEND])
             with pytest.raises(ConflictError, match="another writer"):
                 ledger.append("test.entry", "app-db", {}, actor="tester")
         assert ledger.append("test.entry", "app-db", {}, actor="tester").seq == 2
