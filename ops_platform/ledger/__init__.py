@@ -1,6 +1,7 @@
 """The tamper-evident record: an append-only table whose entries are chained by SHA-256. Format: docs/reference/ledger.md."""
 
-from ops_platform.ledger.chain import GENESIS, Break, Entry, LedgerCheck, canonical, check_chain
+from ops_platform.ledger.audit import check_chain
+from ops_platform.ledger.chain import GENESIS, Break, Entry, Finding, LedgerCheck, canonical
 from ops_platform.ledger.cloudevents import PUBLISHED, cloudevent
 from ops_platform.ledger.ledger import Draft, Ledger, LedgerTransaction
 
@@ -10,6 +11,7 @@ __all__ = [
     "Break",
     "Draft",
     "Entry",
+    "Finding",
     "Ledger",
     "LedgerCheck",
     "LedgerTransaction",

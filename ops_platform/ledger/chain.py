@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -48,15 +48,33 @@ class Break:
     """Where the chain is broken for the first time, and how."""
 
     seq: int
-    how: Literal["changed", "missing", "wrong predecessor"]
+    how: Literal["changed", "missing", "reordered", "wrong predecessor"]
     what: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong beside the chain itself, or (`grave` false) that a person should know and may have a good reason."""
+
+    kind: FindingKind
+    where: str
+    what: str
+    grave: bool = True
+
+
+FindingKind = Literal[
+    "rewritten", "truncated", "back-dated", "post-dated", "clock stepped back",
+    "checkpoint missing", "checkpoint swapped", "checkpoint forged", "checkpoint unreadable", "checkpoint out of line",
+    "not anchored",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LedgerCheck:
     """`entries` were found good up to `head_seq`; nothing is said of what stands behind a break.
 
-    `unprotected`: what no longer keeps the table append-only (a trigger that is disabled or gone).
+    `unprotected`: what no longer keeps the table append-only (a trigger that is disabled or gone). `checkpoints`: how many of them
+    the entries were compared with and fit; `anchored_seq`: up to which entry they do. `findings`: what else was found.
     """
 
     entries: int
@@ -65,10 +83,13 @@ class LedgerCheck:
     broken: Break | None
     unprotected: tuple[str, ...] = ()
     seconds: float = 0.0
+    checkpoints: int = 0
+    anchored_seq: int = 0
+    findings: tuple[Finding, ...] = ()
 
     @property
     def ok(self) -> bool:
-        return self.broken is None and not self.unprotected
+        return self.broken is None and not self.unprotected and not any(found.grave for found in self.findings)
 
 
 # Canonical JSON
@@ -147,34 +168,43 @@ def digest(prev_sha256: str, text: str) -> str:
     return hashlib.sha256(bytes.fromhex(prev_sha256) + text.encode()).hexdigest()
 
 
-def check_chain(rows: Iterable[Row], *, anchor: tuple[int, str] | None = None) -> LedgerCheck:
-    """Follow the chain from its first entry to the first break or the end.
+def follow(rows: Iterable[Row], seq: int = 0, prev: str = GENESIS) -> Iterator[tuple[int, str, bytes]]:
+    """Number, moment and digest of each entry that continues the chain behind entry `seq`, whose digest is `prev`.
 
-    A chain that lost its newest entries is still a chain: `anchor` is the number and digest of an entry that was noted
-    elsewhere, and must still be there.
+    Raises BrokenChainError at the first one that does not.
     """
-    seq, prev = 0, GENESIS
-    for found, at, kind, actor, subject, body, named, sha256 in rows:
-        broken = None
-        if found != seq + 1:
-            broken = _out_of_order(seq + 1, found)
-        elif _recomputed(named, entry_text(found, at, kind, actor, subject, body)) != sha256:
-            broken = Break(
-                found, "changed", "its content does not give its digest: it was changed after it was written"
-            )
-        elif named != prev:
-            broken = Break(
-                found, "wrong predecessor", f"it was written after {named[:12]}…, and {prev[:12]}… stands before it"
-            )
-        elif anchor is not None and found == anchor[0] and sha256 != anchor[1]:
-            broken = Break(found, "changed", f"its digest was noted as {anchor[1][:12]}…: the chain was written anew")
-        if broken is not None:
-            return LedgerCheck(seq, seq, prev, broken)
-        seq, prev = found, sha256
-    if anchor is not None and seq < anchor[0]:
-        missing = Break(seq + 1, "missing", f"entries up to {anchor[0]} were noted, and the ledger ends at {seq}")
-        return LedgerCheck(seq, seq, prev, missing)
-    return LedgerCheck(seq, seq, prev, None)
+    sha256, before = hashlib.sha256, bytes.fromhex(prev)
+    for row in rows:
+        found, at, kind, actor, subject, body, named, noted = row
+        made = sha256(before + entry_text(found, at, kind, actor, subject, body).encode("utf-8", "surrogatepass"))
+        if found != seq + 1 or named != prev or made.hexdigest() != noted:
+            raise BrokenChainError(_break(row, seq, prev))
+        seq, prev, before = found, noted, made.digest()
+        yield seq, at, before
+
+
+class BrokenChainError(Exception):
+    """Control flow of this package: it never leaves it."""
+
+    def __init__(self, broken: Break) -> None:
+        super().__init__(broken.what)
+        self.broken = broken
+
+
+_FAR = 10_000  # so many places an entry is looked for in, around the one where it stands
+
+
+def _break(row: Row, seq: int, prev: str) -> Break:
+    """Why this row does not continue the chain behind entry `seq`."""
+    found, at, kind, actor, subject, body, named, noted = row
+    if found != seq + 1:
+        return _out_of_order(seq + 1, found)
+    if _recomputed(named, entry_text(found, at, kind, actor, subject, body)) != noted:
+        for other in range(max(1, found - _FAR), found + _FAR):
+            if _recomputed(named, entry_text(other, at, kind, actor, subject, body)) == noted:
+                return Break(found, "reordered", f"entry {other} stands in the place of entry {found}")
+        return Break(found, "changed", "its content does not give its digest: it was changed after it was written")
+    return Break(found, "wrong predecessor", f"it was written after {named[:12]}…, and {prev[:12]}… stands before it")
 
 
 def _recomputed(prev_sha256: str, text: str) -> str | None:

@@ -11,33 +11,41 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
+from dataclasses import replace
+from datetime import datetime, timedelta
 from typing import Any, LiteralString, NamedTuple, Self, cast
 
 import psycopg
-from psycopg import errors
+from psycopg import errors, sql
 
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import AccessDeniedError, ConflictError, OpsError, UnreachableError
 from ops_platform.ledger import schema
+from ops_platform.ledger.audit import TOLERANCE, Mark, check_chain
 from ops_platform.ledger.chain import (
     GENESIS,
     Entry,
     LedgerCheck,
     Row,
     canonical,
-    check_chain,
     digest,
     entry_text,
     moment,
 )
 
 _WHERE = "the ledger's database"
-_PAGE = 5000
 _BATCH = 1000
 
 _COLUMNS: LiteralString = "seq, at, kind, actor, subject, body, prev_sha256, sha256"
 _NAMES = ("seq", "at", "kind", "actor", "subject", "text", "prev_sha256", "sha256")  # of an entry, in the same order
+
+_STREAM: LiteralString = """
+copy (
+  select seq, to_char(at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), kind, actor, subject, body, prev_sha256, sha256
+  from ops_ledger.entries where seq > {after} and ({upto} is null or seq <= {upto}) order by seq
+) to stdout (format binary)
+"""
+_TYPES = ["int8", "text", "text", "text", "text", "text", "text", "text"]
 
 # One statement for a batch of any size: one round trip, and each row still meets the triggers.
 _INSERT: LiteralString = (
@@ -97,6 +105,52 @@ class LedgerTransaction:
             ).fetchone()
             self._head = (row[0], row[1]) if row else (0, GENESIS)
         return self._head
+
+
+class Reading:
+    """What a snapshot holds. `connection` is in a transaction that only reads."""
+
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        self._connection = connection
+
+    def rows(self, *, after: int = 0, upto: int | None = None) -> Iterator[Row]:
+        """The entries in their order. Streamed: the server goes on reading while we compute."""
+        query = sql.SQL(_STREAM).format(after=sql.Literal(after), upto=sql.Literal(upto))
+        with self._connection.cursor().copy(query) as copy:
+            copy.set_types(_TYPES)
+            yield from cast("Iterator[Row]", copy.rows())
+
+    def digests(self, upto: int) -> Iterator[bytes]:
+        """The digests of the first so many entries as they stand there."""
+        with self._connection.cursor().copy(
+            sql.SQL(
+                "copy (select decode(sha256, 'hex') from ops_ledger.entries where seq <= {} order by seq) to stdout (format binary)"
+            ).format(sql.Literal(upto))
+        ) as copy:
+            copy.set_types(["bytea"])
+            for (digest_,) in copy.rows():
+                yield digest_
+
+    def digest_of(self, seq: int) -> str | None:
+        row = self._connection.execute("select sha256 from ops_ledger.entries where seq = %s", [seq]).fetchone()
+        return row[0] if row else None
+
+    def noted_checkpoints(self) -> list[int]:
+        """The numbers of those that were put into the store."""
+        return [row[0] for row in self._connection.execute("select number from ops_ledger.checkpoints order by number")]
+
+    def unprotected(self) -> tuple[str, ...]:
+        """What no longer keeps the table append-only."""
+        found = dict(
+            self._connection.execute(
+                "select tgname, tgenabled::text from pg_trigger where tgrelid = 'ops_ledger.entries'::regclass and not tgisinternal"
+            ).fetchall()
+        )
+        return tuple(
+            f"the trigger {name} is {'gone' if name not in found else 'not always on'}"
+            for name in ("append_only", "extends_chain")
+            if found.get(name) != "A"
+        )
 
 
 class Ledger:
@@ -219,22 +273,40 @@ class Ledger:
         with self._session() as connection:
             return [Entry(*row) for row in connection.execute(query, values)]
 
-    def verify(self, *, anchor: tuple[int, str] | None = None) -> LedgerCheck:
-        """Recompute every digest from the first entry on, in one snapshot and constant memory."""
-        began = time.monotonic()
+    @contextlib.contextmanager
+    def reading(self) -> Generator[Reading]:
+        """The ledger as it is at this moment, for as long as the context lasts: one snapshot."""
         self._make_sure()
         # A connection of its own: writers of this process need not wait for the end of a long chain.
-        with self._named(), contextlib.closing(self._open()) as connection, connection.transaction():
-            unprotected = _unprotected(connection)
-            found = check_chain(_rows(connection), anchor=anchor)
-        return LedgerCheck(
-            found.entries,
-            found.head_seq,
-            found.head_sha256,
-            found.broken,
-            unprotected,
-            round(time.monotonic() - began, 3),
-        )
+        with self._named(), contextlib.closing(self._open()) as connection:
+            connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+            connection.read_only = True
+            with connection.transaction():
+                yield Reading(connection)
+
+    def verify(
+        self,
+        *,
+        anchor: tuple[int, str] | None = None,
+        marks: Sequence[Mark] = (),
+        tolerance: timedelta = TOLERANCE,
+    ) -> LedgerCheck:
+        """Recompute every digest from the first entry on, in one snapshot and constant memory, and compare with the marks."""
+        began = time.monotonic()
+        with self.reading() as reading:
+            found = check_chain(reading.rows(), anchor=anchor, marks=marks, tolerance=tolerance)
+            unprotected = reading.unprotected()
+        return replace(found, unprotected=unprotected, seconds=round(time.monotonic() - began, 3))
+
+    # Beside the entries
+
+    def note_checkpoint(self, number: int, size: int, root: str, sha256: str, at: datetime) -> None:
+        """What was put into the store, so that it is missed should it go there."""
+        with self._session() as connection:
+            connection.execute(
+                "insert into ops_ledger.checkpoints values (%s, %s, %s, %s, %s) on conflict do nothing",
+                [number, size, root, sha256, at],
+            )
 
     # What stands below
 
@@ -280,29 +352,6 @@ def _alive(connection: psycopg.Connection[Any]) -> bool:
     except psycopg.OperationalError:
         return False
     return True
-
-
-def _rows(connection: psycopg.Connection[Any]) -> Iterator[Row]:
-    with connection.cursor("ops_ledger_verify") as cursor:
-        cursor.itersize = _PAGE
-        cursor.execute(
-            "select seq, to_char(at at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'),"
-            " kind, actor, subject, body, prev_sha256, sha256 from ops_ledger.entries order by seq"
-        )
-        yield from cast("Iterable[Row]", cursor)
-
-
-def _unprotected(connection: psycopg.Connection[Any]) -> tuple[str, ...]:
-    found = dict(
-        connection.execute(
-            "select tgname, tgenabled::text from pg_trigger where tgrelid = 'ops_ledger.entries'::regclass and not tgisinternal"
-        ).fetchall()
-    )
-    return tuple(
-        f"the trigger {name} is {'gone' if name not in found else 'not always on'}"
-        for name in ("append_only", "extends_chain")
-        if found.get(name) != "A"
-    )
 
 
 def _named(error: psycopg.Error) -> OpsError:
