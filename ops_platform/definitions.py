@@ -7,11 +7,13 @@ import warnings
 from dagster import BetaWarning, Definitions, PreviewWarning, in_process_executor
 
 from assets.postgres import build_assets
+from jobs import ledger as ledger_jobs
 from jobs import postgres as postgres_jobs
 from jobs import remediation as remediation_jobs
 from ops_platform.inventory import LoadedInventory, load
 from ops_platform.resources import PlatformResource
-from schedules.postgres import build_schedules
+from schedules import ledger as ledger_schedules
+from schedules import postgres as postgres_schedules
 from sensors import postgres as postgres_sensors
 from sensors import remediation as remediation_sensors
 
@@ -25,12 +27,15 @@ def build_defs(loaded: LoadedInventory | None = None) -> Definitions:
     found = loaded or load()
     inventory = found.inventory
     assets, checks = build_assets(inventory)
-    jobs = postgres_jobs.build_jobs() | remediation_jobs.build_jobs()
+    jobs = postgres_jobs.build_jobs() | remediation_jobs.build_jobs() | ledger_jobs.build_jobs()
     return Definitions(
         assets=assets,
         asset_checks=checks,
         jobs=list(jobs.values()),
-        schedules=build_schedules(inventory, jobs),
+        schedules=[
+            *postgres_schedules.build_schedules(inventory, jobs),
+            *ledger_schedules.build_schedules(inventory, jobs),
+        ],
         sensors=[
             *postgres_sensors.build_sensors(inventory, jobs),
             *remediation_sensors.build_sensors(inventory, jobs),

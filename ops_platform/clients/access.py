@@ -20,7 +20,7 @@ from ops_platform.errors import (
     UsageError,
 )
 from ops_platform.inventory.loader import LoadedInventory
-from ops_platform.inventory.model import PostgresConnection, Target, Tls
+from ops_platform.inventory.model import LedgerCheckpoints, ObjectLock, PostgresConnection, Target, Tls
 from ops_platform.inventory.values import Secret, SecretRef
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ops_platform.clients.postgres import Login, Member
     from ops_platform.clients.prometheus import Prometheus
     from ops_platform.clients.slack import Slack
-    from ops_platform.clients.vault import VaultSession
+    from ops_platform.clients.vault import TransitSigner, VaultSession
     from ops_platform.inventory.systems import (
         AlertmanagerSystem,
         ElasticsearchSystem,
@@ -143,13 +143,19 @@ class Access:
     # Stores and keys
 
     def store(self, store_id: str) -> ObjectStore:
-        return self._once("store", store_id, lambda: self._make_store(store_id))
+        return self._once(
+            "store", store_id, lambda: self._make_store(store_id, self.inventory.stores[store_id].object_lock)
+        )
 
-    def _make_store(self, store_id: str) -> ObjectStore:
+    def checkpoint_store(self, checkpoints: LedgerCheckpoints) -> ObjectStore:
+        """The store of the ledger's checkpoints, with a lock of their own where the inventory gives them one."""
+        lock = checkpoints.object_lock or self.inventory.stores[checkpoints.store].object_lock
+        return self._once("checkpoints", checkpoints.store, lambda: self._make_store(checkpoints.store, lock))
+
+    def _make_store(self, store_id: str, lock: ObjectLock | None) -> ObjectStore:
         from ops_platform.clients.s3 import Lock, S3Settings, S3Store
 
         store = self.inventory.stores[store_id]
-        lock = store.object_lock
         settings = S3Settings(
             endpoint=self.url(store.endpoint),
             bucket=store.bucket,
@@ -175,6 +181,11 @@ class Access:
         if service.kind == "file":
             return FileKeys(self.path(service.path or ""))
         return TransitKeys(self.vault(service.vault or ""), mount=service.mount, key=service.key)
+
+    def signer(self, checkpoints: LedgerCheckpoints) -> TransitSigner:
+        from ops_platform.clients.vault import TransitSigner
+
+        return TransitSigner(self.vault(checkpoints.vault), mount=checkpoints.mount, key=checkpoints.key)
 
     # Databases
 

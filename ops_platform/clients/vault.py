@@ -368,6 +368,81 @@ class TransitKeys:
             raise
 
 
+class TransitSigner:
+    """Signs with an ed25519 key of Vault's Transit engine, which never leaves it. A key's id is its name and version: `ops-ledger:v3`."""
+
+    def __init__(self, session: VaultSession, *, mount: str = "transit", key: str = "ops-ledger") -> None:
+        self._session = session
+        self._mount = mount
+        self._key = key
+
+    @property
+    def name(self) -> str:
+        return f"{self._session.url}/{self._mount}/{self._key}"
+
+    def public_keys(self) -> dict[str, bytes]:
+        """The raw public keys (32 bytes) of every version that Vault has not archived, oldest first."""
+        data = self._ask(lambda client: client.secrets.transit.read_key(self._key, mount_point=self._mount))["data"]
+        if data["type"] != "ed25519":
+            raise OpsError(
+                f"the key is of type {data['type']}, and signing needs ed25519",
+                where=self.name,
+                remedy=f"vault write {self._mount}/keys/NAME type=ed25519, and name it in the inventory",
+            )
+        versions = sorted((int(version), found["public_key"]) for version, found in data["keys"].items())
+        return {f"{self._key}:v{version}": base64.b64decode(public) for version, public in versions}
+
+    def sign(self, message: bytes, keyid: str) -> bytes | None:
+        """64 bytes; None where that version does not sign any more (`min_encryption_version`)."""
+        version = self._version(keyid)
+        text = base64.b64encode(message).decode()
+        try:
+            answer = self._ask(
+                lambda client: client.secrets.transit.sign_data(
+                    self._key, text, key_version=version, mount_point=self._mount
+                )
+            )
+        except _InvalidRequestError:
+            return None
+        found, _, signature = answer["data"]["signature"].removeprefix("vault:").partition(":")
+        if found != f"v{version}":
+            raise OpsError(f"Vault signed with {found} and was asked for v{version}", where=self.name)
+        return base64.b64decode(signature)
+
+    def verify(self, message: bytes, keyid: str, signature: bytes) -> bool:
+        """What Vault itself says of a signature."""
+        text = base64.b64encode(message).decode()
+        whole = f"vault:v{self._version(keyid)}:{base64.b64encode(signature).decode()}"
+        try:
+            answer = self._ask(
+                lambda client: client.secrets.transit.verify_signed_data(
+                    self._key, text, signature=whole, mount_point=self._mount
+                )
+            )
+        except _InvalidRequestError:
+            return False
+        return answer["data"]["valid"] is True
+
+    def _version(self, keyid: str) -> int:
+        name, _, version = keyid.rpartition(":v")
+        if name != self._key or not version.isdigit():
+            raise NotThereError(f"the key {keyid!r} is not a version of {self._key!r}", where=self.name)
+        return int(version)
+
+    def _ask(self, ask: Callable[[Any], Any]) -> Any:
+        try:
+            return self._session.call(ask, self.name)
+        except (NotThereError, _InvalidRequestError) as error:
+            # Asked for its public keys, Vault says 404 of a key that is not there; asked to sign, 400.
+            if isinstance(error, _InvalidRequestError) and "not found" not in error.what:
+                raise
+            raise NotThereError(
+                f"there is no signing key {self._key!r}",
+                where=self.name,
+                remedy=f"vault write -f {self._mount}/keys/{self._key} type=ed25519",
+            ) from error
+
+
 class FileKeys:
     """A `KeyService` with a wrapping key in a local file, for places without a Vault. AES-256-GCM."""
 

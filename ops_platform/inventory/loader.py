@@ -336,6 +336,9 @@ def _references(raw: dict[Any, Any]) -> Iterator[tuple[KeyPath, Any, dict[Any, A
     )
     for name, service in services.items():
         yield ("key_services", name, "vault"), _table(service).get("vault"), vaults, "vault"
+    checkpoints = _table(_table(raw.get("platform")).get("ledger"))
+    yield ("platform", "ledger", "store"), checkpoints.get("store"), stores, "store"
+    yield ("platform", "ledger", "vault"), checkpoints.get("vault"), vaults, "vault"
     for number, system in enumerate(_list(raw.get("systems"))):
         here, entry = ("systems", number), _table(system)
         yield (*here, "owner"), entry.get("owner"), owners, "owner"

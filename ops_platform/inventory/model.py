@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import Field, model_validator
 
 from ops_platform.inventory.base import AnyClassification, AnyMode, HostPort, Mode, Strict, Tls, Weekly
+from ops_platform.inventory.evidence import Control
 from ops_platform.inventory.remediation import Remediation
 from ops_platform.inventory.systems import AnySystem, HttpEndpoint, System
 from ops_platform.inventory.values import Cron, Duration, Host, Id, Origin, PositiveDuration, SecretRef, Size, Url, Zone
@@ -355,6 +356,30 @@ class LedgerConfig(Strict):
     tls: Tls = Field(default=Tls(), description="How the connection is secured.")
 
 
+class LedgerCheckpoints(Strict):
+    """Signed statements of what the ledger held, kept where the administrators of its database do not reach."""
+
+    id: Id = Field(
+        default="platform",
+        description="Of the ledger, in the store and in every checkpoint. A database that was made anew, or restored to an "
+        "earlier moment, is another ledger: give it another id.",
+    )
+    store: Id = Field(description="The id under `stores` where they are put.")
+    object_lock: ObjectLock | None = Field(
+        default=None, description="Nobody can delete them before their date; that of the store by default."
+    )
+    vault: Id = Field(description="The id under `vaults` of the server that signs them.")
+    mount: str = Field(default="transit", description="Path of Vault's Transit engine.")
+    key: str = Field(default="ops-ledger", description="Name of the key there, of type ed25519.")
+    schedule: Schedule = Field(
+        default=Schedule(cron="*/5 * * * *"),
+        description="When one is written, if there are new entries; every sound `ops ledger verify` writes one, too.",
+    )
+    tolerance: Duration = Field(
+        default=timedelta(minutes=1), description="By which the clocks of the machines that write may differ."
+    )
+
+
 class SlackConfig(Strict):
     """Where failed runs are told of."""
 
@@ -375,6 +400,9 @@ class Platform(Strict):
     name: str = Field(description="For people.")
     database: LedgerConfig | None = Field(
         default=None, description="The ledger's database. Without it nothing is recorded and expiry only observes."
+    )
+    ledger: LedgerCheckpoints | None = Field(
+        default=None, description="Checkpoints of the ledger. Without them a ledger that is rewritten whole looks good."
     )
     slack: SlackConfig | None = Field(default=None, description="Without it failed runs are told to nobody.")
     dagster: DagsterWeb | None = Field(default=None, description="Without it no playbook runs a Dagster job.")
@@ -401,6 +429,9 @@ class Inventory(Strict):
     )
     targets: list[Target] = Field(default=[], description="The PostgreSQL clusters that are operated.")
     systems: list[AnySystem] = Field(default=[], description="What else is operated, or tells of its state.")
+    evidence: list[Control] = Field(
+        default=[], description="Controls that evidence is exported for, beside those that are built in and in their place."
+    )
     remediation: Remediation | None = Field(default=None, description="Which alerts and events lead to which action.")
 
     def target(self, target_id: str) -> Target:

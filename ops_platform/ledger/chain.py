@@ -65,7 +65,7 @@ class Finding:
 FindingKind = Literal[
     "rewritten", "truncated", "back-dated", "post-dated", "clock stepped back",
     "checkpoint missing", "checkpoint swapped", "checkpoint forged", "checkpoint unreadable", "checkpoint out of line",
-    "not anchored",
+    "not anchored", "pack altered", "pack incomplete", "not proven",
 ]  # fmt: skip
 
 

@@ -58,17 +58,14 @@ class Envelope:
             raise CorruptionError("the payload is no in-toto Statement v1")
         return cast("dict[str, Any]", found)
 
-    def verified_by(self, keys: Mapping[str, bytes]) -> str | None:
-        """The id of one of these keys that has signed it."""
+    def verified_by(self, keys: Mapping[str, bytes]) -> bytes | None:
+        """One of these public keys that has signed it. A key id is a hint and no more: what counts is the key."""
         message = pae(PAYLOAD_TYPE, self.payload)
-        return next(
-            (
-                name
-                for name, signature in self.signatures.items()
-                if name in keys and verify(keys[name], message, signature)
-            ),
-            None,
-        )
+        for name, signature in self.signatures.items():
+            for public in [keys[name]] if name in keys else set(keys.values()):
+                if verify(public, message, signature):
+                    return public
+        return None
 
     def to_bytes(self) -> bytes:
         signatures = [{"keyid": name, "sig": _text(signature)} for name, signature in self.signatures.items()]

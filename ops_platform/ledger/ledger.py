@@ -135,6 +135,12 @@ class Reading:
         row = self._connection.execute("select sha256 from ops_ledger.entries where seq = %s", [seq]).fetchone()
         return row[0] if row else None
 
+    def numbers(self, since: datetime, until: datetime) -> tuple[int, int] | None:
+        """The first and the last entry that say that they were written in that time."""
+        query = "select min(seq), max(seq) from ops_ledger.entries where at >= %s and at < %s"
+        row = self._connection.execute(query, [since, until]).fetchone()
+        return (row[0], row[1]) if row and row[0] is not None else None
+
     def noted_checkpoints(self) -> list[int]:
         """The numbers of those that were put into the store."""
         return [row[0] for row in self._connection.execute("select number from ops_ledger.checkpoints order by number")]
@@ -164,7 +170,7 @@ class Ledger:
 
     def __init__(self, connect: Callable[[], psycopg.Connection[Any]], *, clock: Clock = SYSTEM_CLOCK) -> None:
         self._connect = connect
-        self._clock = clock
+        self.clock = clock
         self._kept: psycopg.Connection[Any] | None = None
         self._lock = threading.RLock()
 
@@ -202,7 +208,7 @@ class Ledger:
         From the first `append` on every other writer waits: look and decide first, then append, then end it.
         """
         with self._session() as connection, connection.transaction():
-            yield LedgerTransaction(connection, self._clock)
+            yield LedgerTransaction(connection, self.clock)
 
     @contextlib.contextmanager
     def claim(self, name: str) -> Generator[bool]:

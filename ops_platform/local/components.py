@@ -25,6 +25,7 @@ from ops_platform.errors import OpsError
 HOST = "127.0.0.1"
 MAJOR = 18
 BUCKET = "ops-backups"
+LEDGER_BUCKET = "ops-ledger"
 
 
 @dataclass
@@ -154,6 +155,9 @@ _POLICY = """
 path "transit/datakey/plaintext/ops-backup" { capabilities = ["update"] }
 path "transit/decrypt/ops-backup" { capabilities = ["update"] }
 path "transit/keys/ops-backup" { capabilities = ["read"] }
+path "transit/sign/ops-ledger" { capabilities = ["update"] }
+path "transit/verify/ops-ledger" { capabilities = ["update"] }
+path "transit/keys/ops-ledger" { capabilities = ["read"] }
 path "secret/data/*" { capabilities = ["read"] }
 path "database/creds/ops-backup" { capabilities = ["read"] }
 path "sys/leases/renew" { capabilities = ["update"] }
@@ -180,6 +184,7 @@ def _vault_finish(place: Place) -> None:
     if "transit/" not in mounts:
         client.sys.enable_secrets_engine("transit")
     client.secrets.transit.create_key("ops-backup", key_type="aes256-gcm96")  # leaves one that is there as it is
+    client.secrets.transit.create_key("ops-ledger", key_type="ed25519")
     if "secret/" not in mounts:
         client.sys.enable_secrets_engine("kv", path="secret", options={"version": "2"})
     if "approle/" not in client.sys.list_auth_methods()["data"]:
@@ -274,7 +279,12 @@ def _s3_ready(place: Place) -> bool:
 
 
 def _s3_finish(place: Place) -> None:
-    """The bucket is made when the store is asked whether it is ready."""
+    """The backups' bucket is made when the store is asked whether it is ready; in the ledger's nothing can be deleted."""
+    from ops_platform.clients.s3 import S3Store
+
+    store = S3Store(s3_settings(place, LEDGER_BUCKET))
+    store.create_bucket(object_lock=True)
+    store.close()
 
 
 def _key_usage(ca: bool) -> Any:

@@ -100,7 +100,7 @@ def target_report(
     cards = in_order(latest, history)
     proven_within = target.backup.verification.proven_within
     promised = target.backup.recovery_window
-    return _render(
+    return render(
         "target.html.j2",
         target=target,
         card=latest,
@@ -125,7 +125,7 @@ def index_report(rows: Sequence[Row], generated_at: datetime) -> str:
     judged = [(_row_standing(row, now), row) for row in rows]
     judged.sort(key=lambda pair: (pair[0].rank, _ended(pair[1]), pair[1].target.id))
     counts = [(each, sum(found is each for found, _ in judged)) for each in Standing]
-    return _render(
+    return render(
         "index.html.j2",
         rows=[(found, row, _figures(row.target, row.latest), _why(found, row)) for found, row in judged],
         counts=[(each, number) for each, number in counts if number],
@@ -338,7 +338,7 @@ def _environment() -> jinja2.Environment:
     return made
 
 
-def _render(template: str, **what: Any) -> str:
+def render(template: str, **what: Any) -> str:
     from markupsafe import Markup
 
     css = resources.files("ops_platform.reports").joinpath("report.css").read_text("utf-8")
