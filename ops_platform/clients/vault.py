@@ -402,8 +402,10 @@ class TransitSigner:
                     self._key, text, key_version=version, mount_point=self._mount
                 )
             )
-        except _InvalidRequestError:
-            return None
+        except UnreachableError as error:  # Vault answers 500 to this
+            if "minimum encryption key version" in error.what:
+                return None
+            raise
         found, _, signature = answer["data"]["signature"].removeprefix("vault:").partition(":")
         if found != f"v{version}":
             raise OpsError(f"Vault signed with {found} and was asked for v{version}", where=self.name)

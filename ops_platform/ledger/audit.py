@@ -88,15 +88,15 @@ class _Pass:
         append, times, waiting = self._frontier.append, self._times, list(reversed(self._marks))
         anchor, anchored = self._anchor or (0, ""), bool(self._marks)
         stop = waiting[-1].size if waiting else 0
-        earliest = times.earliest
+        latest, floor = "", times.floor
         for seq, at, digest in follow(rows, self.seq, self.sha256.hex()):
             if seq == anchor[0] and digest.hex() != anchor[1]:
                 why = f"its digest was noted as {anchor[1][:12]}…: the chain was written anew"
                 raise BrokenChainError(Break(seq, "changed", why))
             self.seq, self.sha256 = seq, digest
-            if at < earliest:
-                times.early(seq, at)
-            earliest = times.latest = at
+            if at < latest or at < floor:
+                times.early(seq, at, latest)
+            latest = at
             if at > times.highest[0]:
                 times.highest = (at, seq)
             if anchored:
@@ -104,7 +104,7 @@ class _Pass:
                 if seq == stop:
                     self._compare(waiting.pop())
                     stop = waiting[-1].size if waiting else 0
-                    earliest = max(at, times.floor)
+                    floor = times.floor
 
     def _compare(self, mark: Mark) -> None:
         if any(found.kind == "rewritten" for found in self._findings):
@@ -149,19 +149,14 @@ class _Times:
         self._tolerance = tolerance
         self._mark: Mark | None = None
         self.floor = ""  # no honest entry is earlier
-        self.latest = ""  # of the entry before
         self.highest = ("", 0)  # since the last mark
         self._found: dict[FindingKind, list[Finding]] = {}
 
-    @property
-    def earliest(self) -> str:
-        return max(self.floor, self.latest)
-
-    def early(self, seq: int, at: str) -> None:
+    def early(self, seq: int, at: str, latest: str) -> None:
         if at < self.floor and self._mark is not None:
             text = f"it says {at}, and it came behind checkpoint {self._mark.number} of {moment(self._mark.at)}"
             self._note(Finding("back-dated", f"entry {seq}", text))
-        elif (step := datetime.fromisoformat(self.latest) - datetime.fromisoformat(at)) > self._tolerance:
+        elif (step := datetime.fromisoformat(latest) - datetime.fromisoformat(at)) > self._tolerance:
             text = f"it says {at}, {step.total_seconds():.0f} s before the entry that stands before it"
             self._note(Finding("clock stepped back", f"entry {seq}", text, grave=False))
 

@@ -45,6 +45,9 @@ copy (
   from ops_ledger.entries where seq > {after} and ({upto} is null or seq <= {upto}) order by seq
 ) to stdout (format binary)
 """
+_DIGESTS: LiteralString = """
+copy (select decode(sha256, 'hex') from ops_ledger.entries where seq <= {upto} order by seq) to stdout (format binary)
+"""
 _TYPES = ["int8", "text", "text", "text", "text", "text", "text", "text"]
 
 # One statement for a batch of any size: one round trip, and each row still meets the triggers.
@@ -113,23 +116,25 @@ class Reading:
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         self._connection = connection
 
-    def rows(self, *, after: int = 0, upto: int | None = None) -> Iterator[Row]:
-        """The entries in their order. Streamed: the server goes on reading while we compute."""
+    @contextlib.contextmanager
+    def rows(self, *, after: int = 0, upto: int | None = None) -> Generator[Iterator[Row]]:
+        """The entries in their order. Streamed: the server goes on reading while we compute.
+
+        Within the context nothing else can be asked, and nothing afterwards where it was left before the last entry.
+        """
         query = sql.SQL(_STREAM).format(after=sql.Literal(after), upto=sql.Literal(upto))
         with self._connection.cursor().copy(query) as copy:
             copy.set_types(_TYPES)
-            yield from cast("Iterator[Row]", copy.rows())
+            yield cast("Iterator[Row]", copy.rows())
+            copy.finish(StopIteration())  # psycopg ends what is still coming only where something was raised
 
     def digests(self, upto: int) -> Iterator[bytes]:
-        """The digests of the first so many entries as they stand there."""
-        with self._connection.cursor().copy(
-            sql.SQL(
-                "copy (select decode(sha256, 'hex') from ops_ledger.entries where seq <= {} order by seq) to stdout (format binary)"
-            ).format(sql.Literal(upto))
-        ) as copy:
+        """The digests of the first so many entries as they stand there. To be read to the end."""
+        query = sql.SQL(_DIGESTS).format(upto=sql.Literal(upto))
+        with self._connection.cursor().copy(query) as copy:
             copy.set_types(["bytea"])
-            for (digest_,) in copy.rows():
-                yield digest_
+            for (found,) in copy.rows():
+                yield found
 
     def digest_of(self, seq: int) -> str | None:
         row = self._connection.execute("select sha256 from ops_ledger.entries where seq = %s", [seq]).fetchone()
@@ -222,6 +227,8 @@ class Ledger:
                 ).fetchone()
             yield row is not None and row[0] is True
         finally:
+            with contextlib.suppress(psycopg.Error):  # a session that is only closed holds it a moment longer
+                connection.execute("select pg_advisory_unlock_all()")
             connection.close()
 
     # What is to be published
@@ -300,8 +307,9 @@ class Ledger:
         """Recompute every digest from the first entry on, in one snapshot and constant memory, and compare with the marks."""
         began = time.monotonic()
         with self.reading() as reading:
-            found = check_chain(reading.rows(), anchor=anchor, marks=marks, tolerance=tolerance)
             unprotected = reading.unprotected()
+            with reading.rows() as rows:
+                found = check_chain(rows, anchor=anchor, marks=marks, tolerance=tolerance)
         return replace(found, unprotected=unprotected, seconds=round(time.monotonic() - began, 3))
 
     # Beside the entries

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,71 +16,21 @@ import pytest
 from ops_platform.errors import AccessDeniedError, ConflictError, OpsError, UnreachableError, UsageError
 from ops_platform.inventory.values import Secret
 from ops_platform.ledger import GENESIS, Draft, Entry, Ledger, cloudevent
+from tests.ledger_rig import BEGIN, Database
 from tests.rig import Cluster
-
-BEGIN = datetime(2026, 2, 1, 3, 4, 5, 6, tzinfo=UTC)
-
-
-class Ticking:
-    """A clock that moves a second with each look."""
-
-    def __init__(self) -> None:
-        self.at = BEGIN
-
-    def now(self) -> datetime:
-        self.at += timedelta(seconds=1)
-        return self.at
-
-    def monotonic(self) -> float:
-        return 0.0
-
-    def sleep(self, seconds: float) -> None:
-        raise AssertionError("the ledger does not sleep")
-
-
-class Database:
-    """A database of its own with an owner who is no superuser, as the platform has it."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
-        self.name = f"ledger_{uuid.uuid4().hex[:10]}"
-        cluster.sql(f"create role {self.name} login")
-        cluster.sql(f"create database {self.name} owner {self.name}")
-        # Defaults that somebody may have set, and that must not matter: a chain is read and extended in one transaction.
-        cluster.sql(f"alter database {self.name} set default_transaction_isolation = 'serializable'")
-        cluster.sql(f"alter database {self.name} set timezone = 'Asia/Kathmandu'")
-
-    def superuser(self) -> psycopg.Connection[Any]:
-        return self.cluster.server.connect(self.name)
-
-    def connect(self) -> psycopg.Connection[Any]:
-        return self.cluster.server.connect(self.name, self.name)
-
-    def tamper(self, statement: str) -> None:
-        """As a superuser who takes the triggers away and puts them back."""
-        with closing(self.superuser()) as connection:
-            connection.execute("alter table ops_ledger.entries disable trigger all")
-            connection.execute(statement)
-            for name in ("append_only", "extends_chain"):
-                connection.execute(f"alter table ops_ledger.entries enable always trigger {name}")
-
-    def ledger(self) -> Ledger:
-        return Ledger(self.connect, clock=Ticking())
 
 
 @pytest.fixture(scope="module")
 def one_database(shared_cluster: Cluster) -> Iterator[Database]:
     made = Database(shared_cluster)
     yield made
-    shared_cluster.sql(f"drop database {made.name} with (force)")
-    shared_cluster.sql(f"drop role {made.name}")
+    made.drop()
 
 
 @pytest.fixture
 def database(one_database: Database) -> Database:
     """Without a ledger: each test begins by making it."""
-    with closing(one_database.superuser()) as connection:
-        connection.execute("drop schema if exists ops_ledger cascade")
+    one_database.empty()
     return one_database
 
 
