@@ -430,7 +430,8 @@ class Inventory(Strict):
     targets: list[Target] = Field(default=[], description="The PostgreSQL clusters that are operated.")
     systems: list[AnySystem] = Field(default=[], description="What else is operated, or tells of its state.")
     evidence: list[Control] = Field(
-        default=[], description="Controls that evidence is exported for, beside those that are built in and in their place."
+        default=[],
+        description="Controls that evidence is exported for, beside those that are built in and in their place.",
     )
     remediation: Remediation | None = Field(default=None, description="Which alerts and events lead to which action.")
 

@@ -6,8 +6,7 @@ signs, `pack` the evidence that is verified without us.
 
 from ops_platform.ledger.audit import check_chain
 from ops_platform.ledger.chain import GENESIS, Break, Entry, Finding, LedgerCheck, canonical
-from ops_platform.ledger.cloudevents import PUBLISHED, cloudevent
-from ops_platform.ledger.ledger import Draft, Ledger, LedgerTransaction
+from ops_platform.ledger.ledger import PUBLISHED, Draft, Ledger, LedgerTransaction
 
 __all__ = [
     "GENESIS",
@@ -21,5 +20,4 @@ __all__ = [
     "LedgerTransaction",
     "canonical",
     "check_chain",
-    "cloudevent",
 ]

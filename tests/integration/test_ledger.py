@@ -15,7 +15,7 @@ import pytest
 
 from ops_platform.errors import AccessDeniedError, ConflictError, OpsError, UnreachableError, UsageError
 from ops_platform.inventory.values import Secret
-from ops_platform.ledger import GENESIS, Draft, Entry, Ledger, cloudevent
+from ops_platform.ledger import GENESIS, Draft, Entry, Ledger
 from tests.ledger_rig import BEGIN, Database
 from tests.rig import Cluster
 
@@ -243,26 +243,6 @@ def test_what_is_published_is_decided_in_the_entrys_own_transaction(filled: Data
         assert ledger.outbox() == []
         ledger.append_all([Draft("test.entry", "db-0", {})] * 1200, actor="tester")
         assert published(ledger.outbox(2000)) == list(range(8, 1208))
-
-
-def test_an_entry_is_the_same_event_however_often_it_is_made(filled: Database) -> None:
-    with filled.ledger() as ledger:
-        ledger.publish(["action."])
-        ledger.append("action.outcome", "db-1", {"outcome": "applied"}, actor="tester")
-        (entry,) = ledger.outbox()
-    event = cloudevent(entry, source="/ops-platform")
-    assert event == {
-        "specversion": "1.0",
-        "id": "8",
-        "source": "/ops-platform",
-        "type": "dev.ops-platform.action.outcome",
-        "subject": "db-1",
-        "time": "2026-02-01T03:04:06.000006Z",
-        "datacontenttype": "application/json",
-        "actor": "tester",
-        "ledgersha256": entry.sha256,
-        "data": {"outcome": "applied"},
-    }
 
 
 # Older ledgers
