@@ -1,4 +1,4 @@
-"""Writes docs/reference/{cli,inventory,json-output,exit-codes}.md from the code, or says (--check) which of them are old.
+"""Writes docs/reference/{cli,inventory,json-output,exit-codes,playbooks}.md from the code, or says (--check) which of them are old.
 
 python docs/generate.py [--check]
 """
@@ -28,6 +28,8 @@ from ops_platform.cli.main import COMMANDS, EXIT_CODES, cli
 from ops_platform.inventory import format_duration, values
 from ops_platform.inventory.matchers import AlertMatcher
 from ops_platform.inventory.model import BackupPolicy, Environment, Inventory, Target
+from ops_platform.remediation.playbook import Playbook, playbooks
+from ops_platform.remediation.playbooks.anything.webhook import ANY_KIND
 
 REFERENCE = Path(__file__).parent / "reference"
 # A command keeps the help option of the first context in which it was asked for: the one that `ops` gives it.
@@ -163,7 +165,11 @@ alone; its path may begin with `{state}/`, the local stack's state directory, or
 
 def models() -> list[type[BaseModel]]:
     """The inventory and everything in it, in the order in which a reader meets it."""
-    found: list[type[BaseModel]] = [Inventory]
+    return _below(Inventory)
+
+
+def _below(first: type[BaseModel]) -> list[type[BaseModel]]:
+    found = [first]
     for model in found:
         for name in model.model_fields:
             for part in _parts(_hint(model, name)):
@@ -424,12 +430,59 @@ def _special() -> str:
     return "## Commands that say more with them\n\n| command | |\n|---|---|\n" + "\n".join(rows)
 
 
+# Playbooks
+
+_PLAYBOOKS = """\
+What a rule of the inventory can do about an alert or an event ([`remediation.rules`](inventory.md#rule)). Each is planned, guarded, applied,
+verified and recorded in the same way. `ops rules explain` says what a rule would do, and why it is safe; the rights are the least that its login needs,
+and are tested: with them it works, and without one it says which. [How to write one](../how-to/write-a-playbook.md)."""
+
+
+def playbooks_page() -> str:
+    known = playbooks()
+    rows = [
+        f"| [`{name}`](#{name.replace('.', '')}) | {_cell(book.title)} | {_kinds(book)} | {'yes' if book.undo_text else 'no'} |"
+        for name, book in known.items()
+    ]
+    index = "| playbook | | acts on | can be undone |\n|---|---|---|---|\n" + "\n".join(rows)
+    return "\n\n".join(["# Playbooks", MADE, _PLAYBOOKS, index, *(_playbook(book) for book in known.values())]) + "\n"
+
+
+def _kinds(book: Playbook[Any]) -> str:
+    return "everything" if book.kinds >= ANY_KIND else ", ".join(f"`{kind}`" for kind in sorted(book.kinds))
+
+
+def _playbook(book: Playbook[Any]) -> str:
+    facts = {
+        "acts on": _kinds(book),
+        "why it is safe": _cell(book.why_safe),
+        "at worst": _cell(book.blast_radius),
+        "rights": "<br>".join(_cell(right) for right in book.rights),
+        "undo": _cell(book.undo_text or "There is none."),
+    }
+    table = "| | |\n|---|---|\n" + "\n".join(f"| {name} | {text} |" for name, text in facts.items())
+    parts = [f"## {book.name}", f"**{book.title}.** {book.what}", table]
+    for model in _below(book.Parameters):
+        if model.model_fields:
+            if model is not book.Parameters:
+                parts += [f"### {model.__name__}", inspect.cleandoc(model.__doc__ or "")]
+            rows = "\n".join(_field(model, name, field) for name, field in model.model_fields.items())
+            title = "parameter" if model is book.Parameters else "key"
+            parts.append(
+                f"| {title} | type | default | |\n|---|---|---|---|\n{rows}".replace(
+                    "(#values)", "(inventory.md#values)"
+                )
+            )
+    return "\n\n".join(parts)
+
+
 def pages() -> dict[Path, str]:
     return {
         REFERENCE / "cli.md": cli_page(),
         REFERENCE / "inventory.md": inventory_page(),
         REFERENCE / "json-output.md": json_page(),
         REFERENCE / "exit-codes.md": exit_codes_page(),
+        REFERENCE / "playbooks.md": playbooks_page(),
     }
 
 

@@ -52,7 +52,13 @@ def _blocks(text: str, *languages: str) -> list[str]:
 
 def test_generated_pages_are_what_the_code_says() -> None:
     pages: dict[Path, str] = _generator().pages()
-    assert {page.name for page in pages} == {"cli.md", "inventory.md", "json-output.md", "exit-codes.md"}
+    assert {page.name for page in pages} == {
+        "cli.md",
+        "inventory.md",
+        "json-output.md",
+        "exit-codes.md",
+        "playbooks.md",
+    }
     old = [_name(page) for page, text in pages.items() if not page.is_file() or page.read_text() != text]
     assert not old, f"make docs: {old}"
 
