@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -31,3 +32,13 @@ class SystemClock:
 
 
 SYSTEM_CLOCK: Clock = SystemClock()
+
+
+def wait_until(holds: Callable[[], bool], *, clock: Clock, seconds: float, every: float = 0.2) -> bool:
+    """Ask until it holds or the time is over; asked once at least. Whether it holds."""
+    deadline = clock.monotonic() + seconds
+    while not holds():
+        if clock.monotonic() >= deadline:
+            return False
+        clock.sleep(every)
+    return True

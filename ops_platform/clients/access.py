@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit, urlunsplit
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from ops_platform.clients.objectstore import ObjectStore
     from ops_platform.clients.postgres import Login, Member
     from ops_platform.clients.prometheus import Prometheus
+    from ops_platform.clients.redis import Redis
     from ops_platform.clients.slack import Slack
     from ops_platform.clients.vault import TransitSigner, VaultSession
     from ops_platform.inventory.systems import (
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
         HttpEndpoint,
         KafkaSystem,
         PrometheusSystem,
+        RedisSystem,
     )
 
 T = TypeVar("T")
@@ -369,6 +372,25 @@ class Access:
         if (registry := system.registry) is None:
             return None
         return self._http(f"{system.id} registry", "the schema registry", registry, registry.url)
+
+    def redis(self, system: RedisSystem) -> Redis:
+        from ops_platform.clients.redis import Redis
+
+        return self._once(
+            "redis",
+            system.id,
+            lambda: Redis(
+                system.id,
+                system.mode,
+                [self.address(place.host, place.port) for place in system.hosts],
+                master=system.master,
+                user=system.user,
+                password=partial(self.secret, system.password) if system.password else None,
+                tls=system.tls,
+                ca=str(self.path(system.ca)) if system.ca else None,
+                timeout=system.timeout.total_seconds(),
+            ),
+        )
 
     # Addresses
 

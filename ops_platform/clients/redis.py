@@ -1,0 +1,281 @@
+"""Redis: one server, a master under Sentinel, or a cluster; its errors in our words.
+
+A connection is opened for each use and closed after it, so that a look afterwards is never answered by what was looked at before.
+The password is resolved for each connection and stands nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ops_platform.errors import AccessDeniedError, ConflictError, NotThereError, OpsError, UnreachableError
+from ops_platform.inventory.values import Secret
+
+SLOTS = 16384
+Role = Literal["master", "replica"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A server as the deployment itself sees it. `address`: host:port. `down`: the others say that it does not answer."""
+
+    address: str
+    role: Role
+    master: str | None = None  # the address of a replica's master
+    node_id: str = ""  # in a cluster
+    slots: int = 0
+    down: bool = False
+
+
+@dataclass(frozen=True)
+class Replication:
+    """What a server says of its own replication. `offset`: bytes of the stream that it has written or taken in."""
+
+    role: Role
+    offset: int
+    master: str | None = None
+    link_up: bool = False
+    priority: int = 100  # 0: never to become master
+
+
+class RedisSession:
+    """A connection to one server."""
+
+    def __init__(self, client: Any, address: str, user: str) -> None:
+        self.address = address
+        self._client = client
+        self._user = user
+
+    def call(self, *words: str | int) -> Any:
+        """The server's answer, texts decoded. Raises the OpsError that fits."""
+        try:
+            return self._client.execute_command(*words)
+        except Exception as error:  # noqa: BLE001 - redis and socket raise many kinds; `redis_error` names them
+            raise redis_error(error, self.address, self._user) from None
+
+    def info(self, section: str) -> dict[str, str]:
+        return {name: str(value) for name, value in self.call("INFO", section).items()}
+
+    def replication(self) -> Replication:
+        found = self.info("replication")
+        if found.get("role") == "master":
+            return Replication("master", int(found["master_repl_offset"]))
+        return Replication(
+            "replica",
+            int(found.get("slave_repl_offset", -1)),
+            f"{found['master_host']}:{found['master_port']}",
+            found.get("master_link_status") == "up",
+            int(found.get("slave_priority", 100)),
+        )
+
+    def cluster(self) -> dict[str, str]:
+        """CLUSTER INFO."""
+        lines = str(self.call("CLUSTER", "INFO")).splitlines()
+        return dict(line.split(":", 1) for line in lines if ":" in line)
+
+    def clients(self, *which: str | int) -> list[dict[str, str]]:
+        """CLIENT LIST, a dictionary for each."""
+        lines = str(self.call("CLIENT", "LIST", *which)).splitlines()
+        return [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in lines if line]
+
+
+class Redis:
+    """One deployment. Safe for threads. Raises UnreachableError, AccessDeniedError, NotThereError."""
+
+    def __init__(
+        self,
+        system_id: str,
+        mode: Literal["single", "sentinel", "cluster"],
+        hosts: Sequence[tuple[str, int]],
+        *,
+        master: str | None = None,
+        user: str | None = None,
+        password: Callable[[], Secret] | None = None,
+        tls: bool = True,
+        ca: str | None = None,
+        timeout: float = 5.0,
+    ) -> None:
+        self.system_id = system_id
+        self.mode = mode
+        self.hosts = [f"{host}:{port}" for host, port in hosts]
+        self.master = master or ""
+        self._user = user
+        self._password = password
+        self._tls = tls
+        self._ca = ca
+        self._timeout = timeout
+
+    @contextlib.contextmanager
+    def at(self, address: str) -> Generator[RedisSession]:
+        client = self._connect(address)
+        try:
+            yield RedisSession(client, address, self._user or "default")
+        finally:
+            with contextlib.suppress(Exception):
+                client.close()
+
+    def members(self) -> list[Member]:
+        """All servers that there are, masters before replicas, by address."""
+        if self.mode == "single":
+            return [self._alone(host) for host in self.hosts]
+        read = self._of_cluster if self.mode == "cluster" else self._of_sentinel
+        found = self._of_any(read)
+        return sorted(found, key=lambda member: (member.role != "master", member.address))
+
+    def seen_by(self, node: str) -> list[Member]:
+        """The cluster in the eyes of this node."""
+        with self.at(node) as session:
+            return self._of_cluster(session)
+
+    def cluster(self) -> dict[str, str]:
+        """CLUSTER INFO of the first node that answers."""
+        return self._of_any(lambda session: session.cluster())
+
+    def sentinel(self, *words: str | int) -> Any:
+        """What the first sentinel that answers says."""
+        return self._of_any(lambda session: session.call("SENTINEL", *words))
+
+    def seen_master(self, sentinel: str) -> str:
+        """The master's address in the eyes of this sentinel."""
+        with self.at(sentinel) as session:
+            found = session.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.master)
+        if not found:
+            raise NotThereError(
+                f"this sentinel watches no {self.master!r}", where=sentinel, remedy="correct `master` in the inventory"
+            )
+        return f"{found[0]}:{found[1]}"
+
+    def _of_any(self, ask: Callable[[RedisSession], Any]) -> Any:
+        failures: list[OpsError] = []
+        for host in self.hosts:
+            try:
+                with self.at(host) as session:
+                    return ask(session)
+            except UnreachableError as error:
+                failures.append(error)
+        said = "; ".join(f"{failure.where}: {failure.what}" for failure in failures)
+        raise UnreachableError(f"no server of {self.system_id} answers: {said}", remedy=failures[0].remedy)
+
+    def _alone(self, host: str) -> Member:
+        with self.at(host) as session:
+            found = session.replication()
+        return Member(host, found.role, found.master)
+
+    def _of_cluster(self, session: RedisSession) -> list[Member]:
+        return cluster_members(str(session.call("CLUSTER", "NODES")), names=self._tls)
+
+    def _of_sentinel(self, session: RedisSession) -> list[Member]:
+        master = self.seen_master(session.address)
+        found = [Member(master, "master")]
+        for flat in session.call("SENTINEL", "REPLICAS", self.master):
+            one = dict(zip(flat[::2], flat[1::2], strict=True)) if isinstance(flat, list) else flat
+            down = bool({"s_down", "o_down"} & set(one["flags"].split(",")))
+            found.append(Member(f"{one['ip']}:{one['port']}", "replica", master, down=down))
+        return found
+
+    def _connect(self, address: str) -> Any:
+        password = self._password().reveal() if self._password is not None else None
+        try:
+            try:
+                return self._client(address, password)
+            except Exception as error:
+                # Sentinels often have no password where their servers have one.
+                if password is None or "without any password configured" not in str(error):
+                    raise
+                return self._client(address, None)
+        except OpsError:
+            raise
+        except Exception as error:  # noqa: BLE001
+            raise redis_error(error, address, self._user or "default") from None
+
+    def _client(self, address: str, password: str | None) -> Any:
+        import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
+        host, _, port = address.rpartition(":")
+        tls: dict[str, Any] = {"ssl": True, "ssl_ca_certs": self._ca} if self._tls else {}
+        return redis.Redis(
+            host=host.strip("[]"),
+            port=int(port),
+            username=self._user if password is not None else None,
+            password=password,
+            socket_timeout=self._timeout,
+            socket_connect_timeout=self._timeout,
+            protocol=2,
+            decode_responses=True,
+            encoding_errors="replace",
+            retry=Retry(NoBackoff(), 0),  # whoever asks decides whether to ask again
+            client_name=None,
+            single_connection_client=True,
+            **tls,
+        )
+
+
+def cluster_members(text: str, *, names: bool) -> list[Member]:
+    """CLUSTER NODES: `ID IP:PORT@BUS[,NAME] FLAGS MASTER PING PONG EPOCH LINK SLOT…`. `names`: prefer announced names, as TLS needs."""
+    lines = [line.split() for line in text.splitlines() if line.strip()]
+    addresses = {words[0]: _address(words[1], names) for words in lines}
+    found: list[Member] = []
+    for node_id, _, flagged, master, _, _, _, link, *slots in lines:
+        flags = set(flagged.split(","))
+        if flags & {"handshake", "noaddr"}:
+            continue
+        down = "fail" in flags or ("myself" not in flags and link != "connected")
+        role: Role = "master" if "master" in flags else "replica"
+        of = addresses.get(master) if role == "replica" else None
+        found.append(Member(addresses[node_id], role, of, node_id, sum(map(_slots, slots)), down))
+    return found
+
+
+def _address(text: str, names: bool) -> str:
+    place, _, rest = text.partition("@")
+    name = rest.partition(",")[2].partition(",")[0]
+    return f"{name}:{place.rpartition(':')[2]}" if names and name not in ("", "?") else place
+
+
+def _slots(word: str) -> int:
+    """`5`, `5-9`, or `[5->-ID]` for one that is being moved, which is counted where it still is."""
+    if word.startswith("["):
+        return 0
+    first, _, last = word.partition("-")
+    return int(last or first) - int(first) + 1
+
+
+def redis_error(error: Exception, where: str, user: str) -> OpsError:  # noqa: PLR0911 - a table of cases
+    """The error that redis-py's stands for. Neither repeats what was sent."""
+    import redis.exceptions as kinds
+
+    text = " ".join(str(error).split())
+    if isinstance(error, kinds.NoPermissionError):
+        command = re.search(r"'([^']+)'", text)
+        right = f"ACL SETUSER {user} +{command[1]}" if command else f"ACL LIST shows what {user} may"
+        return AccessDeniedError(f"Redis refuses: {text}", where=where, remedy=right)
+    if isinstance(error, kinds.AuthenticationError) or "WRONGPASS" in text or text.startswith("NOAUTH"):
+        return AccessDeniedError("Redis refuses the login", where=where, remedy="check user and password")
+    if "SSL" in text or "certificate" in text:
+        return UnreachableError(
+            "TLS with Redis failed",
+            where=where,
+            remedy="set ca to the PEM file of its CA, and check tls and the address",
+        )
+    if isinstance(error, kinds.ConnectionError | kinds.TimeoutError | OSError):
+        kind = "time is over" if isinstance(error, kinds.TimeoutError | TimeoutError) else "no connection"
+        if isinstance(error, kinds.BusyLoadingError):
+            kind = "it is loading its data"
+        return UnreachableError(
+            f"Redis does not answer: {kind}", where=where, remedy="check address, network and whether it runs"
+        )
+    if isinstance(error, kinds.MasterDownError | kinds.ClusterDownError | kinds.TryAgainError):
+        return UnreachableError(f"Redis cannot answer: {text}", where=where, remedy="look at its own log")
+    if text.startswith(("INPROG", "NOGOODSLAVE")):
+        return ConflictError(f"Redis refuses: {text}", where=where, remedy="look at the sentinels' logs")
+    if isinstance(error, kinds.ResponseError) and "No such master" in text:
+        return NotThereError(
+            "Sentinel watches no master of that name", where=where, remedy="correct `master` in the inventory"
+        )
+    return OpsError(f"Redis: {text or type(error).__name__}", where=where)
