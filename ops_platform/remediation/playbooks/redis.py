@@ -23,7 +23,7 @@ T = TypeVar("T")
 NODE, CLIENT, SHARD = "node", "client", "shard"
 _SETTLES = 10.0  # seconds until what was done shows
 _MOVED = {Outcome.APPLIED, Outcome.ALREADY_DONE}
-_TOPOLOGY = "the topology: cluster +cluster|nodes; on sentinels +sentinel|get-master-addr-by-name +sentinel|replicas"
+_TOPOLOGY = ("in a cluster also +cluster|nodes", "on sentinels +sentinel|get-master-addr-by-name +sentinel|replicas")
 
 
 def _redis(context: Context[Any]) -> Redis:
@@ -129,7 +129,7 @@ class PurgeMemoryPlaybook(Playbook[Memory]):
     )
     why_safe = "No data is touched; only memory that is in no use goes back."
     blast_radius = "A server answers nobody while it purges: milliseconds, up to a few hundred with many gigabytes."
-    rights = ("+info +memory|purge", _TOPOLOGY)
+    rights = ("+info +memory|purge", *_TOPOLOGY)
     Parameters = Memory
 
     def action(self, context: Context[Memory]) -> Action:
@@ -261,7 +261,7 @@ class EvictSlowClients(Playbook[SlowClients]):
     )
     why_safe = "Replicas are never touched, subscribers only where the rule says so; a client library connects again by itself."
     blast_radius = "The clients that are named lose their connection and whatever they had asked and not read."
-    rights = ("+client|list +client|kill +client|id +info", _TOPOLOGY)
+    rights = ("+info +client|id +client|list +client|kill", *_TOPOLOGY)
     Parameters = SlowClients
 
     def action(self, context: Context[SlowClients]) -> Action:
@@ -521,7 +521,7 @@ class FailoverShard(Playbook[Shard]):
     blast_radius = "Writes to the shard wait for about a second. Under Sentinel, writes of the last moment that the replica had not got are lost."
     rights = (
         "+info",
-        "in a cluster +cluster|nodes +cluster|info +cluster|failover",
+        "in a cluster also +cluster|nodes +cluster|info +cluster|failover",
         "on sentinels +sentinel|get-master-addr-by-name +sentinel|replicas +sentinel|failover",
     )
     undo_text = (
