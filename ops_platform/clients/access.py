@@ -327,7 +327,13 @@ class Access:
         return self._once(
             "alertmanager",
             system.id,
-            lambda: Alertmanager(system.id, self.http(system), largest=system.largest_answer, clock=self.clock),
+            lambda: Alertmanager(
+                system.id,
+                self.http(system),
+                largest=system.largest_answer,
+                settled_after=system.settled_after,
+                clock=self.clock,
+            ),
         )
 
     def prometheus(self, system: PrometheusSystem) -> Prometheus:

@@ -157,6 +157,10 @@ class AlertmanagerSystem(System, HttpEndpoint):
     kind: Literal["alertmanager"] = Field(description="What it is.")
     urls: Annotated[list[Url], Field(min_length=1)] = Field(description="Every member of the cluster.")
     watchdog: Watchdog | None = Field(default=None, description="The alert that must always be there.")
+    settled_after: PositiveDuration = Field(
+        default=timedelta(minutes=5),
+        description="A member that was started later may not have heard of every alert yet: until one has been up for this long nothing has ended.",
+    )
     largest_answer: Size = Field(default=64 << 20, description="An answer above this many bytes is refused.")
 
 
