@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks import events
 from benchmarks.ground import Database, Talk, World, drop_caches, timed
 from benchmarks.measure import Comparison, Goal, interleaved
 from ops_platform.backup.model import Lsn
@@ -32,9 +33,11 @@ class Sizes:
     noise: int = int(3.0 * _GB)
     wal: int = 1 * _GB
     rounds: int = 3
+    events: int = 100_000
+    alerts: int = 10_000
 
 
-QUICK = Sizes(large=48 * _MB, small=24 * _MB, noise=24 * _MB, wal=48 * _MB, rounds=1)
+QUICK = Sizes(large=48 * _MB, small=24 * _MB, noise=24 * _MB, wal=48 * _MB, rounds=1, events=5_000, alerts=1_000)
 
 
 def _begin(found: Comparison) -> None:
@@ -631,6 +634,8 @@ def inventory_of(count: int) -> dict[str, Any]:
     }
 
 
+_SHORT_ROUNDS = 7  # of what takes a second
+
 COMPARISONS: dict[str, Callable[[World, Sizes], Comparison]] = {
     "startup": startup,
     "full-compressible": full_compressible,
@@ -643,4 +648,6 @@ COMPARISONS: dict[str, Callable[[World, Sizes], Comparison]] = {
     "wal-burst": wal_burst,
     "incremental": incremental,
     "full-incompressible": full_incompressible,
+    "kafka-tick": lambda _, sizes: events.kafka_tick(sizes.events, max(sizes.rounds, _SHORT_ROUNDS)),
+    "alerts-to-signals": lambda _, sizes: events.alerts_to_signals(sizes.alerts, max(sizes.rounds, _SHORT_ROUNDS)),
 }

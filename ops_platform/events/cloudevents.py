@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -38,6 +38,7 @@ class CloudEvent:
     attributes: dict[str, str]
     data: Any
     time: datetime | None
+    structured: bool = True  # whether the attributes came in the value
 
     @property
     def type(self) -> str:
@@ -89,19 +90,36 @@ def check_content(content: Any) -> None:
 
 def of_parts(content: Any, headers: Headers) -> CloudEvent:
     """As `of_message`, with the value read already. Which mode it is, the content type says, then the headers."""
-    found = dict(headers) if headers else {}
-    content_type = found.pop("content-type", None) or b""
+    given, content_type = headers or (), b""
+    for name, text in given:
+        if name == "content-type":
+            content_type = text or b""
+            break
     kind = _media_type(content_type)
     if kind == STRUCTURED:
         return of_json(content)
     if kind.startswith("application/cloudevents"):
         raise NotAnEventError(f"the content type {kind} is not {STRUCTURED}")
-    if "ce_specversion" in found or any(name.startswith(_PREFIX) for name in found):
-        return _binary(content, headers or (), found, content_type)
+    names = tuple([name for name, _ in given])
+    if places := _PLACES[names] if names in _PLACES else _places(names):
+        return _binary(content, given, places, content_type)
     # Nothing says what it is: some producers leave the header away, and the event itself has its version.
     if isinstance(content, dict) and "specversion" in content:
         return of_json(content)
     raise NotAnEventError("neither its content type nor its headers say that it is a CloudEvent")
+
+
+# Which attribute stands where in headers of these names: messages of one producer have the same ones.
+_Places = tuple[tuple[str, int], ...]
+_PLACES: dict[tuple[str, ...], _Places] = {}
+_MOST_PLACES = 1024
+
+
+def _places(names: tuple[str, ...]) -> _Places:
+    found = tuple((name[len(_PREFIX) :], number) for number, name in enumerate(names) if name.startswith(_PREFIX))
+    if len(_PLACES) < _MOST_PLACES:
+        _PLACES[names] = found
+    return found
 
 
 @lru_cache(maxsize=256)
@@ -142,14 +160,13 @@ def _base64(value: Any, *, both: bool) -> Any:
 
 
 def _binary(
-    content: Any, headers: Iterable[tuple[str, bytes | None]], found: Mapping[str, bytes | None], content_type: bytes
+    content: Any, headers: Sequence[tuple[str, bytes | None]], places: _Places, content_type: bytes
 ) -> CloudEvent:
-    names = [name for name, _ in headers if name.startswith(_PREFIX)]
     try:
-        attributes = {name[len(_PREFIX) :]: (found[name] or b"").decode() for name in names}
+        attributes = {name: (headers[number][1] or b"").decode() for name, number in places}
     except UnicodeDecodeError:
         raise NotAnEventError("an attribute is not in UTF-8") from None
-    if len(attributes) != len(names):
+    if len(attributes) != len(places):
         raise NotAnEventError("an attribute stands there twice")
     if content_type:
         if not _is_json(kind := _media_type(content_type)):
@@ -157,7 +174,9 @@ def _binary(
         attributes["datacontenttype"] = content_type.decode(errors="replace")
     if not _all_plain(attributes):
         attributes = {_name(name): _attribute(name, text) for name, text in attributes.items()}
-    return _event(attributes, content)
+    event = _event(attributes, content)
+    event.structured = False
+    return event
 
 
 def _event(attributes: dict[str, str], data: Any) -> CloudEvent:
@@ -184,6 +203,7 @@ _TEXTS = frozenset({"id", "source", "type", "specversion", "datacontenttype", "d
 _FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
+# Names that were looked at before: events of one kind have the same.
 _GOOD_NAMES = set(_TEXTS)
 _MOST_NAMES = 4096
 
@@ -268,28 +288,28 @@ def to_json(attributes: Mapping[str, str], data: str) -> bytes:
 class EventLabels(Mapping[str, str]):
     """Attributes, and `data.a.b` for each text, number and boolean of the data: numbers as JSON writes them, null not at all.
 
-    Of a message that was found good only type and source are kept; it is opened again when more is asked for. A tick reads many
-    thousands, and most are told by their type to be of no interest: as dictionaries they would cost more than everything else.
+    Of a message that was found good hardly more is kept than its bytes, which are read again when somebody asks for more than type and
+    source. A tick reads many thousands, and most are told by their type to be of no interest: as dictionaries they would cost more
+    than everything else.
     """
 
-    __slots__ = ("_all", "_content", "_data", "_headers", "_source", "_type", "_value")
+    __slots__ = ("_all", "_attributes", "_content", "_data", "_source", "_type", "_value")
 
-    def __init__(
-        self, event: CloudEvent, value: bytes | None, headers: Headers, content: Callable[[bytes | None], Any]
-    ) -> None:
+    def __init__(self, event: CloudEvent, value: bytes | None, content: Callable[[bytes | None], Any]) -> None:
         """`content` reads `value` once more, as it did before."""
         attributes = event.attributes
         self._type = attributes["type"]
         self._source = attributes["source"]
+        self._attributes = None if event.structured else attributes
         self._value = value
-        self._headers = headers
         self._content = content
         self._all: dict[str, str] | None = None
         self._data: Any = None
 
     def _whole(self) -> dict[str, str]:
         if self._all is None:
-            event = of_parts(self._content(self._value), self._headers)
+            content = self._content(self._value)
+            event = of_json(content) if self._attributes is None else CloudEvent(self._attributes, content, None)
             self._data = event.data
             self._all = labels_of(event)
         return self._all

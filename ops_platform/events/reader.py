@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ops_platform.clients.kafka import Kafka, Said, Topic, heard
 from ops_platform.errors import ConflictError, OpsError, UnreachableError
-from ops_platform.events.cloudevents import EventLabels, Headers, NotAnEventError, of_parts, signal_of_message
+from ops_platform.events.cloudevents import EventLabels, NotAnEventError, of_parts, signal_of_message
 from ops_platform.events.cursor import RESET, Cursor, Gap, Range, TopicCursor, Watermarks, begin, check_topic, share
 from ops_platform.events.deadletters import DeadLetter, DeadLetters, Poison
 from ops_platform.events.schemas import Schemas
@@ -314,12 +314,11 @@ class EventReader:
                     value = message.value()
                     if value is not None and len(value) > largest:
                         raise NotAnEventError(f"it has {len(value)} bytes, and {largest} is the limit")
-                    headers: Headers = message.headers()  # pyright: ignore[reportAssignmentType]
-                    event = of_parts(content(value), headers)
+                    event = of_parts(content(value), message.headers())  # pyright: ignore[reportArgumentType]
                     if check is not None:
                         check(event)
                     at = _moment(message) if event.time is None else None
-                    labels = EventLabels(event, value, headers, content)
+                    labels = EventLabels(event, value, content)
                     print_ = f"{where[0]}/{where[1]}/{offset}"
                     part.signals.append(signal_of_message(event, labels, fingerprint=print_, seen_at=now, at=at))
                 except NotAnEventError as why:
@@ -378,13 +377,19 @@ _PASSING = frozenset(
 
 @contextlib.contextmanager
 def _no_search_for_cycles() -> Generator[None]:
-    """Events hold no cycles, and there are many of them: the collector would look at each of them again and again, for nothing."""
+    """Events hold no cycles, and there are many of them: the collector would look at each of them again and again, for nothing.
+
+    Afterwards they are among its oldest objects at once, as they would be in the end.
+    """
     was = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if was:
+            if not gc.get_freeze_count():
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 
