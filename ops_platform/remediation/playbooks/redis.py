@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Annotated, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -277,7 +277,7 @@ class Shard(Strict):
     max_lag: Size = Field(
         default=1 << 20, description="A replica that is behind by more bytes than this does not take over."
     )
-    within: Annotated[PositiveDuration, Field(description="It has taken over by then.")] = timedelta(seconds=30)
+    within: PositiveDuration = Field(default=timedelta(seconds=30), description="It has taken over by then.")
 
 
 @dataclass(frozen=True)
