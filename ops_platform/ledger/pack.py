@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,8 @@ from ops_platform.ledger.merkle import Tree, verify_consistency, verify_inclusio
 PREDICATE = "https://ops-platform.dev/ledger/evidence-pack/v1"
 MANIFEST, ENTRIES, CONSISTENCY, COVER = "manifest.dsse.json", "entries.jsonl", "consistency.json", "cover.html"
 _SHOWN = 500
+# What reading a damaged ZIP file raises: also for bits that ask for a password or for a compression that nobody knows.
+_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, UnicodeDecodeError)
 
 
 @dataclass(frozen=True)
@@ -177,11 +180,12 @@ def stretch(
 
 
 def _thinned(line: Sequence[Checkpoint], start: Checkpoint | None, end: Checkpoint) -> list[Checkpoint]:
-    """One for each day of the stretch, its two ends, and the newest of all."""
+    """One for each day of the stretch, its two ends, the newest of all, and each that leads from one key to the next."""
     low = start.number if start else 1
     inside = [each for each in line if low <= each.number <= end.number]
     by_day = {each.at.date(): each for each in inside}
-    kept = {each.number: each for each in (*by_day.values(), *inside[:1], end, line[-1])}
+    rotations = [each for each in line if len(each.envelope.signatures) > 1]
+    kept = {each.number: each for each in (*rotations, *by_day.values(), *inside[:1], end, line[-1])}
     return [kept[number] for number in sorted(kept)]
 
 
@@ -298,7 +302,7 @@ def verify_pack(path: Path, *, pinned: Mapping[str, bytes] | None = None) -> Pac
             return _Check(pack, pinned).result()
     except FileNotFoundError:
         raise NotThereError("there is no such file", where=str(path)) from None
-    except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError) as error:
+    except (OSError, *_BROKEN) as error:
         raise CorruptionError(f"this is no pack, or not all of it: {error}", where=str(path)) from error
 
 
@@ -331,7 +335,7 @@ class _Check:
     def _read(self, name: str) -> bytes:
         try:
             return self._pack.read(name)
-        except (KeyError, zipfile.BadZipFile) as error:
+        except (KeyError, *_BROKEN) as error:
             raise CorruptionError(f"the pack has no readable {name}: {error}", where=self._pack.filename) from None
 
     def result(self) -> PackCheck:
@@ -389,7 +393,7 @@ class _Check:
 
     def _sha256(self, name: str) -> str | None:
         found = hashlib.sha256()
-        with contextlib.suppress(zipfile.BadZipFile), self._pack.open(name) as file:
+        with contextlib.suppress(*_BROKEN), self._pack.open(name) as file:
             while chunk := file.read(1 << 20):
                 found.update(chunk)
             return found.hexdigest()
@@ -469,16 +473,16 @@ class _Check:
             yield row
 
     def _lines(self) -> Iterator[tuple[Row, list[bytes]]]:
-        with self._pack.open(ENTRIES) as file:
-            for number, raw in enumerate(file, 1):
-                try:
+        try:
+            with self._pack.open(ENTRIES) as file:
+                for raw in file:
                     found = json.loads(raw)
                     seq, *texts = (found[name] for name in _FIELDS)
                     if type(seq) is not int or not all(type(text) is str for text in texts):
                         raise TypeError("of another type")
                     yield (seq, *texts), [bytes.fromhex(node) for node in found.get("proof", ())]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise CorruptionError(f"line {number} is no entry: {type(error).__name__}: {error}") from None
+        except (ValueError, KeyError, TypeError, *_BROKEN) as error:
+            raise CorruptionError(f"it holds what is no entry: {type(error).__name__}: {error}") from None
 
     def _period(self, start: Checkpoint | None, end: Checkpoint | None) -> Iterator[Finding]:
         if not self._said["whole"]:
