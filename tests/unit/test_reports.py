@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -21,10 +23,16 @@ from rich.console import Console
 
 from ops_platform.backup.model import BackupInfo, BackupKind, Lsn, Proof, RecoveryWindow, WalGap
 from ops_platform.errors import OpsError, UsageError
+from ops_platform.inventory.evidence import Control
 from ops_platform.inventory.model import Target
+from ops_platform.ledger import Entry
+from ops_platform.ledger.checkpoint import Checkpoint
+from ops_platform.ledger.dsse import Envelope
+from ops_platform.ledger.pack import Cover, Key
 from ops_platform.recovery.model import Gate, GateStatus, Objective, Scorecard, Step, Verdict
 from ops_platform.reports.chains import listed
 from ops_platform.reports.charts import coverage, gantt, history_plot
+from ops_platform.reports.evidence import evidence_cover
 from ops_platform.reports.html import Row, index_report, page_name, target_report, write_report
 from ops_platform.reports.progress import progress_bar
 from ops_platform.reports.standing import Standing, proven_moment, standing, story
@@ -773,7 +781,41 @@ SAMPLES: dict[str, Callable[[], str]] = {
     "unverified": lambda: page(make_unverified(), [], WINDOW, make_backups(3), LONG).source,
     "never": lambda: page(None, [], EMPTY, []).source,
     "index": lambda: index_report(make_rows(), NOW),
+    "evidence": lambda: evidence_cover(make_cover()),
+    "no-evidence": lambda: evidence_cover(make_cover(0)),
 }
+
+
+def make_cover(count: int = 40, *, whole: bool = True) -> Cover:
+    kinds = ("incident.opened", "action.plan", "action.outcome", "action.verification", "incident.closed")
+    long = "k8s/production/" + "a-very-long-name-of-a-deployment-that-nobody-can-break-" * 3
+    bodies: list[dict[str, Any]] = [
+        {"rule": "restart-on-oom", "state": "open", "reason": "<b>bold</b> & \u202ereversed"},
+        {"plan": {"action": "kubernetes.rollout_restart", "digest": "0" * 64}, "verdict": "apply"},
+        {"object": long, "outcome": "applied", "reason": "restarted"},
+        {"status": "done"},
+        {"nothing": ["that", "tells"], "of": {"itself": 1}},
+    ]
+    entries = [
+        Entry(
+            n + 1000, NOW - timedelta(days=30) + timedelta(hours=n), kinds[n % 5], "dagster run 9e1b5e1c-0f5f-4c5e-8f8a", "checkout-api",
+            json.dumps(bodies[n % 5]), "0" * 64, "f" * 64,
+        )
+        for n in range(count)
+    ]  # fmt: skip
+    end, newest = (
+        Checkpoint("platform", n, size, "5d" * 32, "ab" * 32, (), at, "cd" * 32, {}, Envelope(b"", {}))
+        for n, size, at in ((812, 4321, NOW - timedelta(minutes=1)), (815, 4400, NOW))
+    )
+    shown = entries[:30]
+    control = Control(id="CC7.4", framework="SOC 2", title="Incidents are responded to", kinds=["incident.", "action."])
+    return Cover(
+        "platform", control, NOW - timedelta(days=90), NOW, whole, NOW, "auditor-liaison", 3321, count, 1001, 4321,
+        Counter(entry.kind for entry in entries), shown, None, end, newest,
+        [Key("ops-ledger:v1", "c0ffee42" * 8), Key("ops-ledger:v2", "1234abcd" * 8)], 92,
+    )  # fmt: skip
+
+
 LONG = make_target(
     id="warehouse-of-the-northern-region-archive-copy-for-the-auditors",
     description="The archive that the auditors of the northern region read twice a year, and that nobody else may change. "
@@ -841,6 +883,24 @@ def test_a_colour_never_stands_alone() -> None:
         for element in read(sample()).all("span"):
             if "state" in element.classes():
                 assert element.text
+
+
+# The cover of a pack
+
+
+def test_the_cover_says_what_is_in_the_pack_and_claims_no_more() -> None:
+    text = " ".join(read(evidence_cover(make_cover())).one("main").text.split())
+    assert "40 entries are evidence for this control and period" in text
+    assert "Nothing is left out" in text
+    assert "covered until" in text
+    assert "This page proves nothing by itself" in text
+    assert "10 more stand in entries.jsonl" in text
+    assert "object k8s/production/" in text
+    assert "\u202e" not in text
+    matching = " ".join(read(evidence_cover(make_cover(whole=False))).one("main").text.split())
+    assert "Nothing is left out" not in matching
+    assert "That none is missing cannot be told from it" in matching
+    assert "No entry fits. That none does is itself verified." in read(evidence_cover(make_cover(0))).one("main").text
 
 
 # The index
