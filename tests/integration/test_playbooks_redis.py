@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from ops_platform.actions import CountLimit, Outcome, Status
+from ops_platform.clients.postgres_binaries import free_port
 from ops_platform.errors import AccessDeniedError, NotThereError, OpsError, RefusedError, UnreachableError, UsageError
 from ops_platform.inventory.model import Mode
 from ops_platform.remediation.playbook import Playbook, playbook
+from tests.authority import Authority
 from tests.integration.systems_rig import Bench, Between, KilledError, bench, killed, outcomes
 from tests.redis_rig import Redis, RedisCluster, Replicated
 from tests.rig import Cluster, eventually
@@ -201,6 +203,27 @@ def test_a_missing_right_is_named(wasteful: Redis, sites: Sites, book: Playbook[
         except AccessDeniedError as error:
             said = str(error)
     assert f"ACL SETUSER ops {right}" in said
+
+
+@pytest.fixture
+def encrypted() -> Iterator[tuple[Redis, Authority, int]]:
+    with folder("ops-redis-") as directory:
+        authority, port = Authority(directory), free_port()
+        chain, key = authority.issue("redis", "redis", hosts=("127.0.0.1",))
+        tls = {"tls-port": str(port), "tls-cert-file": str(chain), "tls-key-file": str(key), "tls-auth-clients": "no"}
+        made = Redis(directory, {**tls, "tls-ca-cert-file": str(authority.ca)})
+        made.daemon.start()
+        yield made, authority, port
+        made.daemon.stop()
+
+
+def test_over_tls_the_server_has_to_prove_who_it_is(encrypted: tuple[Redis, Authority, int], sites: Sites) -> None:
+    server, authority, port = encrypted
+    trusting = sites.bench([server], EVICT, hosts=[port], tls=True, ca=str(authority.ca))
+    assert trusting.run(EVICT).status is Status.NOTHING
+    doubting = sites.bench([server], EVICT, hosts=[port], tls=True)
+    with pytest.raises(UnreachableError, match="TLS with Redis failed"):
+        doubting.run(EVICT)
 
 
 # Slow clients

@@ -126,7 +126,7 @@ class _Desk:
 
         return self.ask("DescribeConfigs", f"topic {topic}", ask)
 
-    def committed(self, group: str, topic: str, numbers: Sequence[int]) -> dict[int, int | None]:
+    def committed(self, group: str, topic: str, numbers: Sequence[int], right: str = "Read") -> dict[int, int | None]:
         """Offsets that the group has committed, by partition; None where it has none."""
         from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, TopicPartition
 
@@ -142,7 +142,7 @@ class _Desk:
                     raise KafkaException(one.error)
             return {one.partition: one.offset if one.offset >= 0 else None for one in found}
 
-        return self.ask("Read", f"group {group} and topic {topic}", ask)
+        return self.ask(right, f"group {group} and topic {topic}", ask)
 
     @contextlib.contextmanager
     def reader(self, topic: str, group: str) -> Generator[tuple[Consumer, Said]]:
@@ -433,7 +433,7 @@ class CutRetention(_Settings):
             return
         kept = self._kept(self.context.clock.now() - to)
         for group in readers:
-            committed = self.desk.committed(group, self.topic, sorted(kept))
+            committed = self.desk.committed(group, self.topic, sorted(kept), "Describe")
             for number, (first, keep) in kept.items():
                 at = committed.get(number)
                 if max(first, at if at is not None else first) < keep:
