@@ -88,11 +88,14 @@ def build_assets(inventory: Inventory) -> tuple[list[Any], list[dg.AssetChecksDe
         context: dg.AssetExecutionContext, config: BackupConfig, platform: PlatformResource
     ) -> dg.MaterializeResult[Any]:
         def back_up(access: Access, target: Target) -> dict[str, Any]:
-            from ops_platform.backup.basebackup import run_backup
+            from ops_platform import proof
 
             if target.repository.engine != "native":
                 return {"backup": dg.MetadataValue.text(f"taken by {target.repository.engine}, proven by us")}
-            return backup_metadata(run_backup(access, target, kind=config.kind, progress=_log_steps(context)))  # type: ignore[arg-type]
+            kind: Any = config.kind
+            actor = f"dagster run {context.run_id}"
+            taken = proof.back_up(access, target, kind=kind, actor=actor, progress=_log_steps(context))
+            return backup_metadata(taken)
 
         return _materialize(context, platform, back_up)
 

@@ -1,4 +1,4 @@
-"""A verification with everything that follows from it: the ledger's entry and the report. Used by `ops` and by Dagster alike."""
+"""A backup or a verification with everything that follows from it: the ledger's entry, the report. Used by `ops` and by Dagster alike."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ops_platform.backup.engine import open_engine
-from ops_platform.backup.model import Progress, RecoveryWindow, no_progress
+from ops_platform.backup.model import Manifest, Progress, RecoveryWindow, no_progress
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.recovery import records
 from ops_platform.recovery.model import Scorecard
@@ -71,6 +71,39 @@ def record(access: Access, card: Scorecard, actor: str) -> None:
     }
     with Ledger(access.platform_db) as ledger:
         ledger.append("backup.verification", card.target_id, body, actor=actor)
+
+
+def back_up(
+    access: Access,
+    target: Target,
+    *,
+    kind: Literal["auto", "full", "incremental"] = "auto",
+    actor: str,
+    progress: Progress = no_progress,
+) -> Manifest:
+    """Take a base backup, and say so in the ledger where the platform has one. It counts when it was proven.
+
+    Raises what `run_backup` raises, and OpsError where the record cannot be written; the backup exists then all the same.
+    """
+    from ops_platform.backup.basebackup import run_backup
+    from ops_platform.ledger import Ledger
+
+    manifest = run_backup(access, target, kind=kind, progress=progress)
+    if access.inventory.platform.database is None:
+        return manifest
+    body = {
+        "backup_id": manifest.backup_id,
+        "kind": manifest.kind.value,
+        "why": manifest.why,
+        "source_role": manifest.source_role,
+        "bytes": manifest.raw,
+        "stored_bytes": manifest.stored,
+        "timeline": manifest.timeline,
+        "ended_at": manifest.ended_at.isoformat(),
+    }
+    with Ledger(access.platform_db) as ledger:
+        ledger.append("backup.taken", manifest.target_id, body, actor=actor)
+    return manifest
 
 
 def reports_directory(access: Access) -> Path:

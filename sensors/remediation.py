@@ -25,6 +25,8 @@ def build_sensors(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.Sens
     if inventory.remediation.alertmanagers:
         made.append(_alerts(jobs["remediate"]))
     made += [_events(jobs["remediate"], number) for number in range(len(inventory.remediation.events))]
+    if inventory.remediation.publish is not None:
+        made.append(_publish())
     return made
 
 
@@ -89,6 +91,23 @@ def _incidents(job: Any) -> dg.SensorDefinition:
             return _result(due, None)
 
     return incidents
+
+
+def _publish() -> dg.SensorDefinition:
+    @dg.sensor(
+        name="publish", minimum_interval_seconds=INCIDENTS_EVERY, default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Sends what stands in the ledger's outbox to Kafka: backups, proofs, incidents, actions, as CloudEvents.",
+    )  # fmt: skip
+    def publish(context: dg.SensorEvaluationContext, platform: PlatformResource) -> dg.SkipReason:
+        from ops_platform.remediation.sources import publish_events
+
+        with platform.access() as access, _opened(access) as store:
+            sent = publish_events(access, store, budget=BUDGET)
+        if sent.failures:
+            raise dg.Failure("; ".join(f"{subject}: {why}" for subject, why in sent.failures.items()))
+        return dg.SkipReason(f"{sent.sent} events sent, {sent.waiting} wait")
+
+    return publish
 
 
 def _opened(access: Access) -> Any:

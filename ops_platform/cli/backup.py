@@ -62,8 +62,8 @@ def backup() -> None:
 @click.pass_context
 def run(ctx: click.Context, targets: tuple[str, ...], everything: bool, kind: str | None, as_json: bool) -> None:
     """Take a backup; full or incremental by the policy."""
-    from ops_platform.backup.basebackup import run_backup
     from ops_platform.backup.model import Manifest
+    from ops_platform.proof import back_up
     from ops_platform.reports.terminal import progress_bar
 
     taken: list[Manifest] = []
@@ -71,7 +71,7 @@ def run(ctx: click.Context, targets: tuple[str, ...], everything: bool, kind: st
         each = Each(chosen(access.inventory, targets, everything))
         for target in each:
             with each.going_on(target), progress_bar(target.id) as progress:
-                manifest = run_backup(access, target, kind=kind or "auto", progress=progress)  # type: ignore[arg-type]
+                manifest = back_up(access, target, kind=kind or "auto", actor=actor(), progress=progress)  # type: ignore[arg-type]
                 taken.append(manifest)
                 if not as_json:
                     amount = f"{size(manifest.raw)} as {size(manifest.stored)} in {span(manifest.seconds)}"

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from ops_platform.clients.prometheus import Measured
-from ops_platform.errors import OpsError, UsageError
+from ops_platform.errors import ConflictError, OpsError, UsageError
 from ops_platform.inventory.remediation import MetricCheck
 from ops_platform.inventory.systems import AlertmanagerSystem, PrometheusSystem
 from ops_platform.remediation.intake import ACTOR, Taken, take
@@ -17,6 +17,7 @@ from ops_platform.remediation.store import Store
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
+    from ops_platform.events.publisher import Published
 
 _FRESH = timedelta(seconds=5)  # the guards of one plan ask several times: one poll is enough for them
 
@@ -168,3 +169,21 @@ def read_events(access: Access, store: Store, number: int, *, cursor: str | None
     if batch.not_committed:
         notes.append(f"offsets could not be told to the group: {batch.not_committed}")
     return EventsRead(taken.opened, str(batch.cursor), tuple(notes))
+
+
+# What the world may know of: backups, proofs, incidents, actions, and what was lost of events.
+PUBLISHED = ("backup.", "incident.", "action.", "remediation.", "events.")
+
+
+def publish_events(access: Access, store: Store, *, budget: float) -> Published:
+    """Send the oldest entries of the outbox; one process at a time. Raises ConflictError where another one is at it."""
+    from ops_platform.events.publisher import Published, open_publisher
+
+    publisher = open_publisher(access)
+    if publisher is None:
+        return Published(0, 0, {})
+    with publisher, store.ledger.claim("publish") as ours:
+        if not ours:
+            raise ConflictError("another process publishes", where="the ledger's outbox")
+        store.ledger.publish(PUBLISHED)
+        return publisher.publish(store.ledger, budget=budget)
