@@ -268,8 +268,9 @@ def _words(annotation: Any) -> str:
         # Nested Annotated types are one flat list: a size with a limit is a size, and the limit.
         rest = tuple(part for part in arguments[1:] if not isinstance(part, FieldInfo))
         limits = [text for part in arguments[1:] if (text := _limits(part))]
-        kind = Annotated[(arguments[0], *rest)] if rest and limits else arguments[0]  # type: ignore[valid-type]
-        return ", ".join([_words(kind), *limits])
+        kinds = [Annotated[(arguments[0], *rest[:length])] for length in range(len(rest), 0, -1)]  # type: ignore[valid-type]
+        kind = next((words for kind in kinds for known, words in _NAMED if kind == known), None) or _words(arguments[0])
+        return ", ".join([kind, *limits])
     if origin in (Union, UnionType):
         return " or ".join(_words(part) for part in arguments if part is not NoneType)
     if origin is Literal:

@@ -8,6 +8,7 @@ import http.server
 import json
 import os
 import re
+import signal
 import ssl
 import subprocess
 import sys
@@ -362,7 +363,7 @@ class Web:
         self.process = subprocess.Popen(
             [program, "-h", "127.0.0.1", "-p", str(self.port), "-f", str(home / "shop_jobs.py"), *options],
             env={**os.environ, "DAGSTER_HOME": str(home)}, cwd=home,
-            stdout=subprocess.DEVNULL, stderr=(home / "log").open("wb"),
+            stdout=subprocess.DEVNULL, stderr=(home / "log").open("wb"), start_new_session=True,
         )  # fmt: skip
         eventually(self.answers, seconds=240, why=lambda: (home / "log").read_text()[-2000:])
 
@@ -383,11 +384,13 @@ class Web:
         return file.read_text().split() if file.exists() else []
 
     def close(self) -> None:
+        """With its code servers, which otherwise may stay when it is killed."""
         self.process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(30)
 
 
 @pytest.fixture(scope="module")
