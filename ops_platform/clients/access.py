@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ops_platform.clients.http import HttpApi
     from ops_platform.clients.kafka import Kafka
     from ops_platform.clients.keys import KeyService
+    from ops_platform.clients.kubernetes import Kubernetes
     from ops_platform.clients.objectstore import ObjectStore
     from ops_platform.clients.postgres import Login, Member
     from ops_platform.clients.prometheus import Prometheus
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         ElasticsearchSystem,
         HttpEndpoint,
         KafkaSystem,
+        KubernetesSystem,
         PrometheusSystem,
         RedisSystem,
     )
@@ -397,6 +399,11 @@ class Access:
                 timeout=system.timeout.total_seconds(),
             ),
         )
+
+    def kubernetes(self, system: KubernetesSystem) -> Kubernetes:
+        from ops_platform.clients.kubernetes import open_kubernetes
+
+        return self._once("kubernetes", system.id, lambda: open_kubernetes(system, self.secret, clock=self.clock))
 
     # Addresses
 

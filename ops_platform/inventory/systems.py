@@ -67,7 +67,11 @@ class KubernetesSystem(System):
         default=None, description="A kubeconfig file's content; without it the service account of the pod is used."
     )
     context: str | None = Field(default=None, description="Context of the kubeconfig; its current one by default.")
-    namespaces: list[str] = Field(default=[], description="Playbooks act in these alone; empty: in every namespace.")
+    namespaces: list[str] = Field(
+        default=[],
+        description="Playbooks act in these alone, names or patterns such as shop-*; empty: in every namespace."
+        " Those of the cluster itself (kube-…, openshift-…) count only where they are named in full.",
+    )
     timeout: PositiveDuration = Field(default=timedelta(seconds=15), description="One request takes at most this long.")
 
 
