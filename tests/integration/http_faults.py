@@ -11,7 +11,8 @@ import ssl
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -38,10 +39,14 @@ Fault = Callable[["_Handler"], None]
 
 @dataclass
 class FaultyProxy:
-    """Listens on a free port of 127.0.0.1; `certificate` (chain, key) makes it speak TLS. Without `port` nothing passes."""
+    """Listens on a free port of 127.0.0.1; `certificate` (chain, key) makes it speak TLS. Without `port` nothing passes.
+
+    `upstream`: how the real server is spoken to where that one speaks TLS.
+    """
 
     port: int | None
     certificate: tuple[Path, Path] | None = None
+    upstream: ssl.SSLContext | None = None
     faults: deque[Fault | None] = field(default_factory=deque)
     always: Fault | None = None
     seen: list[Request] = field(default_factory=list)
@@ -88,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.proxy.faults.popleft() if self.proxy.faults else self.proxy.always
         (fault or passing)(self)
 
-    do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = any_method
+    do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = do_PATCH = any_method
 
     def take(self) -> Request:
         """The whole request."""
@@ -98,15 +103,25 @@ class _Handler(BaseHTTPRequestHandler):
         return request
 
     def forward(self, request: Request) -> Answer:
+        with self.ask(request) as found:
+            return Answer(found.status, {k.lower(): v for k, v in found.getheaders()}, found.read())
+
+    @contextmanager
+    def ask(self, request: Request) -> Iterator[http.client.HTTPResponse]:
+        """The real server's answer, of which only the head has been read."""
         assert self.proxy.port is not None, "nothing passes here"
-        connection = http.client.HTTPConnection("127.0.0.1", self.proxy.port, timeout=20)
+        if self.proxy.upstream is None:
+            connection = http.client.HTTPConnection("127.0.0.1", self.proxy.port, timeout=20)
+        else:
+            connection = http.client.HTTPSConnection(
+                "127.0.0.1", self.proxy.port, timeout=20, context=self.proxy.upstream
+            )
         try:
             connection.putrequest(request.method, request.path, skip_host=True, skip_accept_encoding=True)
             for name, value in request.headers.items():
                 connection.putheader(name, value)
             connection.endheaders(request.body)
-            found = connection.getresponse()
-            return Answer(found.status, {k.lower(): v for k, v in found.getheaders()}, found.read())
+            yield connection.getresponse()
         finally:
             connection.close()
 
@@ -136,6 +151,28 @@ class _Handler(BaseHTTPRequestHandler):
 
 def passing(handler: _Handler) -> None:
     handler.answer(handler.forward(handler.take()))
+
+
+def streaming(lines: int | None = None) -> Fault:
+    """Hands on line by line as they come; hangs up after so many."""
+
+    def fault(handler: _Handler) -> None:
+        request = handler.take()
+        with handler.ask(request) as found:
+            handler.send_response(found.status)
+            handler.send_header("content-type", found.headers.get("content-type", "application/json"))
+            handler.send_header("connection", "close")
+            handler.end_headers()
+            sent = 0
+            while sent != lines and (line := found.readline()):
+                handler.wfile.write(line)
+                handler.wfile.flush()
+                sent += 1
+        if lines is not None and sent == lines:
+            handler.hang_up()
+        handler.close_connection = True
+
+    return fault
 
 
 def error(status: int, code: str, message: str = "said the test") -> Fault:

@@ -128,7 +128,7 @@ class ScaleAction(PatchAction[ScaleParameters]):
         for quota in quotas:
             name, status = quota["metadata"]["name"], quota.get("status") or {}
             for key, hard in (status.get("hard") or quota["spec"].get("hard") or {}).items():
-                each = _pod_takes(spec, key)
+                each = pod_takes(spec, key)
                 if each is None:
                     continue
                 room = quantity(hard) - quantity((status.get("used") or {}).get(key, 0)) - more * each
@@ -182,7 +182,7 @@ def _replicas(kind: str, found: Json) -> int:
     return int(found["spec"].get(field, 1))
 
 
-def _pod_takes(spec: Json, key: str) -> float | None:
+def pod_takes(spec: Json, key: str) -> float | None:
     """How much of a quota's resource one such pod takes; None where the quota does not count pods by it.
 
     Raises QuotaError where a container does not say: then such a pod may be refused.
