@@ -450,9 +450,9 @@ def _query(**values: Any) -> list[tuple[str, Any]]:
 
 
 def _lines(answer: Any) -> Iterator[bytes]:
-    """Lines of a stream as they come."""
+    """Lines of a stream as they come, whether or not somebody on the way has taken its chunks apart."""
     rest = b""
-    for piece in answer.stream(amt=None, decode_content=True):
+    while piece := answer.read1(1 << 16):
         *whole, rest = (rest + piece).split(b"\n")
         yield from (line for line in whole if line)
 
@@ -491,6 +491,8 @@ def _translate(error: Exception, asked: _Asked) -> OpsError:
 
     if isinstance(error, OpsError):
         return error
+    if isinstance(error, AttributeError) and isinstance(error.__context__, ApiException):
+        error = error.__context__  # the client stumbles over the missing body of what it raises when TLS fails
     if isinstance(error, ApiException):
         return _of_status(error, asked) if error.status else _of_tls(str(error.reason), asked)
     if _is_transport(error):

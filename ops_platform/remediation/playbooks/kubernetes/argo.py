@@ -23,8 +23,8 @@ from ops_platform.remediation.playbooks.kubernetes.shared import (
     detail_of,
     fence,
     is_ready,
-    outcomes_hold,
     title_of,
+    to_look_at,
     waited,
 )
 
@@ -95,7 +95,7 @@ class AbortAction(PatchAction[ArgoParameters]):
         return {"status": {"abort": change.after["abort"]}}
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
-        if not outcomes_hold(outcomes):
+        if not to_look_at(outcomes):
             return NOTHING_DONE
         given, change = self.parameters, plan.changes[0]
         with self.other_way() as cluster:

@@ -27,8 +27,8 @@ from ops_platform.remediation.playbooks.kubernetes.shared import (
     is_true,
     mark,
     marked,
-    outcomes_hold,
     title_of,
+    to_look_at,
     uid,
     waited,
 )
@@ -162,7 +162,7 @@ class DrainAction(PatchAction[DrainParameters]):
                 return done
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
-        if not outcomes_hold(outcomes):
+        if not to_look_at(outcomes):
             return NOTHING_DONE
         given = self.parameters
         gone = {

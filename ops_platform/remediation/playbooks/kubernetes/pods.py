@@ -31,8 +31,8 @@ from ops_platform.remediation.playbooks.kubernetes.shared import (
     is_ready,
     is_true,
     moment,
-    outcomes_hold,
     title_of,
+    to_look_at,
     uid,
     waited,
 )
@@ -204,7 +204,7 @@ class DeletePodAction(DeleteAction[StuckPodParameters]):
             raise ConflictError(f"it is stuck in another way than planned: {now_stuck.why}")
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
-        if not outcomes_hold(outcomes):
+        if not to_look_at(outcomes):
             return NOTHING_DONE
         given, change = self.parameters, plan.changes[0]
         with self.other_way() as cluster:
@@ -345,7 +345,7 @@ class CleanJobsAction(DeleteAction[CleanJobsParameters]):
             raise ConflictError("it runs again")
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
-        if not outcomes_hold(outcomes):
+        if not to_look_at(outcomes):
             return NOTHING_DONE
         named = {
             change.detail["uid"]: change.object for change in plan.changes if _is_done(outcomes.get(change.object))

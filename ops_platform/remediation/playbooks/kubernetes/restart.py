@@ -27,8 +27,8 @@ from ops_platform.remediation.playbooks.kubernetes.shared import (
     fence,
     is_going,
     is_ready,
-    outcomes_hold,
     title_of,
+    to_look_at,
     waited,
 )
 from ops_platform.remediation.playbooks.kubernetes.workload import (
@@ -101,7 +101,7 @@ class RestartAction(PatchAction[RestartParameters]):
             raise ConflictError("somebody else rolls it out or has paused it since the plan was made")
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
-        if not outcomes_hold(outcomes):
+        if not to_look_at(outcomes):
             return NOTHING_DONE
         given, incident = self.parameters, self.context.incident_id
         with self.other_way() as cluster:

@@ -38,8 +38,8 @@ from ops_platform.remediation.playbooks.kubernetes.shared import (
     mark,
     marked,
     moment,
-    outcomes_hold,
     title_of,
+    to_look_at,
     waited,
 )
 from ops_platform.remediation.playbooks.kubernetes.workload import (
@@ -178,7 +178,7 @@ class RollbackAction(PatchAction[RollbackParameters]):
         return [note, {"op": "replace", "path": "/spec/template", "value": template}]
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
-        if not outcomes_hold(outcomes):
+        if not to_look_at(outcomes):
             return NOTHING_DONE
         change, given = plan.changes[0], self.parameters
         with self.other_way() as cluster:

@@ -32,9 +32,9 @@ from ops_platform.remediation.playbooks.kubernetes.shared import (
     is_ready,
     mark,
     marked,
-    outcomes_hold,
     quantity,
     title_of,
+    to_look_at,
     waited,
 )
 from ops_platform.remediation.playbooks.kubernetes.workload import (
@@ -153,7 +153,7 @@ class ScaleAction(PatchAction[ScaleParameters]):
         return {"metadata": {"annotations": {SCALED: text}}, "spec": {field: change.after["replicas"]}}
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
-        if not outcomes_hold(outcomes):
+        if not to_look_at(outcomes):
             return NOTHING_DONE
         given, change = self.parameters, plan.changes[0]
         wanted = int(change.after["replicas"])

@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import Field
@@ -192,18 +193,24 @@ def cluster_of(context: Context[Any]) -> Kubernetes:
 
 
 class ClusterAction(Generic[P]):
-    """What is planned and looked at in one cluster."""
+    """What is planned and looked at in one cluster. It is opened at the first look: making an action asks nobody for anything."""
 
     def __init__(self, context: Context[P], name: str) -> None:
         self.context = context
         self.name = name
-        self.system = system_of(context)
         self.parameters = context.parameters
-        self.cluster = cluster_of(context)
+
+    @cached_property
+    def system(self) -> KubernetesSystem:
+        return system_of(self.context)
+
+    @cached_property
+    def cluster(self) -> Kubernetes:
+        return cluster_of(self.context)
 
     @property
     def target_id(self) -> str:
-        return self.system.id
+        return self.context.subject.id
 
     @contextlib.contextmanager
     def other_way(self) -> Generator[Kubernetes]:
@@ -333,9 +340,10 @@ def waited(
     return Check(name, holds is True, said if holds is not None else f"{said}, after {within}")
 
 
-def outcomes_hold(outcomes: Mapping[str, Applied]) -> bool:
-    """Whether anything was written or found done: else there is nothing of ours to look at."""
-    return any(applied.outcome in (Outcome.APPLIED, Outcome.ALREADY_DONE) for applied in outcomes.values())
+def to_look_at(outcomes: Mapping[str, Applied]) -> bool:
+    """Whether anything was written, found done, or may have been written: else there is nothing of ours to look at."""
+    ours = (Outcome.APPLIED, Outcome.ALREADY_DONE, Outcome.FAILED)
+    return any(applied.outcome in ours for applied in outcomes.values())
 
 
 NOTHING_DONE = Verification((Check("changes", True, "nothing was changed"),))

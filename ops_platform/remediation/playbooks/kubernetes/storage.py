@@ -24,9 +24,9 @@ from ops_platform.remediation.playbooks.kubernetes.shared import (
     fence,
     mark,
     marked,
-    outcomes_hold,
     quantity,
     title_of,
+    to_look_at,
     waited,
 )
 
@@ -114,7 +114,7 @@ class GrowAction(PatchAction[GrowParameters]):
         return {"metadata": note, "spec": {"resources": {"requests": {"storage": in_words(wanted)}}}}
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
-        if not outcomes_hold(outcomes):
+        if not to_look_at(outcomes):
             return NOTHING_DONE
         given, change = self.parameters, plan.changes[0]
         wanted = int(change.after["bytes"])
