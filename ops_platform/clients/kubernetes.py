@@ -45,7 +45,7 @@ _TRIES = 4
 _PAGE = 500
 _LONGEST_PAUSE = 15.0  # seconds of one Retry-After that are honoured …
 _PATIENCE = 60.0  # … and of all pauses of one request
-_LONGEST_WATCH = 30.0
+_LONGEST_WATCH = 10.0  # then it is looked again: not everything that counts is watched
 _PATCH_TYPES = {"merge": "application/merge-patch+json", "json": "application/json-patch+json"}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import logging
-import ssl
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -44,6 +43,7 @@ from ops_platform.inventory.systems import KubernetesSystem
 from ops_platform.inventory.values import Secret, SecretRef
 from tests.integration import http_faults as faults
 from tests.integration.http_faults import FaultyProxy
+from tests.integration.kubernetes_faults import as_admin, config, refusal
 from tests.kube_rig import CORE, Kube, pod
 from tests.rig import eventually
 
@@ -111,19 +111,8 @@ def namespace(kube: Kube) -> str:
 
 @pytest.fixture
 def proxy(kube: Kube) -> Iterator[FaultyProxy]:
-    context = ssl.create_default_context(cafile=str(kube.authority.ca))
-    context.load_cert_chain(*(str(kube.directory / f"admin.{end}") for end in ("pem", "key")))
-    with FaultyProxy(kube.port, upstream=context) as made:
+    with FaultyProxy(kube.port, upstream=as_admin(kube)) as made:
         yield made
-
-
-def config(server: str, *, cluster: Mapping[str, Any] | None = None, **user: Any) -> dict[str, Any]:
-    return {
-        "clusters": [{"name": "c", "cluster": {"server": server, **(cluster or {})}}],
-        "users": [{"name": "u", "user": user}],
-        "contexts": [{"name": "here", "context": {"cluster": "c", "user": "u"}}],
-        "current-context": "here",
-    }
 
 
 @pytest.fixture
@@ -134,11 +123,6 @@ def through(proxy: FaultyProxy, opened: Open) -> Kubernetes:
 
 def a_map(name: str, **data: str) -> Json:
     return {"metadata": {"name": name}, "data": data}
-
-
-def refusal(code: int, message: str = "said the test", **headers: str) -> faults.Fault:
-    body = {"kind": "Status", "status": "Failure", "message": message, "code": code}
-    return faults.reply(code, json.dumps(body).encode(), content_type="application/json", **headers)
 
 
 # Rights

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
@@ -22,7 +23,7 @@ from cryptography.x509.oid import NameOID
 from ops_platform.actions import Action, ActionResult, ModeGuard, Outcome, Status, run_action
 from ops_platform.clients.access import Access
 from ops_platform.clients.kubernetes import Right
-from ops_platform.errors import AccessDeniedError, OpsError, RefusedError
+from ops_platform.errors import AccessDeniedError, OpsError, RefusedError, UnreachableError
 from ops_platform.inventory import LoadedInventory
 from ops_platform.inventory.base import Mode
 from ops_platform.inventory.model import Inventory
@@ -31,7 +32,10 @@ from ops_platform.ledger import Ledger
 from ops_platform.remediation.model import Peers
 from ops_platform.remediation.playbook import Context, Done, playbook
 from ops_platform.remediation.playbooks.kubernetes.shared import RESOURCES
-from tests.kube_rig import APPS, BEHAVIOUR, CORE, MANAGED, Kube, pod
+from tests.integration import http_faults as faults
+from tests.integration.http_faults import FaultyProxy
+from tests.integration.kubernetes_faults import as_admin, config, refusal
+from tests.kube_rig import APPS, BEHAVIOUR, CORE, Api, Kube, pod
 from tests.remediation_rig import fresh_database
 from tests.rig import Cluster, Ground, eventually
 
@@ -94,30 +98,30 @@ class Desk:
         self.opened.append(access)
         return access
 
-    def context(self, name: str, **parameters: Any) -> Context[Any]:
+    def context(self, book: str, /, **parameters: Any) -> Context[Any]:
         access = self.access()
         (system,) = access.inventory.systems
         assert isinstance(system, KubernetesSystem)
-        given = playbook(f"kubernetes.{name}").read_parameters(parameters)
+        given = playbook(f"kubernetes.{book}").read_parameters(parameters)
         return Context(access, system, given, self.incident, self.clock.now(), self.clock)
 
-    def action(self, name: str, **parameters: Any) -> Action:
-        return playbook(f"kubernetes.{name}").action(self.context(name, **parameters))
+    def action(self, book: str, /, **parameters: Any) -> Action:
+        return playbook(f"kubernetes.{book}").action(self.context(book, **parameters))
 
-    def run(self, name: str, *, mode: Mode = Mode.ENFORCE, **parameters: Any) -> ActionResult:
-        return self.carry_out(self.action(name, **parameters), mode=mode)
+    def run(self, book: str, /, *, mode: Mode = Mode.ENFORCE, **parameters: Any) -> ActionResult:
+        return self.carry_out(self.action(book, **parameters), mode=mode)
 
     def carry_out(self, action: Action, *, mode: Mode = Mode.ENFORCE) -> ActionResult:
         return run_action(action, ledger=self.ledger, guards=[ModeGuard(mode)], actor="test", clock=self.clock)
 
-    def undo(self, name: str, result: ActionResult, **parameters: Any) -> ActionResult:
+    def undo(self, book: str, result: ActionResult, /, **parameters: Any) -> ActionResult:
         done = [Done(change, applied) for change, applied in result.outcomes if applied.outcome is Outcome.APPLIED]
-        action = playbook(f"kubernetes.{name}").undo(self.context(name, **parameters), done)
+        action = playbook(f"kubernetes.{book}").undo(self.context(book, **parameters), done)
         assert action is not None
         return self.carry_out(action)
 
-    def peers(self, name: str, **parameters: Any) -> Peers | None:
-        return playbook(f"kubernetes.{name}").peers(self.context(name, **parameters))
+    def peers(self, book: str, /, **parameters: Any) -> Peers | None:
+        return playbook(f"kubernetes.{book}").peers(self.context(book, **parameters))
 
     def in_space(self, **more: Any) -> dict[str, Any]:
         return {"namespace": self.namespace, **more}
@@ -127,17 +131,34 @@ class Desk:
         rights = [Right.parse(text) for text in playbook(f"kubernetes.{name}").rights if not text.startswith(IN_VAULT)]
         taken = Right.parse(without) if without else None
         rules: dict[bool, list[Mapping[str, Any]]] = {True: [], False: []}
+        granted: list[tuple[Right, str]] = []
         for right in rights:
             verbs = right.verbs
             if taken and (taken.group, taken.resource, taken.cluster) == (right.group, right.resource, right.cluster):
                 assert set(taken.verbs) <= set(verbs), f"{name} does not say that it needs {taken}"
                 verbs = tuple(verb for verb in verbs if verb not in taken.verbs)
+            granted += [(right, verb) for verb in verbs]
             if verbs:
                 rules[right.cluster].append(Right(right.group, right.resource, verbs, right.cluster).as_rule())
         account = f"ops-{secrets.token_hex(3)}"
         self.kubeconfig = self.kube.service_account(
             self.namespace, {self.namespace: rules[False]}, cluster=rules[True], name=account
         )
+        # The server's authorizer hears of a new role a moment after it was made.
+        with contextlib.closing(Api(self.kubeconfig)) as api:
+            for right, verb in granted:
+                eventually(lambda right=right, verb=verb: self._may(api, right, verb))
+
+    def _may(self, api: Api, right: Right, verb: str) -> bool:
+        resource, _, sub = right.resource.partition("/")
+        where = {} if right.cluster else {"namespace": self.namespace}
+        asked = {"group": right.group, "resource": resource, "subresource": sub, "verb": verb, **where}
+        review = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": asked},
+        }
+        return api.post("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", review)["status"]["allowed"]
 
     # What is in the cluster
 
@@ -340,6 +361,51 @@ def test_observing_changes_nothing(desk: Desk) -> None:
     assert desk.api.get(path)["metadata"]["generation"] == before
 
 
+# Bad days
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        faults.lose_the_answer,
+        faults.reset_in_the_request,
+        refusal(409, "the object has been modified"),
+        refusal(429, retry_after="2"),
+        refusal(500),
+    ],
+    ids=["lost", "reset", "409", "429", "500"],
+)
+def test_a_restart_survives_a_bad_day_of_the_api_server(desk: Desk, tmp_path: Path, fault: faults.Fault) -> None:
+    """The write meets the fault, and so does the first watch; the restart is made once all the same."""
+    path = desk.kube.deployment(desk.namespace)
+    generation = desk.api.get(path)["metadata"]["generation"]
+    met: list[str] = []
+
+    def choose(handler: Any) -> None:
+        kind = "watch" if "watch=true" in handler.path else handler.command
+        meets = kind in ("PATCH", "watch") and kind not in met
+        met.append(kind)
+        (fault if meets and kind == "PATCH" else faults.streaming(0) if meets else faults.streaming())(handler)
+
+    with FaultyProxy(desk.kube.port, upstream=as_admin(desk.kube), always=choose) as proxy:
+        desk.kubeconfig = tmp_path / "kubeconfig"
+        desk.kubeconfig.touch(0o600)
+        desk.kubeconfig.write_text(yaml.safe_dump(config(proxy.url)))
+        assert is_done(desk.run("rollout_restart", **desk.in_space(name="shop")))
+    assert "PATCH" in met
+    assert desk.api.get(path)["metadata"]["generation"] == generation + 1
+
+
+def test_a_server_that_is_away_is_not_an_empty_one(desk: Desk, tmp_path: Path) -> None:
+    desk.kubeconfig = tmp_path / "kubeconfig"
+    desk.kubeconfig.touch(0o600)
+    desk.kubeconfig.write_text(yaml.safe_dump(config("http://127.0.0.1:1")))
+    action = desk.action("clean_finished_jobs", **desk.in_space())  # making it asks nobody for anything
+    for ask in (action.plan, lambda: desk.peers("rollout_restart", **desk.in_space(name="shop"))):
+        with pytest.raises(UnreachableError):
+            ask()
+
+
 # The fence
 
 
@@ -442,20 +508,17 @@ def test_without_evidence_nothing_is_rolled_back(desk: Desk) -> None:
     """Both revisions are without a ready pod, and the older one did not stand for long."""
     desk.kube.deployment(desk.namespace, behaviour="unready", wait=False)
     in_vain(desk)
+    begun = datetime.fromisoformat(desk.get("Deployment", "shop")["metadata"]["creationTimestamp"])
+    eventually(lambda: datetime.now(UTC) - begun > timedelta(seconds=3))
     roll_out(desk, "shop:2", "unready")
     in_vain(desk)
     with pytest.raises(RefusedError, match="none is known to have been healthy"):
         desk.run("rollback", **desk.in_space(name="shop"))
-    stood = desk.action("rollback", **desk.in_space(name="shop", stood_for="1s"))
-    eventually(lambda: _plans(stood))
-    with pytest.raises(RefusedError, match="none is known"):
+    with pytest.raises(RefusedError, match="none is known to have been healthy"):
         desk.run("rollback", **desk.in_space(name="shop", stood_for="1s", only_ready=True))
-
-
-def _plans(action: Action) -> bool:
-    with contextlib.suppress(RefusedError):
-        return "it was the current one for" in action.plan().facts["evidence"]
-    return False
+    plan = desk.action("rollback", **desk.in_space(name="shop", stood_for="1s")).plan()
+    assert "it was the current one for 0:00:0" in plan.facts["evidence"]
+    assert plan.changes[0].after["images"] == ["shop:1"]
 
 
 def test_a_revision_that_is_ready_is_not_rolled_back_unless_asked(desk: Desk) -> None:
@@ -762,13 +825,13 @@ def test_a_pod_that_nobody_brings_back_is_left_alone_unless_asked(desk: Desk) ->
 
 
 def silent_node(desk: Desk) -> str:
-    """A node of its own that takes the pods of this test; `fall_silent` breaks it."""
+    """A node that takes the pods of this test; `fall_silent` breaks it."""
     return desk.kube.node(labels={"test": desk.namespace})
 
 
 def fall_silent(desk: Desk, node: str) -> None:
     path = f"{CORE}/nodes/{node}"
-    desk.api.patch(path, {"metadata": {"annotations": dict.fromkeys(MANAGED)}})
+    desk.kube.silence_node(node)
 
     def says_nothing() -> bool:
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -806,8 +869,8 @@ def test_a_pod_that_does_not_end_goes_by_force_when_its_node_is_away(desk: Desk)
         desk.run("delete_stuck_pod", **desk.in_space(name=name, force=True))
     fall_silent(desk, node)
     desk.limited("delete_stuck_pod")
-    result = desk.run("delete_stuck_pod", **desk.in_space(name=name, force=True, within="20s"))
-    assert outcomes(result) == ["applied"]
+    result = desk.run("delete_stuck_pod", **desk.in_space(name=name, force=True))
+    assert is_done(result)
     assert not desk.api.exists(desk.path("Pod", name))
     assert result.plan.changes[0].detail["grace"] == 0
 
@@ -1548,7 +1611,8 @@ def test_one_missing_verb_is_named(desk: Desk, name: str, make: Callable[[Desk],
     else:
         assert not result.ok
         said = why(result)
-    assert f"give it the rule '{missing}'" in said
+    # What is asked in one namespace is refused for that one, although the whole cluster is needed.
+    assert any(f"give it the rule '{rule}'" in said for rule in (missing, missing.removeprefix("cluster "))), said
 
 
 @pytest.mark.parametrize("missing", ["core/secrets: get", "core/secrets: create", "core/secrets: patch"])

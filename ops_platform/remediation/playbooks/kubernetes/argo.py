@@ -23,8 +23,8 @@ from ops_platform.remediation.playbooks.kubernetes.shared import (
     detail_of,
     fence,
     is_ready,
+    time_to_look,
     title_of,
-    to_look_at,
     waited,
 )
 
@@ -95,7 +95,7 @@ class AbortAction(PatchAction[ArgoParameters]):
         return {"status": {"abort": change.after["abort"]}}
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
-        if not to_look_at(outcomes):
+        if (within := time_to_look(outcomes, self.parameters.within)) is None:
             return NOTHING_DONE
         given, change = self.parameters, plan.changes[0]
         with self.other_way() as cluster:
@@ -105,7 +105,7 @@ class AbortAction(PatchAction[ArgoParameters]):
                 return self._settled(found), f"the phase is {(found.get('status') or {}).get('phase')}"
 
             fields = f"metadata.name={given.name}"
-            phase = waited(cluster, "phase", settled, ROLLOUTS, given.namespace, fields=fields, within=given.within)
+            phase = waited(cluster, "phase", settled, ROLLOUTS, given.namespace, fields=fields, within=within)
             if not self.abort:
                 return Verification((phase,))
             wanted = int(self.read(cluster, change)["spec"].get("replicas", 1))
@@ -115,7 +115,7 @@ class AbortAction(PatchAction[ArgoParameters]):
                 return ready >= wanted or None, f"{ready} of {wanted} pods of the stable revision are ready"
 
             labels = f"{_HASH}={change.detail['stable']}"
-            pods = waited(cluster, "stable pods", served, PODS, given.namespace, labels=labels, within=given.within)
+            pods = waited(cluster, "stable pods", served, PODS, given.namespace, labels=labels, within=within)
             return Verification((phase, pods))
 
     def _settled(self, found: Json) -> bool | None:

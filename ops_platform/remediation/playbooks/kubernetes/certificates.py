@@ -35,8 +35,8 @@ from ops_platform.remediation.playbooks.kubernetes.shared import (
     is_true,
     mark,
     marked,
+    time_to_look,
     title_of,
-    to_look_at,
     waited,
 )
 
@@ -224,7 +224,7 @@ class ManagerRenewal(_Renewal):
         return {"status": {"conditions": [*others, issuing]}}
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
-        if not to_look_at(outcomes):
+        if (within := time_to_look(outcomes, self.parameters.within)) is None:
             return NOTHING_DONE
         given, change = self.parameters, plan.changes[0]
         with self.other_way() as cluster:
@@ -245,7 +245,7 @@ class ManagerRenewal(_Renewal):
                         CERTIFICATES,
                         given.namespace,
                         fields=fields,
-                        within=given.within,
+                        within=within,
                     ),
                 )
             )
@@ -377,7 +377,7 @@ class VaultRenewal(_Renewal):
         return data | ({_CA: _encoded(above[-1] + "\n")} if _CA in found["data"] else {})
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
-        if not to_look_at(outcomes):
+        if time_to_look(outcomes, self.parameters.within) is None:
             return NOTHING_DONE
         change = plan.changes[0]
         with self.other_way() as cluster:

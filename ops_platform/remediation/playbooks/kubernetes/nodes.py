@@ -27,8 +27,8 @@ from ops_platform.remediation.playbooks.kubernetes.shared import (
     is_true,
     mark,
     marked,
+    time_to_look,
     title_of,
-    to_look_at,
     uid,
     waited,
 )
@@ -162,7 +162,7 @@ class DrainAction(PatchAction[DrainParameters]):
                 return done
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
-        if not to_look_at(outcomes):
+        if (within := time_to_look(outcomes, self.parameters.within)) is None:
             return NOTHING_DONE
         given = self.parameters
         gone = {
@@ -181,7 +181,7 @@ class DrainAction(PatchAction[DrainParameters]):
 
             if not gone:
                 return Verification((node,))
-            return Verification((node, waited(cluster, "pods", moved, PODS, None, fields=fields, within=given.within)))
+            return Verification((node, waited(cluster, "pods", moved, PODS, None, fields=fields, within=within)))
 
 
 def is_cordoned(node: Json) -> bool:

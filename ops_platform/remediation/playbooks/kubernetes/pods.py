@@ -31,8 +31,8 @@ from ops_platform.remediation.playbooks.kubernetes.shared import (
     is_ready,
     is_true,
     moment,
+    time_to_look,
     title_of,
-    to_look_at,
     uid,
     waited,
 )
@@ -204,7 +204,7 @@ class DeletePodAction(DeleteAction[StuckPodParameters]):
             raise ConflictError(f"it is stuck in another way than planned: {now_stuck.why}")
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
-        if not to_look_at(outcomes):
+        if (within := time_to_look(outcomes, self.parameters.within)) is None:
             return NOTHING_DONE
         given, change = self.parameters, plan.changes[0]
         with self.other_way() as cluster:
@@ -213,16 +213,17 @@ class DeletePodAction(DeleteAction[StuckPodParameters]):
                 there = any(uid(pod) == change.detail["uid"] for pod in cluster.list(PODS, given.namespace))
                 return (None, "the pod is still there") if there else (True, "the pod is gone")
 
-            checks = [waited(cluster, "gone", gone, PODS, given.namespace, within=given.within)]
-            if change.before["controller"] is not None:
-                kind, _, name = change.before["controller"].partition(" ")
+            checks = [waited(cluster, "gone", gone, PODS, given.namespace, within=within)]
+            kind, _, name = (change.before["controller"] or "").partition(" ")
+            # But for a StatefulSet, a controller replaces a pod as soon as it is asked to end: there is nothing more to come.
+            if kind and (change.before["stuck"] != "terminating" or kind == "StatefulSet"):
                 known = {change.detail["uid"], *plan.facts["siblings"]}
 
                 def replaced() -> tuple[bool | None, str]:
                     fresh = [pod for pod in owned_pods(cluster, given.namespace, kind, name) if uid(pod) not in known]
                     return bool(fresh) or None, f"{len(fresh)} new pods of {kind} {name}"
 
-                checks.append(waited(cluster, "replaced", replaced, PODS, given.namespace, within=given.within))
+                checks.append(waited(cluster, "replaced", replaced, PODS, given.namespace, within=within))
             return Verification(tuple(checks))
 
 
@@ -345,7 +346,7 @@ class CleanJobsAction(DeleteAction[CleanJobsParameters]):
             raise ConflictError("it runs again")
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
-        if not to_look_at(outcomes):
+        if time_to_look(outcomes, timedelta(0)) is None:
             return NOTHING_DONE
         named = {
             change.detail["uid"]: change.object for change in plan.changes if _is_done(outcomes.get(change.object))

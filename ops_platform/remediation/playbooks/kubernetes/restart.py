@@ -27,8 +27,8 @@ from ops_platform.remediation.playbooks.kubernetes.shared import (
     fence,
     is_going,
     is_ready,
+    time_to_look,
     title_of,
-    to_look_at,
     waited,
 )
 from ops_platform.remediation.playbooks.kubernetes.workload import (
@@ -101,7 +101,7 @@ class RestartAction(PatchAction[RestartParameters]):
             raise ConflictError("somebody else rolls it out or has paused it since the plan was made")
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
-        if not to_look_at(outcomes):
+        if (within := time_to_look(outcomes, self.parameters.within)) is None:
             return NOTHING_DONE
         given, incident = self.parameters, self.context.incident_id
         with self.other_way() as cluster:
@@ -110,7 +110,8 @@ class RestartAction(PatchAction[RestartParameters]):
             def rolled() -> tuple[bool | None, str]:
                 return read_workload(cluster, given.kind, given.namespace, given.name).progress()
 
-            rollout = waited(cluster, "rollout", rolled, PODS, given.namespace, labels=labels, within=given.within)
+            resource, fields = RESOURCES[given.kind], f"metadata.name={given.name}"
+            rollout = waited(cluster, "rollout", rolled, resource, given.namespace, fields=fields, within=within)
             return Verification((rollout, self._pods(cluster, labels, incident)))
 
     def _pods(self, cluster: Kubernetes, labels: str, incident: str) -> Check:
@@ -134,10 +135,10 @@ class RolloutRestart(Playbook[RestartParameters]):
     why_safe = "New pods must become ready before more of the old ones go, by the workload's own rules."
     blast_radius = "The pods of one workload; what they hold in memory is lost, long connections are cut."
     rights = (
-        "apps/deployments: get, patch",
-        "apps/statefulsets: get, patch",
-        "apps/daemonsets: get, patch",
-        "core/pods: list, watch",
+        "apps/deployments: get, list, watch, patch",
+        "apps/statefulsets: get, list, watch, patch",
+        "apps/daemonsets: get, list, watch, patch",
+        "core/pods: list",
     )
     Parameters = RestartParameters
 

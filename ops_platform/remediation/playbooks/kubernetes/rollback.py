@@ -38,8 +38,8 @@ from ops_platform.remediation.playbooks.kubernetes.shared import (
     mark,
     marked,
     moment,
+    time_to_look,
     title_of,
-    to_look_at,
     waited,
 )
 from ops_platform.remediation.playbooks.kubernetes.workload import (
@@ -178,7 +178,7 @@ class RollbackAction(PatchAction[RollbackParameters]):
         return [note, {"op": "replace", "path": "/spec/template", "value": template}]
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
-        if not to_look_at(outcomes):
+        if (within := time_to_look(outcomes, self.parameters.within)) is None:
             return NOTHING_DONE
         change, given = plan.changes[0], self.parameters
         with self.other_way() as cluster:
@@ -190,7 +190,7 @@ class RollbackAction(PatchAction[RollbackParameters]):
             labels = labels_of(self.read(cluster, change)["spec"]["selector"])
             rollout = waited(
                 cluster, "rollout", lambda: Workload("Deployment", self.read(cluster, change)).progress(),
-                PODS, given.namespace, labels=labels, within=given.within,
+                DEPLOYMENTS, given.namespace, fields=f"metadata.name={given.name}", within=within,
             )  # fmt: skip
             return Verification((template, rollout, self._pods(cluster, labels, change.after["replica_set"])))
 
@@ -231,7 +231,7 @@ class Rollback(Playbook[RollbackParameters]):
     )
     why_safe = "It goes back to what ran before, and what is ready of the old revision keeps serving meanwhile."
     blast_radius = "The pods of one Deployment. What the newer version wrote must be readable by the older one."
-    rights = ("apps/deployments: get, patch", "apps/replicasets: get, list", "core/pods: list, watch")
+    rights = ("apps/deployments: get, list, watch, patch", "apps/replicasets: get, list", "core/pods: list")
     undo_text = "Rolls forward again to the revision that was current before, whether or not it becomes ready."
     Parameters = RollbackParameters
 

@@ -33,8 +33,8 @@ from ops_platform.remediation.playbooks.kubernetes.shared import (
     mark,
     marked,
     quantity,
+    time_to_look,
     title_of,
-    to_look_at,
     waited,
 )
 from ops_platform.remediation.playbooks.kubernetes.workload import (
@@ -153,7 +153,7 @@ class ScaleAction(PatchAction[ScaleParameters]):
         return {"metadata": {"annotations": {SCALED: text}}, "spec": {field: change.after["replicas"]}}
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
-        if not to_look_at(outcomes):
+        if (within := time_to_look(outcomes, self.parameters.within)) is None:
             return NOTHING_DONE
         given, change = self.parameters, plan.changes[0]
         wanted = int(change.after["replicas"])
@@ -173,7 +173,7 @@ class ScaleAction(PatchAction[ScaleParameters]):
                 return good or None, f"{len(pods)} pods are ready, {wanted} are wanted"
 
             return Verification(
-                (waited(cluster, "pods", counted, PODS, given.namespace, labels=labels, within=given.within),)
+                (waited(cluster, "pods", counted, PODS, given.namespace, labels=labels, within=within),)
             )
 
 

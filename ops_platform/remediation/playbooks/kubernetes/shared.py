@@ -337,13 +337,18 @@ def waited(
 
     cluster.wait(seen, resource, namespace, labels=labels, fields=fields, seconds=within.total_seconds())
     holds, said = last[0]
-    return Check(name, holds is True, said if holds is not None else f"{said}, after {within}")
+    return Check(name, holds is True, said if holds is not None or not within else f"{said}, after {within}")
 
 
-def to_look_at(outcomes: Mapping[str, Applied]) -> bool:
-    """Whether anything was written, found done, or may have been written: else there is nothing of ours to look at."""
-    ours = (Outcome.APPLIED, Outcome.ALREADY_DONE, Outcome.FAILED)
-    return any(applied.outcome in ours for applied in outcomes.values())
+def time_to_look(outcomes: Mapping[str, Applied], within: timedelta) -> timedelta | None:
+    """How long to wait for what was written, or found done; None where there is nothing of ours to look at.
+
+    What failed may have been written all the same: that is looked at, but not waited for.
+    """
+    found = {applied.outcome for applied in outcomes.values()}
+    if Outcome.FAILED in found:
+        return timedelta(0)
+    return within if found & {Outcome.APPLIED, Outcome.ALREADY_DONE} else None
 
 
 NOTHING_DONE = Verification((Check("changes", True, "nothing was changed"),))

@@ -25,8 +25,8 @@ from ops_platform.remediation.playbooks.kubernetes.shared import (
     mark,
     marked,
     quantity,
+    time_to_look,
     title_of,
-    to_look_at,
     waited,
 )
 
@@ -114,7 +114,7 @@ class GrowAction(PatchAction[GrowParameters]):
         return {"metadata": note, "spec": {"resources": {"requests": {"storage": in_words(wanted)}}}}
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
-        if not to_look_at(outcomes):
+        if (within := time_to_look(outcomes, self.parameters.within)) is None:
             return NOTHING_DONE
         given, change = self.parameters, plan.changes[0]
         wanted = int(change.after["bytes"])
@@ -138,7 +138,7 @@ class GrowAction(PatchAction[GrowParameters]):
             request = Check("request", asked(self.read(cluster, change)) >= wanted, f"it asks for {in_words(wanted)}")
             fields = f"metadata.name={given.name}"
             return Verification(
-                (request, waited(cluster, "size", grown, CLAIMS, given.namespace, fields=fields, within=given.within))
+                (request, waited(cluster, "size", grown, CLAIMS, given.namespace, fields=fields, within=within))
             )
 
 
