@@ -42,7 +42,7 @@ def check(ctx: click.Context, as_json: bool) -> None:
 
 
 @rules.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--offline", is_flag=True, help="Ask no system: which rules and parameters alone.")
 @json_option
 def explain(file: Path, offline: bool, as_json: bool) -> None:
@@ -53,7 +53,9 @@ def explain(file: Path, offline: bool, as_json: bool) -> None:
     from ops_platform.remediation.explain import Explained, explain_signal, read_signals
 
     try:
-        value: Any = json.loads(file.read_text())
+        value: Any = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UsageError(f"this file cannot be read: {error.strerror}", where=str(file)) from None
     except ValueError as error:
         raise UsageError(f"this is not JSON: {error}", where=str(file)) from None
     with opened() as access:
@@ -75,7 +77,7 @@ def explain(file: Path, offline: bool, as_json: bool) -> None:
 @click.option(
     "--rules",
     "file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=click.Path(dir_okay=False, path_type=Path),
     help="Another platform.yaml, whose rules are tried.",
 )
 @click.option(

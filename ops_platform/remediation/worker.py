@@ -8,7 +8,7 @@ changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -271,6 +271,11 @@ class Worker:
             left = _said([Ruling(change.object, False, applied.reason) for change, applied in result.outcomes])
             self.store.end_claim(incident, helped=True)  # nothing was tried: that is no bad end of the playbook
             return self._move(incident, State.SUPPRESSED, left, retry_at=self.clock.now() + _SOONEST)
+        if result.status is Status.UNVERIFIED and incident.signal.is_event and decision.rule.verify.metric is None:
+            # An event does not end, so nothing else would ever say whether it helped.
+            return self._escalate(
+                incident, f"applied, and nobody could look whether it holds: {_failures(result)}", helped=False
+            )
         reason = f"{_summary(result.plan)}: {result.status.value}"
         return self._move(incident, State.VERIFYING, reason, deadline=self.clock.now() + decision.rule.verify.within)
 
@@ -462,14 +467,12 @@ class _Fenced:
 
 
 class _Rest(_Fenced):
-    """What is left of the admitted plan. Whatever the system asks for beyond it is another plan, and is not applied."""
+    """What is left of the admitted plan. Whatever the system would ask for beyond it was not admitted, and is left alone."""
 
     def plan(self) -> Plan:
         plan = self.inner.plan()
         admitted = list((self.incident.plan or {}).get("changes", []))
-        if any(change.as_json() not in admitted for change in plan.changes):
-            raise RefusedError("what is left to do is not what was admitted", where=self.target_id)
-        return plan
+        return replace(plan, changes=tuple(change for change in plan.changes if change.as_json() in admitted))
 
 
 @dataclass(frozen=True)

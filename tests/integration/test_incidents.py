@@ -402,7 +402,7 @@ def test_a_run_that_is_killed_while_applying_is_brought_to_its_end_by_the_next(
     assert sorted(lamp for _, lamp, to in engine.lamps.switched if to == "off") == ["lamp", "second"]
 
 
-def test_what_was_interrupted_and_has_become_another_plan_is_not_applied(new_engine: NewEngine) -> None:
+def test_what_was_interrupted_is_not_made_larger_by_what_the_system_asks_for_since(new_engine: NewEngine) -> None:
     engine = new_engine([a_rule(parameters={"lamps": ["lamp", "second"]})])
     incident = engine.fire()
     engine.lamps.kill_at = "before"
@@ -410,9 +410,25 @@ def test_what_was_interrupted_and_has_become_another_plan_is_not_applied(new_eng
         engine.work(incident)
     engine.lamps.kill_at = None
     engine.lamps.put("second", "on")  # it was not there when the plan was admitted
-    done = engine.work(incident)
+    ends_after(engine, 1)
+    assert engine.work(incident).ending is Ending.HELPED
+    assert (engine.lamps.state("lamp"), engine.lamps.state("second")) == ("off", "on")
+
+
+def test_an_event_whose_remedy_nobody_could_look_at_is_not_good(new_engine: NewEngine) -> None:
+    rule = {key: value for key, value in a_rule(event={"type": "LampOn"}).items() if key not in ("alert", "verify")}
+    engine = new_engine([rule])
+    event = Signal("kafka", "t/0/0", "LampOn", {"type": "LampOn"}, engine.clock.now(), engine.clock.now())
+    put = engine.lamps.put
+
+    def then_dark(lamp: str, state: str) -> None:
+        put(lamp, state)
+        engine.lamps.away = True
+
+    engine.lamps.put = then_dark  # type: ignore[method-assign]
+    done = engine.work(engine.fire(event))
     assert done.state is State.ESCALATED
-    assert engine.lamps.state("second") == "on"
+    assert "nobody could look" in done.reason
 
 
 def test_a_run_that_starts_late_changes_nothing(new_engine: NewEngine) -> None:

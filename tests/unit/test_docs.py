@@ -259,8 +259,8 @@ def _unknown(schema: dict[str, Any], node: Any, value: Any, where: str) -> Itera
     """Keys of `value` that the schema does not know, wherever it says which keys there are."""
     if "$ref" in node:
         yield from _unknown(schema, schema["$defs"][node["$ref"].rpartition("/")[2]], value, where)
-    elif "anyOf" in node:
-        answers = [list(_unknown(schema, way, value, where)) for way in node["anyOf"] if _fits(schema, way, value)]
+    elif ways := node.get("anyOf") or node.get("oneOf"):
+        answers = [list(_unknown(schema, way, value, where)) for way in ways if _fits(schema, way, value)]
         yield from min(answers, key=len, default=[f"{where}: of the wrong type"])
     elif isinstance(value, dict):
         known = node.get("properties", {})
