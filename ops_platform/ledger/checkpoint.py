@@ -202,9 +202,8 @@ class Checkpointer:
             )
         digest = bytes.fromhex(head)
         try:
-            with reading.rows(after=frontier.size) as rows:
-                for _, _, digest in follow(rows, frontier.size, head):
-                    frontier.append(digest)
+            for _, _, digest in follow(reading.rows(after=frontier.size), frontier.size, head):
+                frontier.append(digest)
         except BrokenChainError as error:
             raise CorruptionError(
                 f"the chain is broken at entry {error.broken.seq}, nothing is signed: {error.broken.what}",

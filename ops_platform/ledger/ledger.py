@@ -11,12 +11,13 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, LiteralString, NamedTuple, Self, cast
 
 import psycopg
-from psycopg import errors, sql
+from psycopg import errors
 
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import AccessDeniedError, ConflictError, OpsError, UnreachableError
@@ -42,16 +43,12 @@ _BATCH = 1000
 _COLUMNS: LiteralString = "seq, at, kind, actor, subject, body, prev_sha256, sha256"
 _NAMES = ("seq", "at", "kind", "actor", "subject", "text", "prev_sha256", "sha256")  # of an entry, in the same order
 
-_STREAM: LiteralString = """
-copy (
-  select seq, to_char(at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), kind, actor, subject, body, prev_sha256, sha256
-  from ops_ledger.entries where seq > {after} and ({upto} is null or seq <= {upto}) order by seq
-) to stdout (format binary)
+_ROWS: LiteralString = """
+select seq, to_char(at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'), kind, actor, subject, body, prev_sha256, sha256
+from ops_ledger.entries where seq > %(after)s and seq <= coalesce(%(upto)s::bigint, 9223372036854775807) order by seq
 """
-_DIGESTS: LiteralString = """
-copy (select decode(sha256, 'hex') from ops_ledger.entries where seq <= {upto} order by seq) to stdout (format binary)
-"""
-_TYPES = ["int8", "text", "text", "text", "text", "text", "text", "text"]
+_DIGESTS: LiteralString = "select decode(sha256, 'hex') from ops_ledger.entries where seq <= %(upto)s order by seq"
+_PAGE = 5000
 
 # One statement for a batch of any size: one round trip, and each row still meets the triggers.
 _INSERT: LiteralString = (
@@ -118,26 +115,28 @@ class Reading:
 
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         self._connection = connection
+        self._cursors = 0
 
-    @contextlib.contextmanager
-    def rows(self, *, after: int = 0, upto: int | None = None) -> Generator[Iterator[Row]]:
-        """The entries in their order. Streamed: the server goes on reading while we compute.
-
-        Within the context nothing else can be asked, and nothing afterwards where it was left before the last entry.
-        """
-        query = sql.SQL(_STREAM).format(after=sql.Literal(after), upto=sql.Literal(upto))
-        with self._connection.cursor().copy(query) as copy:
-            copy.set_types(_TYPES)
-            yield cast("Iterator[Row]", copy.rows())
-            copy.finish(StopIteration())  # psycopg ends what is still coming only where something was raised
+    def rows(self, *, after: int = 0, upto: int | None = None) -> Iterator[Row]:
+        """The entries in their order, in constant memory."""
+        return cast("Iterator[Row]", self._pages(_ROWS, {"after": after, "upto": upto}))
 
     def digests(self, upto: int) -> Iterator[bytes]:
-        """The digests of the first so many entries as they stand there. To be read to the end."""
-        query = sql.SQL(_DIGESTS).format(upto=sql.Literal(upto))
-        with self._connection.cursor().copy(query) as copy:
-            copy.set_types(["bytea"])
-            for (found,) in copy.rows():
-                yield found
+        """The digests of the first so many entries as they stand there."""
+        return (found for (found,) in self._pages(_DIGESTS, {"upto": upto}))
+
+    def _pages(self, query: LiteralString, values: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+        self._cursors += 1
+        # Binary, which is decoded faster; and a page ahead, so that the server reads on while we compute.
+        with (
+            self._connection.cursor(f"ops_ledger_{self._cursors}", binary=True) as cursor,
+            ThreadPoolExecutor(1) as ahead,
+        ):
+            cursor.execute(query, values)
+            page = ahead.submit(cursor.fetchmany, _PAGE)
+            while rows := page.result():
+                page = ahead.submit(cursor.fetchmany, _PAGE)
+                yield from rows
 
     def digest_of(self, seq: int) -> str | None:
         row = self._connection.execute("select sha256 from ops_ledger.entries where seq = %s", [seq]).fetchone()
@@ -311,8 +310,7 @@ class Ledger:
         began = time.monotonic()
         with self.reading() as reading:
             unprotected = reading.unprotected()
-            with reading.rows() as rows:
-                found = check_chain(rows, anchor=anchor, marks=marks, tolerance=tolerance)
+            found = check_chain(reading.rows(), anchor=anchor, marks=marks, tolerance=tolerance)
         return replace(found, unprotected=unprotected, seconds=round(time.monotonic() - began, 3))
 
     # Beside the entries

@@ -220,8 +220,8 @@ class _Writer:
         draft, kinds = self._draft, Counter[str]()
         shown: list[Entry] = []
         sha256, count = hashlib.sha256(), 0
-        with self._open(ENTRIES) as file, reading.rows(after=draft.first - 1, upto=draft.last) as rows:
-            for row in rows:
+        with self._open(ENTRIES) as file:
+            for row in reading.rows(after=draft.first - 1, upto=draft.last):
                 fits = _is_evidence(draft.control, draft.since, draft.until, row)
                 if fits:
                     kinds[row[2]] += 1

@@ -212,6 +212,18 @@ def test_a_batch_is_written_whole_or_not_at_all(filled: Database) -> None:
         assert ledger.verify().entries == 7
 
 
+@pytest.mark.parametrize("seq", [3, 5000, 10_500])
+def test_a_break_in_a_long_chain_ends_the_reading_of_it(database: Database, seq: int) -> None:
+    """It is read page by page, and a page ahead."""
+    with database.ledger() as ledger:
+        ledger.append_all([Draft("test.batch", "db-1", {"n": n}) for n in range(11_000)], actor="tester")
+        assert ledger.verify().entries == 11_000
+        database.tamper(f"update ops_ledger.entries set actor = 'nobody' where seq = {seq}")
+        check = ledger.verify()
+        assert check.broken is not None
+        assert (check.broken.seq, check.head_seq) == (seq, seq - 1)
+
+
 def published(entries: list[Entry]) -> list[int]:
     return [entry.seq for entry in entries]
 
