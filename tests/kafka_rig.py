@@ -405,11 +405,16 @@ class Kafka:
     # Groups and users
 
     def committed(self, group: str) -> dict[tuple[str, int], int]:
-        """What the group has committed, by topic and partition."""
-        admin = self.admin
-        asked = admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group)])
-        found = asked[group].result(_SECONDS).topic_partitions
-        return {(each.topic, each.partition): each.offset for each in found}
+        """What the group has committed, by topic and partition.
+
+        Asked by a consumer, which never joins: the admin client's own call ends the process when the coordinator is not there yet
+        (librdkafka issue 5040).
+        """
+        with closing(self.consumer(**{"group.id": group})) as consumer:
+            topics = consumer.list_topics(timeout=_SECONDS).topics
+            where = [TopicPartition(name, number) for name, topic in topics.items() for number in topic.partitions]
+            found = consumer.committed(where, timeout=_SECONDS)
+        return {(each.topic, each.partition): each.offset for each in found if each.offset >= 0}
 
     def commit(self, group: str, topic: str, offset: int, partition: int = 0) -> None:
         where = [TopicPartition(topic, partition, offset)]

@@ -260,7 +260,7 @@ def test_old_records_really_go(kafka: Kafka, sites: Sites) -> None:
     kafka.produce(topic, "young")
     result = sites.bench(kafka).run(CUT, topic=topic, to="2h")
     assert result.status is Status.DONE
-    eventually(lambda: [record.value for record in kafka.read(topic)] in ([b"young"], []))
+    eventually(lambda: kafka.watermarks(topic)[0] >= 1)
 
 
 def test_what_is_kept_for_less_already_is_nothing_to_do(kafka: Kafka, sites: Sites) -> None:
