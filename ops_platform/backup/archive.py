@@ -589,11 +589,11 @@ def holds(
     `timeline`: the one on which the WAL before `lsn` was written; a position alone means another thing on each branch. Unless given
     it is looked for on the line of the newest timeline that is stored. Cheap enough to poll.
     """
+    if lsn == since:
+        return True  # no byte is asked for, and the segment before may be from before the archive's beginning
     sysid = newest_cluster(repository) if system_identifier is None else system_identifier
     if sysid is None:
         return False
-    if lsn == since:
-        return True  # no byte is asked for, and the segment before may be from before the archive's beginning
     if timeline is None:
         folders = repository.store.list_folders(repository.wal_prefix(sysid))
         newest = max((int(name, 16) for name in folders if re.fullmatch("[0-9A-F]{8}", name)), default=1)

@@ -222,6 +222,15 @@ def test_a_position_is_durable_only_on_its_own_timeline(new_rig: Callable[..., R
     assert holds(rig.repository, (at - MB) // MB * MB), "before the fork, where timeline 1 counts"
 
 
+def test_an_empty_archive_holds_no_byte_and_lacks_none_where_none_is_asked_for(new_rig: Callable[..., Rig]) -> None:
+    """A receiver that was killed before its first put has confirmed where it began, and nothing more."""
+    rig = new_rig()
+    at = rig.position()
+    assert not rig.holds(at)
+    assert not rig.holds(at, since=at - 1)
+    assert rig.holds(at, since=at)
+
+
 def test_the_few_segments_before_a_position_must_be_there_too(new_rig: Callable[..., Rig]) -> None:
     rig = new_rig()
     receiver, state = rig.streaming()
@@ -515,6 +524,7 @@ def test_a_slot_that_lost_its_wal_leaves_a_gap_that_is_named_everywhere(
         cluster.sql("create table more as select 1")
         at = int(cluster.sql("select pg_current_wal_flush_lsn() - '0/0'::pg_lsn"))
         eventually(lambda: holds(platform.repository, at), why=lambda: log)
+        assert not archive_status(access, it).continuous, "no backup begins after the gap yet"
         second = run_backup(access, it)
     finally:
         receiver.stop()
@@ -529,7 +539,7 @@ def test_a_slot_that_lost_its_wal_leaves_a_gap_that_is_named_everywhere(
     assert not set(note.names(MB)) & stored
     assert segment_name(1, segment_start(note.last, MB)[1] + MB, MB) in stored, "the gap is wider than what was lost"
     assert "removed" in note.cause
-    assert not status.continuous
+    assert status.continuous, "from the backup after the gap on, every moment can be restored"
     assert any(f"GAP on timeline 1: the WAL files {gap.first} to {gap.last} are lost" in text for text in log)
     assert gap.recovery_again_from == second.backup_id
 
