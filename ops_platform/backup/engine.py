@@ -142,10 +142,12 @@ class NativeEngine:
                 where=self.target.id,
                 remedy=f"it lies on timeline {', '.join(map(str, elsewhere))}: name one with --timeline",
             )
+        newer = window.latest is not None and moment > window.latest
+        soon = "; newer moments follow when the WAL after them is archived" if newer else ""
         raise UsageError(
             f"{moment.isoformat()} lies outside of what can be restored",
             where=self.target.id,
-            remedy=f"the recovery window: {'; '.join(map(span, window.pieces))}{_holes(window)}",
+            remedy=f"the recovery window: {'; '.join(map(span, window.pieces))}{_holes(window)}{soon}",
         )
 
     def _no_such_position(self, wanted: Lsn, backups: list[BackupInfo], window: RecoveryWindow, end: Lsn) -> BackupInfo:

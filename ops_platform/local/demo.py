@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ops_platform.backup.model import Progress, RecoveryTarget
+from ops_platform.backup.model import Lsn, Progress, RecoveryTarget
 from ops_platform.clients.postgres_binaries import find_tool
 from ops_platform.errors import CouldNotVerifyError, OpsError
 from ops_platform.local import dagster_home, stack, state_dir, traffic
@@ -128,9 +128,15 @@ def _still_there(loss: Loss) -> tuple[int, str]:
 
 def bring_back(access: Access, loss: Loss, progress: Progress) -> tuple[int, str]:
     """The table as it was at the moment, put back beside what was paid since; the count and sum of the rows of before."""
+    from ops_platform.backup.archive import wait_durable
     from ops_platform.recovery.restore import dump_tables
 
     target = access.inventory.target(TARGET)
+    # After an interrupted demo the moment may be seconds old: what was committed after it has to be archived first.
+    with admin(place(), TARGET, "shop") as connection:
+        (written,) = connection.execute("select pg_current_wal_flush_lsn()::text").fetchone()
+    progress("waiting for the WAL", 0, None)
+    wait_durable(access, target, Lsn.parse(written))
     restorer = find_tool("pg_restore", MAJOR)
     if restorer is None:
         raise CouldNotVerifyError(

@@ -51,6 +51,16 @@ def test_the_newest_backup_before_the_target_is_chosen(monkeypatch: pytest.Monke
     assert chosen(RecoveryTarget("name", "before the release")).backup_id == "a"
 
 
+def test_a_moment_after_the_newest_archived_wal_is_refused_and_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = engine(monkeypatch, TWO, listing(1, list(range(1, 12)))).choose
+    with pytest.raises(UsageError, match="outside") as refused:
+        chosen(RecoveryTarget("time", at(12.1)))
+    assert "newer moments follow" in str(refused.value.remedy)
+    with pytest.raises(UsageError, match="outside") as refused:
+        chosen(RecoveryTarget("time", at(1.5)))
+    assert "newer moments" not in str(refused.value.remedy)
+
+
 # Forks
 
 
