@@ -112,7 +112,7 @@ def _checkpoint_of(anchored: Anchored) -> str:
 def _told(made: Checkpoint | None, new: bool) -> str:
     if made is None:
         return "the ledger is empty: there is nothing to sign"
-    what = "written" if new else "nothing new since"
+    what = "written" if new else "stands, nothing is new"
     return f"checkpoint {made.number} {what}: {made.size} entries, root {made.root}, {stamp(made.at)}"
 
 
