@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks import events
+from benchmarks import events, ledger
 from benchmarks.ground import Database, Talk, World, drop_caches, timed
 from benchmarks.measure import Comparison, Goal, interleaved
 from ops_platform.backup.model import Lsn
@@ -35,9 +35,12 @@ class Sizes:
     rounds: int = 3
     events: int = 100_000
     alerts: int = 10_000
+    entries: int = 1_000_000
 
 
-QUICK = Sizes(large=48 * _MB, small=24 * _MB, noise=24 * _MB, wal=48 * _MB, rounds=1, events=5_000, alerts=1_000)
+QUICK = Sizes(
+    large=48 * _MB, small=24 * _MB, noise=24 * _MB, wal=48 * _MB, rounds=1, events=5_000, alerts=1_000, entries=4_000
+)
 
 
 def _begin(found: Comparison) -> None:
@@ -649,5 +652,7 @@ COMPARISONS: dict[str, Callable[[World, Sizes], Comparison]] = {
     "incremental": incremental,
     "full-incompressible": full_incompressible,
     "kafka-tick": lambda _, sizes: events.kafka_tick(sizes.events, max(sizes.rounds, _SHORT_ROUNDS)),
+    "ledger-appends": lambda _, sizes: ledger.appends(sizes.entries // 50, max(sizes.rounds, _SHORT_ROUNDS)),
+    "ledger-verification": lambda _, sizes: ledger.verification(sizes.entries, sizes.rounds),
     "alerts-to-signals": lambda _, sizes: events.alerts_to_signals(sizes.alerts, max(sizes.rounds, _SHORT_ROUNDS)),
 }
