@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from ops_platform.cli.common import Commands, emit, json_option, table
+
+if TYPE_CHECKING:
+    from ops_platform.local.stack import Status
 
 
 @click.group(cls=Commands)
@@ -31,7 +35,7 @@ def up(no_supervisor: bool) -> None:
 @json_option
 @click.pass_context
 def status(ctx: click.Context, as_json: bool) -> None:
-    """Name, kind, url, pid and readiness of each server. Exit 1 unless all are ready."""
+    """Name, kind, url, pid and readiness of each server. Exit 1 unless all are ready that this machine can start."""
     from ops_platform.local import stack
 
     found = stack.status()
@@ -39,7 +43,7 @@ def status(ctx: click.Context, as_json: bool) -> None:
         emit(list[stack.Status], found)
     else:
         _show(found)
-    ctx.exit(0 if all(item.ready for item in found) else 1)
+    ctx.exit(0 if all(item.good for item in found) else 1)
 
 
 @local.command()
@@ -77,9 +81,17 @@ def reset(yes: bool) -> None:
     click.echo(f"removed {stack.reset()}", err=True)
 
 
-def _show(found: Sequence[object]) -> None:
-    rows = [
-        [v["name"], v["kind"], v["url"], str(v["pid"] or "-"), "ready" if v["ready"] else "not ready"]
-        for v in map(vars, found)
-    ]
-    table(rows, ["name", "kind", "url", "pid", "state"])
+def _show(found: Sequence[Status]) -> None:
+    table(
+        [
+            [item.name, item.kind, item.url or "-", str(item.pid or "-"), _state(item.ready, item.skipped)]
+            for item in found
+        ],
+        ["name", "kind", "url", "pid", "state"],
+    )
+
+
+def _state(ready: bool, skipped: str) -> str:
+    if skipped:
+        return f"skipped: {skipped}"
+    return "ready" if ready else "not ready"

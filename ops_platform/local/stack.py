@@ -24,10 +24,16 @@ from typing import Any
 from ops_platform.clients.processes import Process, reap, spawn, stop
 from ops_platform.errors import OpsError
 from ops_platform.local import STATE_FILE, closed_folder, state_dir
-from ops_platform.local.components import COMPONENTS, HOST, Component, Place, find_marked, sockets_path
+from ops_platform.local.components import COMPONENTS, find_marked, sockets_path
+from ops_platform.local.parts import HOST, Component, Place
 
 READY_SECONDS = 60.0
 _BEGUN = {"lock", "stack.new"}  # all that there is before the first state is written
+
+
+def present() -> list[Component]:
+    """Those that this machine can start."""
+    return [component for component in COMPONENTS if not component.lacking()]
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,12 @@ class Status:
     url: str
     pid: int | None
     ready: bool
+    skipped: str
+    """Why it is left out on this machine; empty where it is not."""
+
+    @property
+    def good(self) -> bool:
+        return self.ready or bool(self.skipped)
 
 
 @dataclass
@@ -63,9 +75,8 @@ class Stack:
         """Whole or not at all: a killed `up` leaves the old state, never half of a new one."""
         components = {
             c.name: {"host": HOST, "port": self.place.port(c.port_names[0]), "url": c.url(self.place)}
-            for c in COMPONENTS
+            for c in present()
         }
-        components["vault"]["url"] = f"http://{HOST}:{self.place.port('vault')}"
         state = {
             "ports": self.place.ports,
             "running": {name: [process.pid, process.started] for name, process in self.running.items()},
@@ -91,8 +102,10 @@ class Stack:
         for component in COMPONENTS:
             process = self.alive(component.name)
             ready = process is not None and component.ready(self.place)
-            url = component.url(self.place) if known else ""
-            found.append(Status(component.name, component.kind, url, process.pid if process else None, ready))
+            skipped = "" if process else component.lacking()
+            url = component.url(self.place) if known and not skipped else ""
+            pid = process.pid if process else None
+            found.append(Status(component.name, component.kind, url, pid, ready, skipped))
         return found
 
     def adopt(self) -> None:
@@ -202,6 +215,9 @@ def up(
         _check_reachable(stack.place)
         stack.save()
         for component in COMPONENTS:
+            if skipped := component.lacking():
+                say(component.name, f"skipped: {skipped}")
+        for component in present():
             begun = time.monotonic()
             stack.ensure(component, lambda text, name=component.name: say(name, text))
             say(component.name, f"ready ({time.monotonic() - begun:.1f} s)")
@@ -298,7 +314,7 @@ def supervise(directory: Path) -> None:
             me = stack.running.get("supervisor")
             if me is None or me.pid != os.getpid():
                 return
-            for component in COMPONENTS:
+            for component in present():
                 name = component.name
                 if (dead := stack.running.get(name)) is not None and not dead.alive:
                     reap(dead.pid)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ops_platform.clients import postgres_binaries
-from ops_platform.local import components, shop, stack
+from ops_platform.local import components, parts, shop, sources, stack
 
 
 def die(*_: object, **__: object) -> None:
@@ -36,7 +36,7 @@ def replace(owner: Any, name: str, when: Callable[..., bool], *, after: bool = F
 def orphan_initdb(command: list[str | Path], **_: Any) -> None:
     """initdb goes on by itself when whoever called it is killed."""
     log = subprocess.DEVNULL
-    subprocess.Popen([str(part) for part in command], stdout=log, stderr=log, **components.run_as().popen)
+    subprocess.Popen([str(part) for part in command], stdout=log, stderr=log, **postgres_binaries.run_as().popen)
     die()
 
 
@@ -45,7 +45,7 @@ def arm(moment: str) -> None:
     if moment == "before the first state":
         replace(stack.Stack, "save", lambda *_: True)
     elif moment == "before the unseal key is written":
-        replace(components.Place, "write_secret", lambda self, name, value: name == "vault.unseal_key")
+        replace(parts.Place, "write_secret", lambda self, name, value: name == "vault.unseal_key")
     elif moment == "while initdb is at work":
         postgres_binaries.run_tool = orphan_initdb  # type: ignore[assignment]
     elif moment == "before the cluster is configured":
@@ -54,7 +54,7 @@ def arm(moment: str) -> None:
         replace(shop, "ensure_database", lambda *_: True, after=True)
     elif moment.startswith("started: "):
         name = moment.removeprefix("started: ")
-        for module in (components, postgres_binaries, stack):
+        for module in (components, postgres_binaries, sources, stack):
             replace(module, "spawn", logged(name), after=True)
     else:
         raise SystemExit(f"unknown moment: {moment}")

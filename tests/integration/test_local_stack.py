@@ -28,12 +28,12 @@ from ops_platform.clients.processes import stop
 from ops_platform.clients.s3 import S3Store
 from ops_platform.errors import OpsError
 from ops_platform.local.components import COMPONENTS, Place, admin, s3_settings
-from ops_platform.local.stack import Stack, opened
+from ops_platform.local.stack import Stack, opened, present
 from tests.integration.wal_rig import eventually
 from tests.rig import Cluster, scratch
 
 ROOT = Path(__file__).parents[2]
-NAMES = [component.name for component in COMPONENTS]
+NAMES = [component.name for component in present()]
 pytestmark = [pytest.mark.xdist_group("local-stack"), pytest.mark.timeout(600)]
 
 MOMENTS = [
@@ -45,6 +45,7 @@ MOMENTS = [
     "started: platform-db",
     "when the database shop is made",
     "started: wal-receiver",
+    "started: kafka",
     "started: supervisor",
 ]
 
@@ -146,12 +147,13 @@ def test_status_names_kind_url_pid_and_readiness(local: Local) -> None:
     found = {item["name"]: item for item in json.loads(done.stdout)}
     assert list(found) == NAMES
     for name, item in found.items():
-        assert set(item) == {"name", "kind", "url", "pid", "ready"}
+        assert set(item) == {"name", "kind", "url", "pid", "ready", "skipped"}
         assert item["ready"] is True
         assert Path(f"/proc/{item['pid']}").exists()
         assert f"127.0.0.1:{local.place.port(name)}" in item["url"]
     assert {name: item["kind"] for name, item in found.items()} == {
         "vault": "openbao", "s3": "seaweedfs", "platform-db": "postgresql", "app-db": "postgresql", "wal-receiver": "ops",
+        "kafka": "tansu", "redis": "redis", "alertmanager": "alertmanager", "prometheus": "prometheus",
     }  # fmt: skip
     assert "wal-receiver" in local.ops("status").stdout
 
@@ -199,10 +201,11 @@ def test_secrets_are_the_owners_alone_and_stand_nowhere_else(local: Local) -> No
         "s3.crt",
         "s3-ca.pem",
         "s3.json",
+        "redis.conf",
         "s3.key",
         "vault.role_id",
         "s3.access_key",
-    }  # s3.json holds secret_key; PEM has lines
+    }  # s3.json and redis.conf hold what stands in files of its own; PEM has lines
     secrets = {file.name: file.read_text().strip() for file in files if file.name not in public}
     assert all(len(value) >= 20 for value in secrets.values())
     told = {f"process {pid}": text for pid, text in processes_of(local.directory).items()}
@@ -384,7 +387,7 @@ def test_down_leaves_no_process_and_up_finds_the_data_at_another_place_and_at_ot
     # As after a killed command: neither the state nor `down` is told of the processes.
     state = local.directory / "stack.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "running": {}}))
-    assert "stopped: supervisor, wal-receiver, app-db, platform-db, s3, vault" in local.ops("down").stderr
+    assert f"stopped: supervisor, {', '.join(reversed(NAMES))}" in local.ops("down").stderr
     assert processes_of(local.directory) == {}
     assert [item["pid"] for item in json.loads(local.ops("status", "--json", code=1).stdout)] == [None] * len(NAMES)
 
