@@ -152,7 +152,7 @@ def _prometheus_start(place: Place) -> Process:
     alerting = {"alertmanagers": [{"file_sd_configs": [{"files": [str(_targets(place, "alertmanagers"))]}]}]}
     config = {
         "global": {"scrape_interval": "5s", "evaluation_interval": "5s"},
-        "rule_files": [str(inventory_file().parent / "deploy" / "prometheus" / "*.yaml")],
+        "rule_files": [str(inventory_file().parent / "deploy" / "prometheus" / "*.rules.yaml")],
         "alerting": alerting,
         "scrape_configs": [{"job_name": "ops", "file_sd_configs": [{"files": [str(_targets(place, "ops"))]}]}],
     }
