@@ -28,6 +28,7 @@ from ops_platform.local.components import COMPONENTS, find_marked, sockets_path
 from ops_platform.local.parts import HOST, Component, Place
 
 READY_SECONDS = 60.0
+_READ = {"vault", "s3", "platform-db", "app-db"}  # what the WAL receiver asks
 _BEGUN = {"lock", "stack.new"}  # all that there is before the first state is written
 
 
@@ -149,7 +150,7 @@ class Stack:
         for name in component.port_names:
             if not _is_free(self.place.port(name)):
                 self.place.ports[name] = self.place.new_port()
-                if (reader := self.alive("wal-receiver")) is not None:
+                if component.name in _READ and (reader := self.alive("wal-receiver")) is not None:
                     stop(reader)  # it knows the old address; it comes back with the new one
 
     def _await(self, component: Component) -> None:
