@@ -43,6 +43,17 @@ QUICK = Sizes(
 )
 
 
+# Why a goal may be missed here, as far as it was measured: on two cores that server, tool and store share.
+_BOUND_BY_CPU = (
+    "both cores are busy throughout. CPU seconds for each GiB: ours 1.9, the server 0.6, the store 0.6;"
+    " pgBackRest 2.0, the server none, the store 1.2. The sums differ by less than the goal asks for"
+)
+_BOUND_BY_STORE = "whoever sends, the store takes about 110 MiB a second here, and is most of the time"
+_BOUND_BY_DISK = "writing and syncing the same bytes is common to both, and the rounds spread widely"
+_BOUND_BY_REPLAY = "the replay of 1 GiB by the server is common to both, and about half of the time"
+_BOUND_BY_WAL = "both are as fast as pg_receivewal writes to local disk"
+
+
 def _begin(found: Comparison) -> None:
     found.load.append(os.getloadavg()[0])
 
@@ -99,8 +110,8 @@ def full_compressible(world: World, sizes: Sizes) -> Comparison:
         "seconds",
         _FULL,
         [
-            Goal("≤ 0.65 × pgBackRest", OURS, PEER, most=0.65),
-            Goal("server-side compression: ≤ 0.55 × pgBackRest", SERVER, PEER, most=0.55),
+            Goal("≤ 0.65 × pgBackRest", OURS, PEER, most=0.65, if_missed=_BOUND_BY_CPU),
+            Goal("server-side compression: ≤ 0.55 × pgBackRest", SERVER, PEER, most=0.55, if_missed=_BOUND_BY_CPU),
         ],
     )
     _rounds(found, sizes.rounds, _full_sides(database, server_side=True))
@@ -116,8 +127,8 @@ def full_incompressible(world: World, sizes: Sizes) -> Comparison:
         "seconds",
         _FULL,
         [
-            Goal("≤ 0.65 × pgBackRest", OURS, PEER, most=0.65),
-            Goal("server-side compression: ≤ 0.65 × pgBackRest", SERVER, PEER, most=0.65),
+            Goal("≤ 0.65 × pgBackRest", OURS, PEER, most=0.65, if_missed=_BOUND_BY_STORE),
+            Goal("server-side compression: ≤ 0.65 × pgBackRest", SERVER, PEER, most=0.65, if_missed=_BOUND_BY_STORE),
         ],
     )
     _rounds(found, sizes.rounds, _full_sides(database, server_side=True))
@@ -300,7 +311,7 @@ def wal_backlog(world: World, sizes: Sizes) -> Comparison:
         " with two processes, from the moment at which PostgreSQL's archiver may go on until the last segment is confirmed in its"
         " spool; until then the archiver is held inside of its command, so that it does not pause. pg_receivewal syncs each segment.",
         [
-            Goal("≤ 0.75 × pgBackRest async", OURS, PEER, most=0.75),
+            Goal("≤ 0.75 × pgBackRest async", OURS, PEER, most=0.75, if_missed=_BOUND_BY_WAL),
             Goal("≥ 0.85 × the rate of pg_receivewal, so ≤ 1.18 × its time", OURS, to_disk, most=1 / 0.85),
         ],
     )
@@ -419,7 +430,7 @@ def restore(world: World, sizes: Sizes) -> Comparison:
         "seconds",
         "From the start of the process to its end, without replay. The page cache is dropped before each. Both are on disk at the end:"
         " pgBackRest (two processes) syncs each file, ours syncs the file system once.",
-        [Goal("≤ 0.65 × pgBackRest", OURS, PEER, most=0.65)],
+        [Goal("≤ 0.65 × pgBackRest", OURS, PEER, most=0.65, if_missed=_BOUND_BY_DISK)],
     )
 
     def cold(work: Callable[[Path], float]) -> float:
@@ -462,7 +473,7 @@ def restore_replay(world: World, sizes: Sizes) -> Comparison:
         "From the start of the process until a server that has left recovery holds the data, on disk. The page cache is dropped before each. Ours"
         " replays without fsync and syncs at the end; pgBackRest's restored server runs with fsync, as a user would start it,"
         " and fetches by `archive-get` async with two processes. Rows at the target are counted on both.",
-        [Goal("≤ 0.75 × pgBackRest", OURS, PEER, most=0.75)],
+        [Goal("≤ 0.75 × pgBackRest", OURS, PEER, most=0.75, if_missed=_BOUND_BY_REPLAY)],
     )
 
     def ours() -> float:
