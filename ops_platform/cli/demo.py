@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import click
+
+from ops_platform.errors import OpsError
+
+if TYPE_CHECKING:
+    from ops_platform.clients.access import Access
+    from ops_platform.local.parts import Place
 
 from ops_platform.cli.common import console, opened, span
 
 
 @click.command()
 def demo() -> None:
-    """Back up a live shop, prove the backup, lose its payments, bring them back to the second, check."""
+    """Back up a live shop, prove the backup, lose its payments, bring them back; then let a blocked shop be helped."""
     from ops_platform.local import demo as story
     from ops_platform.local import stack
     from ops_platform.proof import reports_directory
@@ -45,11 +52,42 @@ def demo() -> None:
             count, total = story.bring_back(access, loss, progress)
         _say(f"all {count} payments are back, to the cent: {total}")
         report = reports_directory(access) / f"{story.TARGET}.html"
+        _blocked(access, story.place())
     click.echo()
     click.secho(f"Done in {span(time.monotonic() - began)}.", bold=True)
     click.echo(f"report:  {report}")
     click.echo("web UI:  make ui")
     click.echo("stop:    .venv/bin/ops local down")
+
+
+def _blocked(access: Access, place: Place) -> None:
+    """A session blocks the shop; the daemon sees the event, ends the session, verifies, records."""
+    from ops_platform.ledger import Ledger
+    from ops_platform.ledger.anchored import open_anchored
+    from ops_platform.local import blocked
+    from ops_platform.remediation.store import Store
+    from ops_platform.remediation.words import lines
+
+    _step(6, "A session blocks the shop; the platform sees to it")
+    with Ledger(access.platform_db) as ledger, blocked.blocking(place), blocked.daemon(place):
+        store = Store(ledger)
+        event = blocked.report(place)
+        _say(f"event {event[:8]}… of type {blocked.EVENT} is in Kafka; Dagster's daemon reads it (half a minute)")
+        incident = blocked.await_end(store, event, _say, place)
+        for line in lines(incident, [], None):
+            _say(line)
+        if incident.ending is None or incident.ending.value != "helped":
+            raise OpsError(f"the incident is {incident.state.value}: {incident.reason}", where=incident.id)
+        if blocked.orders_wait(place):
+            raise OpsError("the shop still waits", where=incident.id)
+
+    _step(7, "The record of all that")
+    with open_anchored(access) as anchored:
+        found = anchored.verify()
+        if not found.ok:
+            raise OpsError(f"the ledger is not whole: {found.broken or found.unprotected}", remedy="ops ledger verify")
+        anchored.write()
+    _say(f"{found.entries} entries, unbroken; a checkpoint is signed by the key service and locked in the store")
 
 
 def _step(number: int, title: str) -> None:
