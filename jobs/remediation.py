@@ -4,10 +4,10 @@ from typing import Any
 
 import dagster as dg
 
+from assets.remediation import INCIDENTS
 from ops_platform.errors import ConflictError
 from ops_platform.resources import PlatformResource
 
-INCIDENTS = dg.AssetKey(["remediation", "incidents"])
 INCIDENT_TAG, SUBJECT_TAG, RULE_TAG = "ops/incident", "ops/subject", "ops/rule"
 
 

@@ -6,7 +6,8 @@ import warnings
 
 from dagster import BetaWarning, Definitions, PreviewWarning, in_process_executor
 
-from assets.postgres import build_assets
+from assets import postgres as postgres_assets
+from assets import remediation as remediation_assets
 from jobs import ledger as ledger_jobs
 from jobs import postgres as postgres_jobs
 from jobs import remediation as remediation_jobs
@@ -26,10 +27,10 @@ def build_defs(loaded: LoadedInventory | None = None) -> Definitions:
     """All of it, for an inventory. Reads platform.yaml and nothing else: no connection, no secret."""
     found = loaded or load()
     inventory = found.inventory
-    assets, checks = build_assets(inventory)
+    assets, checks = postgres_assets.build_assets(inventory)
     jobs = postgres_jobs.build_jobs() | remediation_jobs.build_jobs() | ledger_jobs.build_jobs()
     return Definitions(
-        assets=assets,
+        assets=[*assets, *remediation_assets.build_assets(inventory)],
         asset_checks=checks,
         jobs=list(jobs.values()),
         schedules=[

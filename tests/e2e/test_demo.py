@@ -197,7 +197,8 @@ def test_the_demo_twice_interrupted_and_again(newcomer: Newcomer) -> None:
     check(first, newcomer)
     assert_no_secret_is_told(newcomer)
     ready = [line.split()[0] for line in first.splitlines() if " ready (" in line]
-    assert ready == ["vault", "s3", "platform-db", "app-db", "wal-receiver"]
+    assert ready[:5] == ["vault", "s3", "platform-db", "app-db", "kafka"]
+    assert "wal-receiver" in ready
 
     interrupt_after_the_damage(newcomer)
     noted = json.loads((newcomer.state / "demo-loss.json").read_text())
@@ -211,12 +212,15 @@ def test_the_demo_twice_interrupted_and_again(newcomer: Newcomer) -> None:
     # A backup and two verdicts of each demo that came to its end; the interrupted one had no second verdict.
     whole = ["backup.taken", "backup.verification", "backup.verification"]
     ledger = newcomer.run("ledger", "verify")
-    entries = json.loads(newcomer.run("ledger", "list", "--json"))
-    assert [entry["kind"] for entry in entries] == [*whole, *whole[:2], *whole]
+    entries = json.loads(newcomer.run("ledger", "list", "-n", "1000", "--json"))
+    kinds = [entry["kind"] for entry in entries]
+    assert [kind for kind in kinds if kind.startswith("backup.")] == [*whole, *whole[:2], *whole]
     assert re.findall(r"(\d+) entries, unbroken", ledger) == [str(len(entries))]
     assert {entry["subject"] for entry in entries} == {"app-db"}
     verdicts = [json.loads(entry["text"])["verdict"] for entry in entries if entry["kind"] == "backup.verification"]
     assert verdicts == ["PASS"] * 5
+    # Each demo that came to its end had the shop helped once.
+    assert kinds.count("incident.closed") == kinds.count("incident.applying") == 2
     assert "NOT PROTECTED" not in ledger
     assert all(item["ready"] for item in json.loads(newcomer.run("local", "status", "--json")))
     newcomer.run("local", "down")
