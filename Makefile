@@ -50,7 +50,7 @@ lint: $(VENV)/.dev ## ruff (style, imports) and pyright (strict types)
 	@$(BIN)/pyright
 
 services: $(VENV)/.dev
-	$(SAY) "servers for the tests: PostgreSQL 14 to 18, pgBackRest, Chromium, Redis, Prometheus, Kafka, Elasticsearch, Kubernetes"
+	$(SAY) "servers for the tests: PostgreSQL 14 to 18, pgBackRest, Chromium, Redis, Prometheus, Kafka, Elasticsearch, a schema registry, Kubernetes"
 	@$(BIN)/python -m tests.services.install
 
 test: lint services ## Everything: lint, types, unit, integration on real servers, end to end

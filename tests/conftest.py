@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests import elasticsearch_rig, kafka_rig, kube_rig, prometheus_rig, redis_rig
+from tests import elasticsearch_rig, kafka_rig, kube_rig, prometheus_rig, redis_rig, registry_rig
 from tests.rig import Cluster, Ground, Platform, scratch
 
 # All tests of one of these run in one process: a second one would cost more than it wins.
-ONE_PROCESS = ("kafka_cluster", "elasticsearch", "kube")
+ONE_PROCESS = ("kafka_cluster", "elasticsearch", "kube", "registry")
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
@@ -138,4 +138,11 @@ def kafka_cluster(three_brokers: kafka_rig.Kafka) -> kafka_rig.Kafka:
 def elasticsearch() -> Iterator[elasticsearch_rig.Elasticsearch]:
     """One node, which many tests use, each with indices of its own."""
     with elasticsearch_rig.node() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def registry() -> Iterator[registry_rig.Registry]:
+    """A schema registry with Confluent's REST API, which many tests use, each with subjects of its own."""
+    with registry_rig.registry() as made:
         yield made

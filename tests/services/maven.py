@@ -1,4 +1,4 @@
-"""Servers in Java, as jars out of a Maven repository: Apache Kafka and Elasticsearch.
+"""Servers in Java, as jars out of a Maven repository: Apache Kafka, Elasticsearch, a schema registry.
 
 Each has a folder below tests/services/java with `pom.xml`, which pins what is wanted, and `jars.sha256`, which says byte by
 byte what is accepted. Where the jars come from is the machine's business (Maven's settings). What lies in `src` of a server
@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+import tarfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,8 @@ class Server:
 
 KAFKA = Server("Apache Kafka", "kafka")
 ELASTICSEARCH = Server("Elasticsearch", "elasticsearch")
-SERVERS = (KAFKA, ELASTICSEARCH)
+APICURIO = Server("Apicurio Registry", "apicurio")
+SERVERS = (KAFKA, ELASTICSEARCH, APICURIO)
 
 
 def java() -> Path | None:
@@ -106,6 +108,7 @@ def ensure(server: Server) -> Outcome:
         with beside(home.parent) as work:
             fetch(mvn, server, work / "new")
             check(server, work / "new")
+            unpack(work / "new")
             build(server, work)
             put(work, home, home.exists)
     except NotInstalledError as error:
@@ -145,6 +148,16 @@ def check(server: Server, folder: Path) -> None:
         raise NotInstalledError(f"{', '.join(other)} is not the jar that is expected (SHA-256 differs)")
     for file in folder.iterdir():
         file.chmod(0o644)
+
+
+def unpack(folder: Path) -> None:
+    """The archives in it, which go; for every user."""
+    for archive in folder.glob("*.tar.gz"):
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+        archive.unlink()
+        for path in folder.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def build(server: Server, work: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import stat
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,20 @@ def test_another_list_is_another_folder(server: maven.Server) -> None:
     assert "third.jar did not come" in maven.ensure(server).text
 
 
+def test_an_archive_is_unpacked_for_every_user(server: maven.Server, tmp_path: Path) -> None:
+    (tmp_path / "lib.jar").write_bytes(b"library")
+    (tmp_path / "lib.jar").chmod(0o600)
+    archive = tmp_path / "served" / "whole.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tmp_path / "lib.jar", "lib/lib.jar")
+    with (server.folder / "jars.sha256").open("a") as out:
+        out.write(f"{hashlib.sha256(archive.read_bytes()).hexdigest()}  whole.tar.gz\n")
+    assert maven.ensure(server).state is State.INSTALLED
+    assert (server.home() / "lib" / "lib.jar").read_bytes() == b"library"
+    assert stat.S_IMODE((server.home() / "lib" / "lib.jar").stat().st_mode) == 0o644
+    assert not (server.home() / "whole.tar.gz").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
@@ -109,5 +124,5 @@ def test_without_maven_or_java_it_is_skipped_with_the_reason(
 def test_every_server_that_is_wanted_is_pinned_to_the_byte(known: maven.Server) -> None:
     assert known.version
     assert known.jars
-    assert all(len(digest) == 64 and name.endswith(".jar") for name, digest in known.jars.items())
+    assert all(len(digest) == 64 and name.endswith((".jar", ".tar.gz")) for name, digest in known.jars.items())
     assert any(known.version in name for name in known.jars)
