@@ -1,4 +1,5 @@
-"""Writes docs/reference/{cli,inventory,json-output,exit-codes,playbooks}.md from the code, or says (--check) which of them are old.
+"""Writes docs/reference/{cli,inventory,json-output,exit-codes,playbooks}.md and Grafana's dashboard from the code, or says (--check)
+which of them are old.
 
 python docs/generate.py [--check]
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import runpy
 import sys
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -31,7 +33,8 @@ from ops_platform.inventory.model import BackupPolicy, Environment, Inventory, T
 from ops_platform.remediation.playbook import Playbook, playbooks
 from ops_platform.remediation.playbooks.anything.webhook import ANY_KIND
 
-REFERENCE = Path(__file__).parent / "reference"
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT / "docs" / "reference"
 # A command keeps the help option of the first context in which it was asked for: the one that `ops` gives it.
 HELP = cli.context_settings["help_option_names"]
 MADE = "<!-- Made by docs/generate.py from the code; `make docs` makes it anew. -->"
@@ -477,8 +480,17 @@ def _playbook(book: Playbook[Any]) -> str:
     return "\n\n".join(parts)
 
 
+# Grafana
+
+
+def dashboard() -> str:
+    """What deploy/grafana/dashboard.py makes: a script beside its file, and no package."""
+    return str(runpy.run_path(str(ROOT / "deploy" / "grafana" / "dashboard.py"))["text"]())
+
+
 def pages() -> dict[Path, str]:
     return {
+        REFERENCE.parents[1] / "deploy" / "grafana" / "ops-platform.json": dashboard(),
         REFERENCE / "cli.md": cli_page(),
         REFERENCE / "inventory.md": inventory_page(),
         REFERENCE / "json-output.md": json_page(),
@@ -497,6 +509,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     for path in old:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(pages()[path])
         print(f"wrote {path.relative_to(REFERENCE.parents[1])}")
     return 0

@@ -49,6 +49,13 @@ from ops_ledger.entries where seq > %(after)s and seq <= coalesce(%(upto)s::bigi
 """
 _DIGESTS: LiteralString = "select decode(sha256, 'hex') from ops_ledger.entries where seq <= %(upto)s order by seq"
 _PAGE = 5000
+_STANDING: LiteralString = """
+select newest.seq, newest.at, checkpoint.size, checkpoint.at, waiting.number, oldest.at
+from (select count(*) as number, min(seq) as seq from ops_ledger.outbox) waiting
+left join ops_ledger.entries oldest on oldest.seq = waiting.seq
+left join (select seq, at from ops_ledger.entries order by seq desc limit 1) newest on true
+left join (select size, at from ops_ledger.checkpoints order by number desc limit 1) checkpoint on true
+"""
 
 # One statement for a batch of any size: one round trip, and each row still meets the triggers.
 _INSERT: LiteralString = (
@@ -63,6 +70,15 @@ class Draft(NamedTuple):
     kind: str
     subject: str
     body: Mapping[str, Any]
+
+
+class Standing(NamedTuple):
+    """`newest`: number and time of the newest entry; `checkpoint`: entries in the newest checkpoint that was put into the store, and its
+    time; `waiting`: entries of the outbox, and when the oldest of them was written. None where there is none."""
+
+    newest: tuple[int, datetime] | None
+    checkpoint: tuple[int, datetime] | None
+    waiting: tuple[int, datetime] | None
 
 
 class LedgerTransaction:
@@ -287,6 +303,13 @@ class Ledger:
         values = {"after": after_seq, "subject": subject, "kind": kind, "since": since, "limit": limit}
         with self._session() as connection:
             return [Entry(*row) for row in connection.execute(query, values)]
+
+    def standing(self) -> Standing:
+        """How far the ledger, its checkpoints and its outbox are: a few rows are read, however long it is."""
+        with self._session() as connection:
+            row = connection.execute(_STANDING).fetchone() or (None,) * 6
+        pairs = [(row[at], row[at + 1]) if row[at] else None for at in (0, 2, 4)]
+        return Standing(*pairs)
 
     @contextlib.contextmanager
     def reading(self) -> Generator[Reading]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from ops_platform.errors import OpsError, UsageError
@@ -64,6 +63,10 @@ METRICS: Mapping[str, Metric] = {
     # Ledger
     "ops_ledger_entries": Metric("gauge", "Entries of the ledger.", (), "ledger"),
     "ops_ledger_newest_timestamp_seconds": Metric("gauge", "When the newest entry was written.", (), "ledger"),
+    "ops_ledger_checkpoint_entries": Metric("gauge", "Entries that the newest checkpoint signs.", (), "ledger"),
+    "ops_ledger_checkpoint_timestamp_seconds": Metric("gauge", "When the newest checkpoint was written.", (), "ledger"),
+    "ops_outbox_entries": Metric("gauge", "Entries that are to be published and are not yet.", (), "ledger"),
+    "ops_outbox_oldest_timestamp_seconds": Metric("gauge", "When the oldest of them was written.", (), "ledger"),
     # Promises
     "ops_promise_kept": Metric("gauge", "1 where the promise is kept.", ("target", "promise"), "promises"),
     "ops_promise_known": Metric("gauge", "1 where the promise could be judged.", ("target", "promise"), "promises"),
@@ -124,7 +127,7 @@ def read_incidents(store: Store) -> Iterator[Sample]:
 
 
 class LedgerReader:
-    """Counts refusals in the entries that were written since it began."""
+    """Counts refusals in the entries that were written since it began. For one thread at a time."""
 
     def __init__(self, store: Store) -> None:
         self._ledger = store.ledger
@@ -132,16 +135,23 @@ class LedgerReader:
         self._refused: Counter[str] = Counter()
 
     def __call__(self) -> Iterator[Sample]:
-        newest = next(iter(self._ledger.entries(newest_first=True, limit=1)), None)
+        found = self._ledger.standing()
+        newest = found.newest[0] if found.newest else 0
         if self._after is None:
-            self._after = newest.seq if newest else 0
+            self._after = newest
         for entry in self._ledger.entries(kind="action.plan", after_seq=self._after, limit=5000):
             self._after = entry.seq
             rulings = entry.body["rulings"]
             self._refused.update(r["guard"] for r in rulings if not r["allows"] and r["guard"] != "mode")
-        yield "ops_ledger_entries", (), newest.seq if newest else 0
-        if newest is not None:
-            yield "ops_ledger_newest_timestamp_seconds", (), newest.at.timestamp()
+        yield "ops_ledger_entries", (), newest
+        if found.newest is not None:
+            yield "ops_ledger_newest_timestamp_seconds", (), found.newest[1].timestamp()
+        if found.checkpoint is not None:
+            yield "ops_ledger_checkpoint_entries", (), found.checkpoint[0]
+            yield "ops_ledger_checkpoint_timestamp_seconds", (), found.checkpoint[1].timestamp()
+        yield "ops_outbox_entries", (), found.waiting[0] if found.waiting else 0
+        if found.waiting is not None:
+            yield "ops_outbox_oldest_timestamp_seconds", (), found.waiting[1].timestamp()
         for guard, number in self._refused.items():
             yield "ops_guard_refusals", (guard,), number
 
@@ -149,13 +159,13 @@ class LedgerReader:
 # Promises: they look into stores and servers
 
 
-def read_promises(access: Access, now: datetime) -> Iterator[Sample]:
+def read_promises(access: Access) -> Iterator[Sample]:
     for target in access.inventory.targets:
         yield "ops_objective_seconds", (target.id, "rpo"), target.objectives.rpo.total_seconds()
         yield "ops_objective_seconds", (target.id, "rto"), target.objectives.rto.total_seconds()
         numbers: dict[str, float] = {}
         for name in PROMISES:
-            kept = judge(name, access, target)
+            kept = judge(name, access, target, access.clock)
             yield "ops_promise_kept", (target.id, name), float(kept.kept)
             yield "ops_promise_known", (target.id, name), float(kept.known)
             if kept.known:
@@ -213,7 +223,7 @@ Reader = Callable[[], Iterator[Sample]]
 def readers(access: Access, store: Store) -> tuple[dict[str, Reader], dict[str, Reader]]:
     """By source: what is read at each scrape, and what is read in the background."""
     quick: dict[str, Reader] = {"incidents": lambda: read_incidents(store), "ledger": LedgerReader(store)}
-    slow: dict[str, Reader] = {"promises": lambda: read_promises(access, store.clock.now())}
+    slow: dict[str, Reader] = {"promises": lambda: read_promises(access)}
     if access.inventory.platform.dagster is not None:
         slow["dagster"] = lambda: read_dagster(access)
     return quick, slow

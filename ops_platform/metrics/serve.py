@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 from collections.abc import Iterator
@@ -17,18 +18,22 @@ if TYPE_CHECKING:
     from ops_platform.clients.access import Access
 
 EVERY = 60.0  # seconds between two readings of a slow source
+HANGS_AFTER = 900.0  # seconds that a reading of a slow source may take
+_LOG = logging.getLogger("ops_platform.metrics")
 
 
 class Collector:
     """What prometheus_client asks. Safe for threads."""
 
-    def __init__(self, access: Access, store: Store, *, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(self, access: Access, store: Store, *, every: float = EVERY, clock: Clock = SYSTEM_CLOCK) -> None:
         self._quick, self._slow = readers(access, store)
         self._clock = clock
-        self._lock = threading.Lock()
+        # A reading that never ends is a source that cannot be read: what it said before is not told for ever.
+        self._old_after = every + HANGS_AFTER
+        self._lock, self._turn = threading.Lock(), threading.Lock()
         self._kept: dict[str, list[Sample] | None] = dict.fromkeys(self._slow)
         self._read_at: dict[str, float] = {}
-        self.problems: dict[str, str] = {}
+        self._problems: dict[str, str] = {}
 
     @property
     def slow(self) -> list[str]:
@@ -43,20 +48,32 @@ class Collector:
     def _try(self, source: str, reader: Reader) -> list[Sample] | None:
         try:
             samples = need_known(list(reader()))
-        except OpsError as error:
-            self.problems[source] = str(error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other sources go on, and this one is not told
+            self._complain(source, str(error) if isinstance(error, OpsError) else type(error).__name__)
             return None
-        self.problems.pop(source, None)
-        self._read_at[source] = self._clock.now().timestamp()
+        with self._lock:
+            self._problems.pop(source, None)
+            self._read_at[source] = self._clock.now().timestamp()
         return samples
 
-    def samples(self) -> list[Sample]:
-        found: dict[str, list[Sample] | None] = {name: self._try(name, reader) for name, reader in self._quick.items()}
+    def _complain(self, source: str, why: str) -> None:
+        """Once, until it is something else."""
         with self._lock:
-            found |= self._kept
+            known = self._problems.get(source)
+            self._problems[source] = why
+        if known != why:
+            _LOG.warning("%s cannot be read: %s", source, why)
+
+    def samples(self) -> list[Sample]:
+        with self._turn:  # two Prometheus servers may ask at once, and a refusal is counted once
+            found = {name: self._try(name, reader) for name, reader in self._quick.items()}
+        with self._lock:
+            read_at = dict(self._read_at)
+            old = self._clock.now().timestamp() - self._old_after
+            found |= {name: kept if read_at.get(name, old) > old else None for name, kept in self._kept.items()}
         flat = [sample for samples in found.values() for sample in samples or ()]
         flat += [("ops_source_up", (name,), float(samples is not None)) for name, samples in found.items()]
-        return flat + [("ops_source_read_timestamp_seconds", (name,), at) for name, at in self._read_at.items()]
+        return flat + [("ops_source_read_timestamp_seconds", (name,), at) for name, at in read_at.items()]
 
     def collect(self) -> Iterator[Any]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -76,7 +93,7 @@ def serve(access: Access, store: Store, host: str, port: int, *, every: float = 
     """Serve in a thread of its own until `shutdown`. Raises UsageError for an address that cannot be had."""
     from prometheus_client import CollectorRegistry, generate_latest
 
-    collector, registry = Collector(access, store), CollectorRegistry()
+    collector, registry = Collector(access, store, every=every), CollectorRegistry()
     registry.register(collector)  # type: ignore[arg-type]
     ended = threading.Event()
 
