@@ -183,11 +183,14 @@ class FakeEyes:
         return self.metric
 
 
-def inventory(rules: Sequence[Mapping[str, Any]], **more: Any) -> Inventory:
+def inventory(
+    rules: Sequence[Mapping[str, Any]], *, platform: Mapping[str, Any] | None = None, **more: Any
+) -> Inventory:
+    """`platform` and `more` are merged over what the tests have of the platform and of the remediation."""
     return Inventory.model_validate(
         {
             "version": 1,
-            "platform": {"name": "tests"},
+            "platform": {"name": "tests", **(platform or {})},
             "owners": {"team": {"name": "Team"}},
             "environments": {"test": {}},
             "vaults": {"v": {"url": "http://127.0.0.1:1", "auth": {"method": "token", "token": "env://X"}}},

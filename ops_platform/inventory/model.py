@@ -394,6 +394,12 @@ class DagsterWeb(HttpEndpoint):
     url: Url = Field(description="Its address, with the path prefix where it has one.")
 
 
+class Tracing(Strict):
+    """Where traces of incidents go: OTLP over HTTP. Credentials come from OTEL_EXPORTER_OTLP_HEADERS in the environment."""
+
+    endpoint: Url = Field(description="The collector's address; /v1/traces is added to it.")
+
+
 class Platform(Strict):
     """The platform itself."""
 
@@ -406,6 +412,7 @@ class Platform(Strict):
     )
     slack: SlackConfig | None = Field(default=None, description="Without it failed runs are told to nobody.")
     dagster: DagsterWeb | None = Field(default=None, description="Without it no playbook runs a Dagster job.")
+    tracing: Tracing | None = Field(default=None, description="Without it no traces are made.")
     reports: str = Field(
         default="reports", description="Folder for reports, relative to platform.yaml; {state} is expanded."
     )

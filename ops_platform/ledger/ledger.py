@@ -307,7 +307,7 @@ class Ledger:
     def standing(self) -> Standing:
         """How far the ledger, its checkpoints and its outbox are: a few rows are read, however long it is."""
         with self._session() as connection:
-            row = connection.execute(_STANDING).fetchone() or (None,) * 6
+            row: tuple[Any, ...] = connection.execute(_STANDING).fetchone() or (None,) * 6
         pairs = [(row[at], row[at + 1]) if row[at] else None for at in (0, 2, 4)]
         return Standing(*pairs)
 

@@ -8,7 +8,7 @@ changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -52,11 +52,17 @@ from ops_platform.remediation.rules import (
     rule_named,
 )
 from ops_platform.remediation.store import Store
+from ops_platform.tracing import Traces, traces_of
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
 
 _SOONEST, _LATEST = timedelta(seconds=30), timedelta(minutes=15)
+# A step's name in a trace.
+_SPANS = {
+    State.OPEN: "look", State.SUPPRESSED: "look", State.WAITING: "look", State.APPLYING: "resume", State.VERIFYING: "verify",
+    State.UNDOING: "undo",
+}  # fmt: skip
 _PEOPLE = {"approval", "second person"}  # what a person can let through
 
 
@@ -79,6 +85,7 @@ class Worker:
     eyes: Eyes
     actor: str
     clock: Clock = SYSTEM_CLOCK
+    traces: Traces = field(default_factory=Traces, init=False)
 
     def work(self, incident_id: str, version: int | None = None) -> Incident:
         """Bring it as far as it goes now. Raises ConflictError where somebody else works on it, or went on since `version`."""
@@ -93,7 +100,23 @@ class Worker:
                 )
             if incident.state in TOUCHED and incident.state is not State.HELD:
                 incident = self.store.take_over(incident, actor=self.actor)
-            return self._go_on(incident)
+            with traces_of(self.access, incident.id, self.clock) as self.traces:
+                return self._traced(incident)
+
+    def _traced(self, incident: Incident) -> Incident:
+        """`_go_on`, and the whole trace once the incident is over for us."""
+        done = self._go_on(incident)
+        if done.version != incident.version and done.state in (State.CLOSED, State.ESCALATED):
+            ending = done.ending.value if done.ending else done.state.value
+            self.traces.whole(
+                done.signal.starts_at,
+                done.updated_at,
+                incident=done.id,
+                rule=done.rule,
+                playbook=done.playbook,
+                ending=ending,
+            )
+        return done
 
     def _go_on(self, incident: Incident) -> Incident:
         """Step by step, until it rests."""
@@ -117,7 +140,10 @@ class Worker:
         early = incident.state is State.SUPPRESSED and incident.retry_at and self.clock.now() < incident.retry_at
         if early or incident.state not in steps:
             return incident
-        return self._guarded(incident, steps[incident.state])
+        with self.traces.span(_SPANS[incident.state], attempts=incident.attempts) as note:
+            moved = self._guarded(incident, steps[incident.state])
+            note("state", moved.state.value)
+            return moved
 
     def _guarded(self, incident: Incident, step: Callable[[Incident, Decision], Incident]) -> Incident:
         """A step with its rule and playbook; where these cannot be found any more, people have to look."""
@@ -427,7 +453,10 @@ class _Fenced:
         return self.inner.target_id
 
     def plan(self) -> Plan:
-        return self.inner.plan()
+        with self.worker.traces.span("plan") as note:
+            plan = self.inner.plan()
+            note("changes", len(plan.changes))
+            return plan
 
     def check(self, change: Change) -> Applied | None:
         try:
@@ -448,7 +477,9 @@ class _Fenced:
     def apply(self, change: Change) -> Applied:
         self._note(change, {"outcome": "begun", "reason": "begun", "detail": {}})
         try:
-            applied = self.inner.apply(change)
+            with self.worker.traces.span("apply", kind=change.kind) as note:
+                applied = self.inner.apply(change)
+                note("outcome", applied.outcome.value)
         except OpsError as error:
             self._note(change, {"outcome": "failed", "reason": str(error), "detail": {}})
             raise
@@ -456,7 +487,8 @@ class _Fenced:
         return applied
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
-        return self.inner.verify(plan, outcomes)
+        with self.worker.traces.span("check"):
+            return self.inner.verify(plan, outcomes)
 
     def _note(self, change: Change, became: Mapping[str, Any]) -> None:
         if not self._wanted:
@@ -470,7 +502,7 @@ class _Rest(_Fenced):
     """What is left of the admitted plan. Whatever the system would ask for beyond it was not admitted, and is left alone."""
 
     def plan(self) -> Plan:
-        plan = self.inner.plan()
+        plan = super().plan()
         admitted = list((self.incident.plan or {}).get("changes", []))
         return replace(plan, changes=tuple(change for change in plan.changes if change.as_json() in admitted))
 

@@ -2,72 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import urllib3
 import yaml
 
 from benchmarks.comparisons import inventory_of
-from ops_platform.clients.postgres_binaries import free_port
-from tests.integration.wal_rig import eventually
+from tests.dagster_rig import Web
 
-ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
-
-
-class Web:
-    def __init__(self, home: Path) -> None:
-        inventory = home / "platform.yaml"
-        inventory.write_text(yaml.safe_dump(inventory_of(1000), sort_keys=False))
-        (home / "dagster.yaml").write_text("telemetry: { enabled: false }\n")
-        self.url = f"http://127.0.0.1:{free_port()}"
-        self.log = home / "log"
-        command = [
-            sys.executable,
-            "-m",
-            "dagster_webserver",
-            "-w",
-            "workspace.yaml",
-            "-h",
-            "127.0.0.1",
-            "-p",
-            self.url.rpartition(":")[2],
-        ]
-        env = {**os.environ, "DAGSTER_HOME": str(home), "OPS_INVENTORY": str(inventory)}
-        with self.log.open("wb") as out:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out)
-        eventually(self._answers, seconds=240, why=lambda: self.log.read_text()[-3000:])
-
-    def _answers(self) -> bool:
-        assert self.process.poll() is None, self.log.read_text()[-3000:]
-        try:
-            return urllib3.request("GET", f"{self.url}/server_info", timeout=5, retries=False).status == 200
-        except urllib3.exceptions.HTTPError:
-            return False
-
-    def ask(self, query: str) -> Any:
-        answer = urllib3.request("POST", f"{self.url}/graphql", json={"query": query}, timeout=120, retries=False)
-        found = json.loads(answer.data)
-        assert "errors" not in found, found["errors"]
-        return found["data"]
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(60)
 
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[Web]:
+    inventory = tmp_path / "platform.yaml"
+    inventory.write_text(yaml.safe_dump(inventory_of(1000), sort_keys=False))
     made = Web(tmp_path)
-    yield made
-    made.stop()
+    with made.running(inventory):
+        yield made
 
 
 def test_workspace_yaml_loads_and_shows_every_asset_job_and_sensor(web: Web) -> None:

@@ -38,6 +38,8 @@ DOMAINS = (
 RANK = dict.fromkeys(GROUND, 0) | {"inventory": 1, "clients": 2, "ledger": 3, "actions": 4} | dict.fromkeys(DOMAINS, 5)
 # What puts the domains together: modules that stand beside the rooms; the rest of `ops_platform/*.py` is of this kind.
 TOGETHER, ABOVE = 6, 7
+# Traces are spoken by whoever works, and know the inventory alone.
+RANK |= {"tracing": RANK["ledger"]}
 RANK |= {"cli": ABOVE, "resources": ABOVE, "definitions": ABOVE} | dict.fromkeys(LAYER, ABOVE)
 
 # The modules that a domain's `__init__` names as its face; the package itself always is. The nouns (`model`) are plain data.
