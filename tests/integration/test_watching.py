@@ -241,6 +241,10 @@ def test_prometheus_agrees_with_the_rules_that_are_shipped(arguments: list[str])
     assert "SUCCESS" in done.stdout + done.stderr
 
 
+# The worst moment is estimated once so much WAL was archived that its rate is known.
+NOT_MEASURED = ('ops_rto_whole_seconds{target=~"$target"}', 'ops:rto:ratio{target=~"$target"}')
+
+
 class Watched:
     """A Prometheus that scrapes a metrics server and a receiver, behind which everything lives."""
 
@@ -308,7 +312,10 @@ def watched(
 def test_every_query_of_the_dashboard_and_every_rule_is_answered_by_a_real_prometheus(watched: Watched) -> None:
     queries = {target["expr"]: title for title, target in TARGETS}
     assert len(queries) > 40
-    empty = dict(queries)
+    empty = {query: title for query, title in queries.items() if query not in NOT_MEASURED}
+    for query in NOT_MEASURED:
+        assert queries[query]
+        assert watched.graph(query) == []
 
     def answered() -> bool:
         for query in list(empty):
@@ -321,7 +328,7 @@ def test_every_query_of_the_dashboard_and_every_rule_is_answered_by_a_real_prome
     rules = [rule for group in watched.get("rules")["groups"] for rule in group["rules"]]
     assert {rule["health"] for rule in rules} == {"ok"}, rules
     assert len(rules) == len(RULES)
-    assert [point["metric"]["target"] for point in watched.prometheus.query("ops:rto:ratio < 1")] == ["app-db"]
+    assert [point["metric"]["target"] for point in watched.prometheus.query("ops:rpo:ratio < 1")] == ["app-db"]
     kept = watched.prometheus.query("ops_promise_kept")
     assert {(one["metric"]["promise"], one["value"][1]) for one in kept} == {
         (name, "1") for name in ("backup_fresh", "wal_continuous", "proven", "rpo_met", "rto_met")
