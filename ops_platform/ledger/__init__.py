@@ -6,11 +6,10 @@ signs, `pack` the evidence that is verified without us.
 
 from ops_platform.ledger.audit import check_chain
 from ops_platform.ledger.chain import GENESIS, Break, Entry, Finding, LedgerCheck, canonical
-from ops_platform.ledger.ledger import PUBLISHED, Draft, Ledger, LedgerTransaction
+from ops_platform.ledger.ledger import Draft, Ledger, LedgerTransaction
 
 __all__ = [
     "GENESIS",
-    "PUBLISHED",
     "Break",
     "Draft",
     "Entry",

@@ -34,9 +34,6 @@ from ops_platform.ledger.chain import (
     moment,
 )
 
-PUBLISHED = ("action.", "backup.", "incident.")
-"""The kinds that are told to others where the inventory says so: actions, backups and their proofs, incidents."""
-
 _WHERE = "the ledger's database"
 _BATCH = 1000
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ops_platform.errors import CorruptionError, InventoryError, UsageError
@@ -73,6 +73,7 @@ def test_an_envelope_survives_the_way_through_the_store() -> None:
     assert Envelope.parse(json.dumps(url_safe).encode()).signatures["k:v2"] == bytes(range(192, 256))
 
 
+@settings(deadline=None)  # a loaded machine is no defect
 @given(st.binary(max_size=200))
 def test_what_is_no_envelope_is_refused_and_nothing_else_happens(raw: bytes) -> None:
     with pytest.raises(CorruptionError):
@@ -104,6 +105,7 @@ def mark(rows: list[Row], number: int, size: int, at: datetime) -> Mark:
     return Mark(number, size, frontier.root().hex(), rows[size - 1][7], at)
 
 
+@settings(deadline=None)  # a loaded machine is no defect
 @given(st.data())
 def test_honest_clocks_within_the_tolerance_are_never_told(data: st.DataObject) -> None:
     """Each writer's clock is off by at most half the tolerance, and so is the one that signs."""
@@ -117,6 +119,7 @@ def test_honest_clocks_within_the_tolerance_are_never_told(data: st.DataObject) 
     assert (found.ok, found.findings, found.checkpoints) == (True, (), len(marks))
 
 
+@settings(deadline=None)  # a loaded machine is no defect
 @given(st.data())
 def test_whatever_is_rewritten_below_a_mark_is_found(data: st.DataObject) -> None:
     rows = chain([BEGIN + n * MINUTE for n in range(data.draw(st.integers(1, 40)))])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ops_platform.ledger.merkle import EMPTY_ROOT, Frontier, Tree, leaf_hash, verify_consistency, verify_inclusion
@@ -100,6 +100,7 @@ def test_the_published_consistency_proofs(which: tuple[int, int]) -> None:
     assert verify_consistency(first, roots[0], second, roots[1], raw(CONSISTENCY[which]))
 
 
+@settings(deadline=None)  # a loaded machine is no defect
 @given(st.lists(st.binary(max_size=40), min_size=1, max_size=130, unique=True), st.data())
 def test_every_proof_holds_and_for_nothing_else(leaves: list[bytes], data: st.DataObject) -> None:
     tree = Tree.of(leaves)
@@ -128,6 +129,7 @@ def test_every_proof_holds_and_for_nothing_else(leaves: list[bytes], data: st.Da
         assert not verify_consistency(first, first_root, size, root, grown[:number])
 
 
+@settings(deadline=None)  # a loaded machine is no defect
 @given(st.lists(st.binary(max_size=8), max_size=80), st.lists(st.binary(max_size=8), max_size=80))
 def test_a_frontier_that_was_written_down_goes_on_where_it_stopped(before: list[bytes], after: list[bytes]) -> None:
     first = Frontier()
