@@ -325,7 +325,8 @@ class Target(Strict):
     wal: WalArchive = Field(default=WalArchive(), description="How its WAL is kept.")
     backup: BackupPolicy = Field(description="Its policy.")
     maintenance_windows: list[Weekly] = Field(
-        default=[], description="Checked and shown; nothing that is built so far waits for them."
+        default=[],
+        description="When a rule with `maintenance: inside` may act, and one with `outside` may not. Backups and expiry do not wait for them.",
     )
     failure_domain: str | None = Field(
         default=None,
@@ -417,7 +418,7 @@ class Platform(Strict):
         default="reports", description="Folder for reports, relative to platform.yaml; {state} is expanded."
     )
     maintenance_windows: list[Weekly] = Field(
-        default=[], description="Checked and shown; nothing that is built so far waits for them."
+        default=[], description="Checked and shown; nothing waits for them: those of a target or system count."
     )
 
 
