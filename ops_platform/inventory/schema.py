@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-from typing import Any
+from typing import Any, get_args
 
 from ops_platform.inventory.model import Inventory
+from ops_platform.inventory.systems import AnySystem
 
 _REF = "#/$defs/"
 _BY_ENVIRONMENT = ("id", "environment")
@@ -31,6 +32,9 @@ def json_schema() -> dict[str, Any]:
     description = definitions["Environment"]["properties"]["defaults"]["description"]
     definitions["Environment"]["properties"]["defaults"] = defaults | {"description": description}
     definitions["Target"] = target | {"required": list(_BY_ENVIRONMENT)}
+    for system in get_args(get_args(AnySystem)[0]):
+        # An environment may give it, as to a target.
+        definitions[system.__name__]["required"].remove("owner")
     for table in schema["properties"].values():
         if patterns := table.pop("patternProperties", None):
             # As pydantic says it a key that fits no pattern may hold anything.
