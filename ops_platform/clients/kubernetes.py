@@ -13,6 +13,7 @@ import base64
 import binascii
 import ipaddress
 import json
+import logging
 import os
 import re
 import ssl
@@ -617,8 +618,7 @@ def _in_cluster(system_id: str) -> Any:
     """By the pod's service account; its token is read again each minute, as it is rotated."""
     from kubernetes import client, config
 
-    configuration: Any = client.Configuration()
-    configuration.retries = False
+    configuration = _configuration()
     try:
         config.load_incluster_config(client_configuration=configuration)
     except config.ConfigException as error:
@@ -630,11 +630,23 @@ def _in_cluster(system_id: str) -> Any:
     return _named(client.ApiClient(configuration))
 
 
+def _configuration(server: str | None = None) -> Any:
+    """The client's own, which asks nothing twice by itself and leaves the logs of the whole process as they are."""
+    from kubernetes import client
+
+    # Its constructor sets the levels of these, and who looks into urllib3's log for secrets would see nothing any more.
+    levels = {name: logging.getLogger(name).level for name in ("client", "urllib3")}
+    configuration: Any = client.Configuration(host=server)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    configuration.retries = False  # asking again is decided in `Kubernetes`, with its clock
+    return configuration
+
+
 def _api(login: _Login) -> Any:
     from kubernetes import client
 
-    configuration: Any = client.Configuration(host=login.server)
-    configuration.retries = False  # asking again is decided in `Kubernetes`, with its clock
+    configuration = _configuration(login.server)
     configuration.tls_server_name = login.server_name
     configuration.proxy = login.proxy or configuration.proxy
     if login.authorization:

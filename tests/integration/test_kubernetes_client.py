@@ -577,5 +577,18 @@ def test_nothing_secret_is_logged_or_shown(
     assert cluster.get(SECRETS, "s", namespace)["data"]["password"] == value
     with pytest.raises(OpsError) as refused:
         cluster.create(SECRETS, {"metadata": {"name": "s"}, "data": {"password": value}}, namespace)
+    assert f"/api/v1/namespaces/{namespace}/secrets" in caplog.text  # the library does log the requests
     shown = [caplog.text, str(refused.value), repr(cluster), repr(vars(cluster))]
     assert not [text for text in shown if token in text or value in text]
+
+
+@pytest.mark.parametrize("level", [logging.NOTSET, logging.DEBUG, logging.ERROR])
+def test_opening_a_cluster_leaves_the_logs_of_the_process_as_they_are(opened: Open, level: int) -> None:
+    log = logging.getLogger("urllib3")
+    before = log.level
+    try:
+        log.setLevel(level)
+        opened(config("http://127.0.0.1:1")).again().close()
+        assert log.level == level
+    finally:
+        log.setLevel(before)
