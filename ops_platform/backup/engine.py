@@ -123,6 +123,11 @@ class NativeEngine:
             return next(b for b, far in reaches if far.end == end)
         return reaches[-1][0]
 
+    def carried_until(self, backup: BackupInfo, target: RecoveryTarget) -> datetime | None:
+        archive = read_archive(self.repository)
+        reaches = _reaches(archive, [backup], target.timeline) if archive else []
+        return max(backup.ended_at, reaches[0][1].until) if reaches else None
+
     def _no_such_time(
         self, archive: Archive, backups: list[BackupInfo], window: RecoveryWindow, moment: datetime
     ) -> BackupInfo:

@@ -284,6 +284,10 @@ class BackupEngine(Protocol):
         """The newest backup from which `target` can be reached. Raises UsageError with the window where there is none."""
         ...
 
+    def carried_until(self, backup: BackupInfo, target: RecoveryTarget) -> datetime | None:
+        """The last moment (UTC) to which the WAL at hand carries this backup on the target's timeline. None: it restores nothing."""
+        ...
+
     def fetch_base(
         self,
         backup: BackupInfo,
@@ -314,6 +318,11 @@ class WalFetcher(Protocol):
     @property
     def restore_command(self) -> str:
         """For postgresql.conf. Exit 0: there; 1: the store said that it has none; 126 and above: could not ask, recovery must stop."""
+        ...
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the recovery was told to stop: CorruptionError where the archive is to blame. None where it never was."""
         ...
 
     @property

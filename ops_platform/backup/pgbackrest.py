@@ -162,6 +162,10 @@ class PgBackRestEngine:
         # A transaction or a restore point may lie anywhere: the oldest backup reaches every one that is still there.
         return usable[0] if target.kind in ("xid", "name") else usable[-1]
 
+    def carried_until(self, backup: BackupInfo, target: RecoveryTarget) -> datetime | None:
+        _, archive = self._state()
+        return archive.window([backup]).latest if archive else None
+
     def _outside(self, moment: datetime, window: RecoveryWindow | None) -> BackupInfo:
         pieces = window.pieces if window else []
         text = "; ".join(f"{begin:%Y-%m-%d %H:%M:%S} to {end:%Y-%m-%d %H:%M:%S} UTC" for begin, end in pieces)

@@ -139,6 +139,7 @@ class WalFetchAhead:
         self._thread: threading.Thread | None = None
         self._owner: os.stat_result | None = None
         self._pool: ThreadPoolExecutor | None = None
+        self.failure: BaseException | None = None
 
     # Protocol
 
@@ -202,7 +203,7 @@ class WalFetchAhead:
             except OSError as error:  # a full disk: say so to whoever asks, and go on
                 for name in self._names("ask"):
                     with contextlib.suppress(OSError):
-                        self._answer("failed", name, f"{name}: {error}")
+                        self._fail(name, error)
             self._stop.wait(0.01)
 
     def _turn(self) -> None:
@@ -218,7 +219,7 @@ class WalFetchAhead:
         waited_for = name in self._waiting
         self._waiting.discard(name)
         if (error := future.exception()) is not None:
-            self._answer("failed", name, f"{name}: {error}")
+            self._fail(name, error)
         elif not future.result():
             self._failed.add(name)
             if waited_for:
@@ -255,7 +256,7 @@ class WalFetchAhead:
         try:
             plain = self._retrying(name)
         except OpsError as error:
-            self._answer("failed", name, str(error))
+            self._fail(name, error)
             return True
         if plain is None:
             self._answer("absent", name)
@@ -266,6 +267,10 @@ class WalFetchAhead:
             else:
                 self._relist_where_new(name)
         return True
+
+    def _fail(self, name: str, error: BaseException) -> None:
+        self.failure = error
+        self._answer("failed", name, str(error) if isinstance(error, OpsError) else f"{name}: {error}")
 
     def _answer(self, kind: str, name: str, text: str = "") -> None:
         self._write(self._spool / kind / name, text.encode())

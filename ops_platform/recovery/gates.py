@@ -392,6 +392,8 @@ where c.relkind in ('r', 'm', 't') and a.amname = 'heap' and c.relpersistence = 
 
 def amcheck(sandbox: Sandbox, how: str, seed: str) -> tuple[str, Callable[[], Finding]]:
     """pg_amcheck over everything (heapallindexed, parent check, root descent), or over a sample chosen by chance."""
+    from psycopg.conninfo import make_conninfo
+
     program = find_tool("pg_amcheck", sandbox.install.major, ())
     base = [
         program,
@@ -406,7 +408,9 @@ def amcheck(sandbox: Sandbox, how: str, seed: str) -> tuple[str, Callable[[], Fi
     thorough = ["--heapallindexed", "--parent-check", "--rootdescend"]
 
     def run(dbname: str, options: list[str]) -> str:
-        command = [part for part in [*base, "--install-missing=pg_catalog", *options, dbname] if part is not None]
+        # A name of its own could be taken for an option or for a connection string.
+        words = [*base, "--install-missing=pg_catalog", *options, make_conninfo(dbname=dbname)]
+        command = [part for part in words if part is not None]
         done = run_tool(command, timeout=12 * 3600)
         said = (done.stdout + done.stderr).strip()
         if done.returncode == 0:

@@ -96,7 +96,7 @@ def plan(
     room, occupied = _no_room(backups, backup, into), _occupied(into)
     problems = [f"{problem}: {into}" for problem in (room, _NOT_EMPTY if occupied else None) if problem]
     return RestorePlan(
-        target.id, str(recovery), backup, engine.window(), str(into), _needed(backups, backup), shutil.disk_usage(_existing(into)).free,
+        target.id, str(recovery), backup, engine.window(), str(into), needed_bytes(backups, backup), shutil.disk_usage(_existing(into)).free,
         f"PostgreSQL {install.version} in {install.bindir}", problems,
     )  # fmt: skip
 
@@ -310,14 +310,14 @@ def _occupied(into: Path) -> bool:
     return into.exists() and (not into.is_dir() or any(into.iterdir()))
 
 
-def _needed(backups: Sequence[BackupInfo], backup: BackupInfo) -> int:
+def needed_bytes(backups: Sequence[BackupInfo], backup: BackupInfo) -> int:
     """Bytes on disk. A chain lies there twice for a while: its parts and what they are combined to."""
     chain = _chain(backups, backup)
     return sum(part.raw for part in chain) + (backup.raw if len(chain) > 1 else 0)
 
 
 def _no_room(backups: Sequence[BackupInfo], backup: BackupInfo, into: Path) -> str | None:
-    needed, free = _needed(backups, backup) * 1.05, shutil.disk_usage(_existing(into)).free
+    needed, free = needed_bytes(backups, backup) * 1.05, shutil.disk_usage(_existing(into)).free
     return f"{needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free" if needed > free else None
 
 
@@ -426,6 +426,8 @@ def sandbox_tablespaces(
 
 
 def _dump(sandbox: Sandbox, program: Path, target: Target, tables: Sequence[str], file: Path, dbname: str) -> None:
+    from psycopg.conninfo import make_conninfo
+
     fresh = file.with_name(f".{file.name}.new")
     try:
         sandbox.serve()
@@ -433,7 +435,13 @@ def _dump(sandbox: Sandbox, program: Path, target: Target, tables: Sequence[str]
         names = _named(sandbox, tables, dbname)
         server = sandbox.server
         command: list[str] = [str(program), "-Fc", "-h", str(server.sockets), "-p", str(server.socket_port)]
-        command += ["-U", sandbox.superuser, *(part for name in names for part in ("-t", name)), "-d", dbname]
+        command += [
+            "-U",
+            sandbox.superuser,
+            *(part for name in names for part in ("-t", name)),
+            "-d",
+            make_conninfo(dbname=dbname),
+        ]
         with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:  # noqa: PTH123 - the mode counts
             done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, check=False)
         if done.returncode:

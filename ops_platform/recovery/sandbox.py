@@ -57,6 +57,7 @@ _PLAIN = {
     "default_transaction_read_only": "off",
     "session_preload_libraries": "",
 }
+_PREFIX = re.compile(r"^\d{4}-\S+ \S+ \S+ \[\d+\] \w{5} ")
 _LOWER = re.compile(r"(\w+) = -?\d+ is a lower setting than on the primary server, where its value was (\d+)")
 
 
@@ -140,7 +141,8 @@ class Sandbox:
             "full_page_writes": "off",
             "shared_buffers": "128MB",
             "maintenance_work_mem": "128MB",
-            "log_line_prefix": "%m [%p] ",
+            "log_line_prefix": "%m [%p] %e ",
+            "lc_messages": "C",
             "log_statement": "none",
             "jit": "off",
         }
@@ -352,7 +354,19 @@ class Sandbox:
     def why(self) -> str:
         """The lines of the log that say why recovery ended."""
         telling = [line for line in self.log().splitlines() if re.search(r"FATAL|PANIC|ERROR|restore_command", line)]
-        return " | ".join(line.split("] ", 1)[-1] for line in telling[-4:]) or self.server.log_tail(400)
+        return " | ".join(_PREFIX.sub("", line) for line in telling[-4:]) or self.server.log_tail(400)
+
+    def circumstance(self) -> str | None:
+        """What ended the server and says nothing about the data: no room, no memory, somebody's signal, nobody to ask for WAL."""
+        log = self.log()
+        found = re.search(r"\] (53100|53200|58030) (?:FATAL|PANIC): +(.*)", log) or re.search(
+            r"(was terminated by signal (?:9|15))\b()", log
+        )
+        if found:
+            return f"{found[1]} {found[2]}".strip()
+        # The script's own words: what the fetcher knows, it tells with its reason.
+        said = re.search(r"restore_command: (.*)", log)
+        return said[1] if said else None
 
     def stopped_because(self) -> str | None:
         """PostgreSQL's own line on where it stopped, such as `recovery stopping before commit of transaction 789, time …`."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ops_platform import __version__
 from ops_platform.backup.archive import open_target_repository, read_archive
-from ops_platform.backup.engine import open_engine
+from ops_platform.backup.engine import open_engine, span
 from ops_platform.backup.model import (
     BackupEngine,
     BackupInfo,
@@ -41,7 +41,7 @@ from ops_platform.recovery import canary, gates, records
 from ops_platform.recovery.canary import SourceMoment
 from ops_platform.recovery.gates import Record
 from ops_platform.recovery.model import Gate, GateStatus, Objective, Scorecard, Step, Verdict
-from ops_platform.recovery.restore import sandbox_tablespaces
+from ops_platform.recovery.restore import needed_bytes, sandbox_tablespaces
 from ops_platform.recovery.sandbox import Sandbox, network_namespace
 
 if TYPE_CHECKING:
@@ -211,8 +211,20 @@ class Verification:
         if not found:
             raise UsageError(f"there is no backup {self.backup_id}", remedy=f"ops backup list {self.target.id}")
         if self.at is not None:
-            return Choice(found[0], RecoveryTarget("time", self.at), self.at, "asked for")
+            return self._asked_both(found[0], RecoveryTarget("time", self.at), self.at)
         return self._soon_after(found[0], window, "asked for")
+
+    def _asked_both(self, backup: BackupInfo, recovery: RecoveryTarget, moment: datetime) -> Choice:
+        """A moment that this backup cannot reach is no verdict on it: it is refused before anything is restored."""
+        until = self.engine.carried_until(backup, recovery)
+        if until is None or not backup.ended_at <= moment <= until:
+            reaches = "none: its own WAL is not whole" if until is None else span((backup.ended_at, until))
+            raise UsageError(
+                f"{moment.isoformat()} cannot be reached from {backup.backup_id}",
+                where=self.target.id,
+                remedy=f"moments that can be reached from it: {reaches}; without --backup the right one is chosen",
+            )
+        return Choice(backup, recovery, moment, "asked for")
 
     def _by_policy(self, backups: list[BackupInfo], window: RecoveryWindow, seen: SourceMoment) -> Choice:
         how = self.pick or self._turn()
@@ -292,9 +304,9 @@ class Verification:
             ) from None
         home.chmod(0o700)
         run_as().own(home)
-        free, needed = shutil.disk_usage(home).free, self._chosen.backup.raw
+        free, needed = shutil.disk_usage(home).free, needed_bytes(self.engine.list(), self._chosen.backup)
         if free < needed * 1.1:
-            home.rmdir()
+            shutil.rmtree(home)
             raise CouldNotVerifyError(
                 f"the sandbox needs {needed * 1.1 / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
                 where=str(base),
@@ -360,7 +372,7 @@ class Verification:
                 progress=lambda lsn: self.progress("replay", max(0, lsn - choice.backup.start), None),
             )
         except OpsError as error:
-            raise self._replay_error(sandbox, error) from error
+            raise self._replay_error(sandbox, fetcher.failure, error) from error
         finally:
             self.notes += sandbox.notes
         self.because = sandbox.stopped_because()
@@ -368,21 +380,16 @@ class Verification:
         self.replayed = (replayed, time.monotonic() - began)
         return replayed
 
-    def _replay_error(self, sandbox: Sandbox, error: OpsError) -> OpsError:
-        """Whether the backup is to blame for a recovery that did not arrive, or only the circumstances."""
-        said = sandbox.log()
-        why = sandbox.why()
+    def _replay_error(self, sandbox: Sandbox, failure: BaseException | None, error: OpsError) -> OpsError:
+        """Whether the backup is to blame for a recovery that did not arrive, or only the circumstances. `failure`: the fetcher's."""
         if isinstance(error, CouldNotVerifyError):
             return error
-        damage = (
-            "the archive has a gap",
-            "SHA-256 differs",
-            "SHA-1 differs",
-            "does not open",
-            "authentication",
-            "bytes where a segment has",
-        )
-        if "restore_command:" in said and not any(word in said for word in damage):
+        why = sandbox.why()
+        if failure is None and (circumstance := sandbox.circumstance()) is not None:
+            return CouldNotVerifyError(
+                f"the recovery was kept from its work ({circumstance}): {why}", where=self.target.id
+            )
+        if failure is not None and not isinstance(failure, CorruptionError):
             return CouldNotVerifyError(f"the WAL could not be asked for: {why}", where=self.target.id)
         return CorruptionError(
             f"recovery did not reach {self._chosen.recovery}: {why}", where=self._chosen.backup.backup_id
@@ -395,7 +402,7 @@ class Verification:
         assert self.reached is not None  # noqa: S101 - replay came here
         lsn, newest = self.reached
         if choice.recovery.kind == "latest":
-            asked = gates.reached_end(lsn, newest, self._archived(), 16 << 20)
+            asked = gates.reached_end(lsn, newest, *self._archived())
             self.record.check("reached", "It replayed all that is archived", *asked)
         else:
             asked = gates.reached(sandbox, choice.recovery, lsn, newest)
@@ -413,13 +420,14 @@ class Verification:
                 *gates.canary_history(sandbox, dbname, choice.moment, history),
             )
 
-    def _archived(self) -> Lsn | None:
-        """How far the archive reaches on its newest timeline; None where another engine keeps it."""
+    def _archived(self) -> tuple[Lsn | None, int]:
+        """How far the archive reaches on its newest timeline (None where another engine keeps it), and the bytes of a segment."""
         if self.target.repository.engine != "native":
-            return None
+            return None, 0
         archive = read_archive(open_target_repository(self.access, self.target))
-        ends = [(item.timeline, item.end) for item in archive.ranges] if archive else []
-        return max(ends)[1] if ends else None
+        if archive is None or not archive.ranges:
+            return None, 0
+        return max((item.timeline, item.end) for item in archive.ranges)[1], archive.segment_size
 
     def _canary_history(self) -> dict[int, datetime]:
         from ops_platform.clients.postgres import asking
