@@ -36,7 +36,7 @@ from ops_platform.backup.model import (
 from ops_platform.clients.postgres_binaries import find_tool, need_postgres, run_as
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import ConflictError, CouldNotVerifyError, OpsError, UsageError
-from ops_platform.recovery.sandbox import Sandbox
+from ops_platform.recovery.sandbox import Sandbox, temporary_home
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
@@ -373,8 +373,6 @@ def dump_tables(
 
     Raises UsageError naming the tables that were not there at that moment, and where `file` exists.
     """
-    import tempfile
-
     if not tables:
         raise UsageError("no table is named", remedy="--tables shop.orders,shop.order_items")
     if file.exists():
@@ -383,8 +381,7 @@ def dump_tables(
         raise UsageError("there is no such directory", where=str(file.parent), remedy="make it, or name another file")
     backup = open_engine(access, target, clock=clock).choose(recovery)
     program = _pg_dump(target, backup.server_version // 10000)
-    base = Path(target.sandbox.directory or tempfile.gettempdir())
-    home = Path(tempfile.mkdtemp(prefix=f"ops-tables-{target.id}-", dir=base))
+    home = temporary_home(target, "tables")
     home.chmod(0o711)
     try:
         done = restore(

@@ -12,15 +12,20 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ops_platform.backup.model import Lsn, RecoveryTarget
 from ops_platform.clients.postgres_binaries import PgInstall, PostgresServer, run_as, run_tool
+from ops_platform.clients.processes import Process, identify
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import ConflictError, CouldNotVerifyError, OpsError
+
+if TYPE_CHECKING:
+    from ops_platform.inventory import Target
 
 # Must not be smaller than on the primary, or recovery stops (PostgreSQL documentation, "Hot Standby").
 _NOT_SMALLER = (
@@ -78,6 +83,37 @@ def network_namespace() -> tuple[str, ...]:
 def dies_with_us() -> tuple[str, ...]:
     """The words that end a program when the thread that started it ends, so that a kill -9 of ours leaves no server behind."""
     return ("setpriv", "--pdeathsig", "INT", "--") if shutil.which("setpriv") else ()
+
+
+def temporary_home(target: Target, kind: Literal["verify", "tables"]) -> Path:
+    """A new directory below `sandbox.directory` of the target. Those of programs that were killed go; their servers ended with them.
+
+    Raises CouldNotVerifyError where it cannot be made.
+    """
+    base = Path(target.sandbox.directory or tempfile.gettempdir())
+    try:
+        for each in ("verify", "tables"):
+            _sweep(base, f"ops-{each}-{target.id}-*")
+        home = Path(tempfile.mkdtemp(prefix=f"ops-{kind}-{target.id}-", dir=base))
+        me = identify(os.getpid())
+        (home / "owner").write_text(f"{me.pid} {me.started}" if me else "0 0")
+    except OSError as error:
+        raise CouldNotVerifyError(
+            f"the sandbox cannot be made: {error.strerror}",
+            where=str(base),
+            remedy="correct sandbox.directory of the target",
+        ) from None
+    return home
+
+
+def _sweep(base: Path, homes: str) -> None:
+    for home in base.glob(homes):
+        try:
+            pid, started = (int(word) for word in (home / "owner").read_text().split())
+        except (OSError, ValueError):
+            continue  # being made at this moment, or not ours to judge
+        if not Process(pid, started).alive:
+            shutil.rmtree(home, ignore_errors=True)
 
 
 class Sandbox:

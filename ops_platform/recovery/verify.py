@@ -7,11 +7,9 @@ pass. The scorecard is stored whatever the verdict, and the sandbox goes whateve
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -34,7 +32,6 @@ from ops_platform.backup.model import (
     no_progress,
 )
 from ops_platform.clients.postgres_binaries import PgInstall, need_postgres, run_as
-from ops_platform.clients.processes import Process, identify
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import CorruptionError, CouldNotVerifyError, OpsError, UnreachableError, UsageError
 from ops_platform.recovery import canary, gates, records
@@ -42,7 +39,7 @@ from ops_platform.recovery.canary import SourceMoment
 from ops_platform.recovery.gates import Record
 from ops_platform.recovery.model import Gate, GateStatus, Objective, Scorecard, Step, Verdict
 from ops_platform.recovery.restore import needed_bytes, sandbox_tablespaces
-from ops_platform.recovery.sandbox import Sandbox, network_namespace
+from ops_platform.recovery.sandbox import Sandbox, network_namespace, temporary_home
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
@@ -290,18 +287,7 @@ class Verification:
     # The sandbox
 
     def _home(self) -> Path:
-        base = Path(self.target.sandbox.directory or tempfile.gettempdir())
-        try:
-            _sweep(base, self.target.id)
-            home = Path(tempfile.mkdtemp(prefix=f"ops-verify-{self.target.id}-", dir=base))
-            me = identify(os.getpid())
-            (home / "owner").write_text(f"{me.pid} {me.started}" if me else "0 0")
-        except OSError as error:
-            raise CouldNotVerifyError(
-                f"the sandbox cannot be made: {error.strerror}",
-                where=str(base),
-                remedy="correct sandbox.directory of the target",
-            ) from None
+        home = temporary_home(self.target, "verify")
         home.chmod(0o700)
         run_as().own(home)
         free, needed = shutil.disk_usage(home).free, needed_bytes(self.engine.list(), self._chosen.backup)
@@ -309,7 +295,7 @@ class Verification:
             shutil.rmtree(home)
             raise CouldNotVerifyError(
                 f"the sandbox needs {needed * 1.1 / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
-                where=str(base),
+                where=str(home.parent),
                 remedy="free space, or set sandbox.directory of the target",
             )
         return home
@@ -621,17 +607,6 @@ def _objective(name: str, promised: timedelta, measured: float | None, how: str)
 
 def _step_since(name: str, began: float, origin: float) -> Step:
     return Step(name=name, started=round(began - origin, 3), seconds=round(time.monotonic() - began, 3))
-
-
-def _sweep(base: Path, target_id: str) -> None:
-    """Remove the sandboxes of verifications that were killed; their servers ended with them."""
-    for home in base.glob(f"ops-verify-{target_id}-*"):
-        try:
-            pid, started = (int(word) for word in (home / "owner").read_text().split())
-        except (OSError, ValueError):
-            continue  # being made at this moment, or not ours to judge
-        if not Process(pid, started).alive:
-            shutil.rmtree(home, ignore_errors=True)
 
 
 def _random_moment(window: RecoveryWindow, seed: str) -> datetime:

@@ -32,6 +32,8 @@ from ops_platform.errors import (
     UnreachableError,
     UsageError,
 )
+from ops_platform.recovery.model import Verdict
+from ops_platform.recovery.verify import verify
 from tests.integration.memory import in_memory
 from tests.integration.wal_rig import eventually
 from tests.rig import HBA, PASSWORD, Cluster, Platform, missing
@@ -292,6 +294,10 @@ def test_five_thousand_tables_come_back(new_cluster: NewCluster, new_platform: N
     with recovered(platform, only(platform), place) as server, server.connect() as connection:
         assert connection.execute("select count(*) from pg_class where relname like 'many_%'").fetchone()[0] == 5000
         assert connection.execute("select i from many_4900").fetchone()[0] == 4900
+    card = verify(platform.access, platform.target)
+    assert card.verdict is Verdict.PASS, card.reason
+    (reads,) = (gate for gate in card.gates if gate.id == "reads")
+    assert reads.detail["tables"] >= 5000
 
 
 def test_names_with_quotes_spaces_and_other_scripts(
@@ -304,11 +310,15 @@ def test_names_with_quotes_spaces_and_other_scripts(
     cluster.sql(
         f"create role \"{quoted_role}\" login replication in role pg_monitor password '{PASSWORD.replace(chr(39), chr(39) * 2)}'"
     )
+    cluster.sql(f'grant pg_read_all_data to "{quoted_role}"')
+    cluster.sql(f'create schema ops_canary authorization "{quoted_role}"', name)
     cluster.sql('create schema "Шема"; create table "Шема"."a table; --" as select i from generate_series(1, 100) i', name)  # fmt: skip
     platform = new_platform({"app-db": [cluster]}, extra={"connection": {"dbname": name, "user": role}})
     run_backup(platform.access, platform.target)
     with recovered(platform, only(platform), place) as server:
         assert digest(server, '"Шема"."a table; --"', name) == digest(cluster, '"Шема"."a table; --"', name)
+    card = verify(platform.access, platform.target, full=True)
+    assert card.verdict is Verdict.PASS, card.reason
 
 
 # How bytes travel

@@ -36,7 +36,7 @@ from ops_platform.clock import SystemClock
 from ops_platform.errors import CorruptionError, OpsError, UnreachableError, UsageError
 from ops_platform.local.components import COMPONENTS
 from tests.integration.wal_rig import FaultyStore, eventually
-from tests.rig import Cluster, Ground, Platform, scratch
+from tests.rig import Cluster, Ground, Platform, missing, scratch
 
 CONTROL = "global/pg_control"
 
@@ -460,7 +460,7 @@ def small_disk(size: str) -> Iterator[Path]:
     )
     if done.returncode:
         place.rmdir()
-        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
+        missing(f"a small disk ({done.stderr.strip()})", "mounting one takes root")
     try:
         yield place
     finally:

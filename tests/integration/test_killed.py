@@ -280,9 +280,11 @@ def test_a_database_killed_during_its_backup(
     cluster = new_cluster(18)
     platform = new_platform({"app-db": [cluster]}, extra=SLOWLY)
     killed: list[int] = []
+    size = cluster.sql("select sum(pg_database_size(oid))::bigint from pg_database")
+    moment = random.randrange(int(size) * 9 // 10)  # bytes of the backup
 
     def kill(name: str, done: int, total: int | None) -> None:
-        if name == "backup" and not killed:
+        if name == "backup" and done >= moment and not killed:
             killed.append(cluster.sql("select pid from pg_stat_replication"))
             if victim == "the whole server":
                 cluster.server.kill9()
@@ -291,7 +293,7 @@ def test_a_database_killed_during_its_backup(
 
     with pytest.raises(UnreachableError) as caught:
         run_backup(platform.access, platform.target, progress=kill)
-    assert killed
+    assert killed, moment
     assert f"127.0.0.1:{cluster.port}" in str(caught.value)
     nothing_counts(platform)
     if victim == "its process":  # PostgreSQL starts again by itself, and so does a backup

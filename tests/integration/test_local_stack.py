@@ -30,7 +30,7 @@ from ops_platform.errors import OpsError
 from ops_platform.local.components import COMPONENTS, Place, admin, s3_settings
 from ops_platform.local.stack import Stack, opened, present
 from tests.integration.wal_rig import eventually
-from tests.rig import Cluster, scratch
+from tests.rig import Cluster, missing, scratch
 
 ROOT = Path(__file__).parents[2]
 NAMES = [component.name for component in present()]
@@ -425,14 +425,14 @@ def test_reset_stops_and_removes_everything_even_with_a_broken_state(local: Loca
 @pytest.fixture
 def small_disk() -> Iterator[Path]:
     if os.geteuid() != 0:
-        pytest.skip("mounting a small disk takes root")
+        missing("a small disk", "mounting one takes root")
     home = scratch("ops-small-disk-")
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=500m,mode=755", "tmpfs", str(home)], check=False, capture_output=True
     )
     if done.returncode:
         home.rmdir()
-        pytest.skip(f"this machine mounts no tmpfs: {done.stderr.decode().strip()}")
+        missing(f"a small disk ({done.stderr.decode().strip()})", "allow root to mount a tmpfs")
     try:
         yield home
     finally:
@@ -515,7 +515,7 @@ def test_ipv6_is_not_needed(tmp_path_factory: pytest.TempPathFactory) -> None:
     alone = ["unshare", "--net", "sh", "-c", WITHOUT_IPV6, "sh"]
     try:
         if subprocess.run([*alone, "true"], check=False, capture_output=True).returncode:
-            pytest.skip("this machine gives no network namespace without IPv6: that takes root")
+            missing("a network namespace without IPv6", "making one takes root")
         command = [*alone, sys.executable, "-c", UP, str(home / "state")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
         assert done.stdout.strip() == "['vault', 's3', 'platform-db']", done.stderr

@@ -303,6 +303,9 @@ def test_the_newest_backup_that_reaches_the_target_is_chosen(company: Company) -
     assert chosen("xid", "800") == chosen("name", "a point") == company.full
     assert chosen("lsn", str(company.lsn)) == company.incremental
     assert chosen("lsn", str(first.end)) == company.full
+    latest = company.engine.window().latest
+    for backup in (first, second):
+        assert company.engine.carried_until(backup, RecoveryTarget("latest")) == latest
 
 
 def test_a_moment_outside_of_the_window_is_refused_with_the_window(company: Company) -> None:

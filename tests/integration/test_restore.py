@@ -20,6 +20,7 @@ from ops_platform.backup.archive import read_archive
 from ops_platform.backup.basebackup import run_backup
 from ops_platform.backup.model import Lsn, RecoveryTarget
 from ops_platform.backup.receiver import receive_range
+from ops_platform.backup.wal import parse_history
 from ops_platform.clients.postgres_binaries import PostgresServer, find_postgres, find_tool, run_as, run_tool
 from ops_platform.errors import ConflictError, OpsError, UsageError
 from ops_platform.recovery import restore as room
@@ -65,12 +66,17 @@ class Story:
         found = read_archive(self.platform.repository)
         assert found is not None
         timeline, lsn = server.sql("select timeline_id from pg_control_checkpoint()"), position(server)
-        ends = [item.end for item in found.ranges if item.timeline == timeline] or [item.end for item in found.ranges]
-        begin = max(ends)
+        ends = [item.end for item in found.ranges if item.timeline == timeline]
+        begin = max(ends) if ends else fork_of(server, timeline)
         receive_range(self.platform.access, self.platform.target, begin, Lsn.parse(lsn), timeline)
 
     def restore(self, recovery: RecoveryTarget, into: Path, **more: Any) -> Restored:
         return restore(self.platform.access, self.platform.target, recovery, into, **more)
+
+
+def fork_of(cluster: Cluster, timeline: int) -> Lsn:
+    history = cluster.sql("select pg_read_file(%s)", "postgres", f"pg_wal/{timeline:08X}.history")
+    return parse_history(timeline, history.encode())[-1].begin
 
 
 def position(cluster: Cluster) -> str:
@@ -431,6 +437,13 @@ def test_moments_before_and_after_a_fork(place: Path, new_cluster: MakeCluster, 
         story.archive()
         at = position(cluster)
         eventually(lambda: other.sql("select pg_last_wal_replay_lsn() >= %s::pg_lsn", "postgres", at))
+        # The standby is cut off, and the old primary goes on for a while: what it commits now, nobody will go on from.
+        other.sql("alter system set primary_conninfo = ''")
+        other.sql("select pg_reload_conf()")
+        eventually(lambda: cluster.sql("select count(*) from pg_stat_replication") == 0)
+        story.mark("lost")
+        story.mark("lost, too")
+        story.archive()
         cluster.stop()
         other.sql("select pg_promote()")
         fork = other.sql("select clock_timestamp()")
@@ -447,7 +460,14 @@ def test_moments_before_and_after_a_fork(place: Path, new_cluster: MakeCluster, 
         for name, there in expected.items():
             done = story.restore(RecoveryTarget("time", story.marks[name].at), place / name.replace(" ", "-"))
             assert rows(done) == there, name
-        assert fork < story.marks["after"].at
+        assert story.marks["lost"].at < fork < story.marks["after"].at
+        # At the second of the fork, and at a moment that both timelines have: the newest one is followed, unless another is named.
+        for name, wanted, there in (
+            ("at-the-fork", RecoveryTarget("time", fork), ["before"]),
+            ("both", RecoveryTarget("time", story.marks["lost"].at), ["before"]),
+            ("left", RecoveryTarget("time", story.marks["lost"].at, timeline=1), ["before", "lost"]),
+        ):
+            assert rows(story.restore(wanted, place / name)) == there, name
     finally:
         standby.stop("immediate")
         shutil.rmtree(home, ignore_errors=True)
@@ -487,6 +507,51 @@ def test_a_table_that_was_not_there_is_named(story: Story, place: Path) -> None:
         dump_tables(story.platform.access, story.platform.target, wanted, names, place / "lost.dump")
     assert refused.value.what == f'not there at that moment: {QUOTED}, shop.*, shop."open'
     assert not list(place.iterdir())
+
+
+_DUMP = """
+import sys, threading
+from pathlib import Path
+from ops_platform.backup.model import RecoveryTarget
+from ops_platform.clients.access import Access
+from ops_platform.inventory import load
+from ops_platform.recovery import restore as room
+def waiting(*args):
+    print("now", flush=True)
+    threading.Event().wait()
+room._dump = waiting
+with Access(load()) as access:
+    room.dump_tables(access, access.inventory.targets[0], RecoveryTarget("latest"), ["public.mark"], Path(sys.argv[1]))
+"""
+
+
+def test_a_copy_that_a_killed_dump_left_is_removed_by_the_next_one(story: Story, place: Path) -> None:
+    file = place / "lost.dump"
+    child = subprocess.Popen[bytes](
+        [sys.executable, "-c", _DUMP, str(file)], env=story.platform.env, stdout=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    try:
+        assert child.stdout.readline() == b"now\n"
+        (copy,) = story.platform.home.glob("ops-tables-*")
+        assert (copy / "data" / "PG_VERSION").exists()
+        others = story.platform.target.model_copy(update={"id": "app-db"})
+        assert room.temporary_home(others, "tables").parent == copy.parent
+        assert copy.exists(), "its program lives"
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+    dump_tables(
+        story.platform.access,
+        story.platform.target,
+        RecoveryTarget("time", story.marks["three"].at),
+        ["public.mark"],
+        file,
+    )
+    assert not copy.exists()
+    for left in story.platform.home.glob("ops-tables-*"):  # ours, who live
+        shutil.rmtree(left)
 
 
 def test_a_dump_is_never_written_over_a_file(story: Story, place: Path) -> None:
