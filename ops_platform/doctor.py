@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -109,7 +109,7 @@ def _settings(access: Access, target: Target, member: Member) -> Iterator[Found]
     with access.postgres(target, member=member) as connection:
         row = connection.execute(_SETTINGS, [target.wal.slot]).fetchone()
     assert row is not None  # noqa: S101 - a select without a table has a row
-    level, senders, sending, slots, used, keep, summarize, sums, pages, ours = row
+    level, sums, pages = row[0], row[7], row[8]
     major = (member.server_version or 0) // 10000
     supported = 14 <= major <= 18
     yield Found(
@@ -124,6 +124,25 @@ def _settings(access: Access, target: Target, member: Member) -> Iterator[Found]
         level,
         "ALTER SYSTEM SET wal_level = 'replica', then restart",
     )
+    if target.repository.engine == "native":
+        yield from _room(target, major, row)
+    yield Found(
+        "data_checksums",
+        "good" if sums == "on" else "warn",
+        sums,
+        "pg_checksums --enable on the stopped server: without them damage on disk is not noticed",
+    )
+    yield Found(
+        "full_page_writes",
+        "good" if pages == "on" else "bad",
+        pages,
+        "turn it on: a base backup of a live server needs it",
+    )
+
+
+def _room(target: Target, major: int, row: Sequence[Any]) -> Iterator[Found]:
+    """What our own backups and our receiver take of the server, and other tools do not."""
+    _, senders, sending, slots, used, keep, summarize, _, _, ours = row
     # A backup takes one sender, the receiver another.
     free = senders - sending
     yield Found(
@@ -153,25 +172,13 @@ def _settings(access: Access, target: Target, member: Member) -> Iterator[Found]
             summarize,
             "ALTER SYSTEM SET summarize_wal = on, then reload; until then every backup is a full one",
         )
-    yield Found(
-        "data_checksums",
-        "good" if sums == "on" else "warn",
-        sums,
-        "pg_checksums --enable on the stopped server: without them damage on disk is not noticed",
-    )
-    yield Found(
-        "full_page_writes",
-        "good" if pages == "on" else "bad",
-        pages,
-        "turn it on: a base backup of a live server needs it",
-    )
 
 
 _RIGHTS = """
 select (select rolreplication or rolsuper from pg_roles where rolname = current_user), pg_has_role('pg_monitor', 'usage'),
   pg_has_role('pg_read_all_data', 'usage'), to_regnamespace('ops_canary') is not null,
   case when to_regnamespace('ops_canary') is not null then has_schema_privilege('ops_canary', 'create, usage') else false end, current_user,
-  has_database_privilege(current_database(), 'create')
+  has_database_privilege(current_database(), 'create'), has_function_privilege('pg_switch_wal()', 'execute')
 """
 
 
@@ -179,13 +186,22 @@ def _rights(access: Access, target: Target, member: Member) -> Iterator[Found]:
     with access.postgres(target, member=member) as connection:
         row = connection.execute(_RIGHTS).fetchone()
     assert row is not None  # noqa: S101 - a select without a table has a row
-    replicates, monitors, reads, schema, writes, role, creates = row
-    yield Found(
-        "REPLICATION",
-        "good" if replicates else "bad",
-        "granted" if replicates else "missing",
-        f"as a superuser: ALTER ROLE {role} REPLICATION",
-    )
+    replicates, monitors, reads, schema, writes, role, creates, switches = row
+    native = target.repository.engine == "native"
+    if native:
+        yield Found(
+            "REPLICATION",
+            "good" if replicates else "bad",
+            "granted" if replicates else "missing",
+            f"as a superuser: ALTER ROLE {role} REPLICATION",
+        )
+    else:
+        yield Found(
+            "pg_switch_wal",
+            "good" if switches else "bad",
+            "granted" if switches else "missing",
+            f"in {target.connection.dbname}: GRANT EXECUTE ON FUNCTION pg_switch_wal() TO {role}; without it nothing can be verified",
+        )
     yield Found(
         "pg_monitor",
         "good" if monitors else "warn",
@@ -215,6 +231,8 @@ def _rights(access: Access, target: Target, member: Member) -> Iterator[Found]:
             found,
             f"in {target.connection.dbname}: CREATE SCHEMA ops_canary AUTHORIZATION {role}; or verification.canary: false",
         )
+    if not native:
+        return
     try:
         access.replication(target, member).finish()
         yield Found("replication login", "good", "a WAL sender answers")

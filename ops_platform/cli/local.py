@@ -49,7 +49,8 @@ def status(ctx: click.Context, as_json: bool) -> None:
 @local.command()
 @click.argument("name")
 @click.option("-n", "--lines", default=40, show_default=True, help="How many of the last lines.")
-def logs(name: str, lines: int) -> None:
+@json_option
+def logs(name: str, lines: int, as_json: bool) -> None:
     """The end of a server's log."""
     from ops_platform.errors import UsageError
     from ops_platform.local import stack, state_dir
@@ -58,7 +59,11 @@ def logs(name: str, lines: int) -> None:
     known = [component.name for component in COMPONENTS] + ["supervisor"]
     if name not in known:
         raise UsageError(f"there is no server {name!r} in the local stack", remedy=f"one of {', '.join(known)}")
-    click.echo(stack.log_tail(state_dir() / "logs" / f"{name}.log", lines))
+    tail = stack.log_tail(state_dir() / "logs" / f"{name}.log", lines)
+    if as_json:
+        emit(list[str], tail.splitlines())
+    else:
+        click.echo(tail)
 
 
 @local.command()

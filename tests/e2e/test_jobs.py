@@ -70,6 +70,20 @@ class Company:
         assert done.returncode == code, done.stderr[-6000:]
         return done.stderr + done.stdout
 
+    def kill(self, job: str, target: str, moment: Callable[[], object]) -> None:
+        """Begin it, and kill it as soon as `moment` holds."""
+        command = [sys.executable, "-m", "dagster", "job", "execute", "-m", "ops_platform.definitions", "-j", job]
+        command += ["--tags", json.dumps({"dagster/partition": target})]
+        with (self.platform.home / "killed.log").open("wb") as log:
+            run = subprocess.Popen(command, env=self.env, cwd=ROOT, stdout=log, stderr=log)
+        try:
+            said = lambda: (self.platform.home / "killed.log").read_text()[-3000:]  # noqa: E731
+            eventually(lambda: moment() or run.poll() is not None, seconds=180, why=said)
+            assert run.poll() is None, said()
+        finally:
+            run.kill()
+            run.wait(30)
+
     def cards(self, name: str) -> list[Scorecard]:
         return records.scorecards(open_target_repository(self.platform.access, self.target(name)))
 
@@ -167,3 +181,25 @@ def test_a_night_of_all_targets_and_one_that_is_broken(company: Callable[..., tu
     assert "could not be judged: no primary" not in said.split("the steps of c-shop")[-1]
     it.execute("observe_sources", code=1)
     it.execute("check_promises", code=1)
+
+
+def test_a_killed_night_leaves_nothing_that_the_next_one_stumbles_over(
+    company: Callable[..., tuple[Company, Cluster]],
+) -> None:
+    """kill -9 of `dagster job execute` in the middle of a backup, then in the middle of a proof."""
+    it, _ = company(["app-db"])
+    it.platform.body["targets"][0]["backup"]["transfer"]["rate_limit"] = "8MiB"
+    it.platform.reload()
+    it.receive("app-db")
+    it.kill("nightly_backup", "app-db", it.platform.repository.unfinished)
+    assert it.backups("app-db") == []
+    it.kill("nightly_backup", "app-db", lambda: list(it.platform.home.glob("ops-verify-*/data/postmaster.pid")))
+    assert len(it.backups("app-db")) == 1
+    assert it.cards("app-db") == []
+    (left,) = it.platform.home.glob("ops-verify-*")
+    it.execute("nightly_backup", "app-db")
+    (card,) = it.cards("app-db")
+    assert (card.verdict, card.backup_id) == (Verdict.PASS, it.backups("app-db")[-1])
+    assert not list(it.platform.home.glob("ops-verify-*"))
+    running = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not [words for words in running if str(left).encode() in words]

@@ -215,6 +215,28 @@ def test_the_doctor_finds_nothing_bad_where_all_is_well(new_platform: MakePlatfo
     assert "ok   wal_level: replica" in ops(platform, "doctor").stdout
 
 
+def test_the_doctor_asks_a_target_of_another_tool_for_what_its_proof_needs(
+    new_platform: MakePlatform, shared_cluster: Cluster
+) -> None:
+    """Neither REPLICATION nor senders nor a slot; the right to finish a segment, without which nothing can be verified."""
+    shared_cluster.sql("create role prover login password 'x'; grant pg_monitor, pg_read_all_data to prover")
+    try:
+        kept = {"engine": "pgbackrest", "stanza": "billing", "config": "/etc/pgbackrest.conf"}
+        canary = {"verification": {"canary": False}}
+        platform = new_platform({"app-db": [shared_cluster]}, extra={"repository": kept, "backup": canary})
+        (platform.home / "password").write_text("x")
+        platform.body["targets"][0]["connection"]["user"] = "prover"
+        platform.reload()
+        found = examined(platform, 1)
+        assert [what for what, item in found.items() if item.state == "bad"] == ["pg_switch_wal"]
+        assert "GRANT EXECUTE ON FUNCTION pg_switch_wal() TO prover" in found["pg_switch_wal"].remedy
+        assert not {"REPLICATION", "replication login", "max_wal_senders", "slot ops_wal"} & set(found)
+        shared_cluster.sql("grant execute on function pg_switch_wal() to prover")
+        assert examined(platform, 0)["pg_switch_wal"].state == "good"
+    finally:
+        shared_cluster.sql("drop owned by prover; drop role prover")
+
+
 @pytest.mark.parametrize(
     ("settings", "what", "says"),
     [

@@ -161,6 +161,7 @@ def test_status_names_kind_url_pid_and_readiness(local: Local) -> None:
 def test_logs_show_the_end_of_a_servers_log(local: Local) -> None:
     assert "ready to accept connections" in local.ops("logs", "app-db", "-n", "500").stdout
     assert len(local.ops("logs", "vault", "-n", "3").stdout.splitlines()) == 3
+    assert len(json.loads(local.ops("logs", "vault", "-n", "3", "--json").stdout)) == 3
     refused = local.ops("logs", "nobody", code=2)
     assert "platform-db" in refused.stderr
 

@@ -24,7 +24,7 @@ from ops_platform.recovery import canary, records
 from ops_platform.recovery import verify as room
 from ops_platform.recovery.model import GateStatus, Scorecard, Verdict
 from ops_platform.recovery.verify import verify
-from tests.rig import Cluster, Platform
+from tests.rig import Cluster, Platform, eventually
 from tests.unit.test_reports import make_card
 
 MakeCluster = Callable[..., Cluster]
@@ -266,7 +266,7 @@ def test_a_row_after_the_moment_fails(
         at = cluster.sql("select at from ops_canary.canary where mark = 'B' order by id desc limit 1") + timedelta(
             seconds=0.5
         )
-        time.sleep(0.6)
+        eventually(lambda: cluster.sql("select clock_timestamp()") > at)
         later = take(access, target, f"{verification_id}-later", clock)  # a commit after the moved moment
         assert later.canary is not None
         return replace(moment, at=at, recovery=RecoveryTarget("time", at))

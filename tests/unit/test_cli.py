@@ -87,7 +87,7 @@ print([name for name in heavy if name in sys.modules], file=sys.stderr)
 
 READING = [
     ("backup", "list"), ("backup", "show"), ("backup", "verify"), ("wal", "status"), ("inventory", "check"), ("inventory", "show"),
-    ("ledger", "list"), ("ledger", "verify"), ("local", "status"), ("doctor",), ("report",), ("restore",),
+    ("ledger", "list"), ("ledger", "verify"), ("local", "status"), ("local", "logs"), ("doctor",), ("report",), ("restore",),
 ]  # fmt: skip
 
 
