@@ -376,8 +376,8 @@ class Sandbox:
                     errors.append(str(error).strip())
             if self.server.pid is None:
                 raise OpsError(f"recovery ended before its target: {self.why()}", where=str(self.data))
-            # A server that is ending says something else for a moment.
-            ending = any("closed the connection" in said or "shutting down" in said for said in errors)
+            # A server that is ending refuses by its words, or has no ear any more; only an answer is a refusal.
+            ending = any("FATAL:" not in said or "shutting down" in said for said in errors)
             if not ending or self.clock.monotonic() - began > _STOPPING:
                 raise CouldNotVerifyError(
                     f"no role can log in to the restored server: {'; '.join(errors)}", where=str(self.data)

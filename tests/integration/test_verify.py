@@ -206,7 +206,7 @@ def test_a_missing_wal_segment_fails_and_is_named(
 
     monkeypatch.setattr(canary, "take", then_lost)
     card = verify(platform.access, platform.target)
-    assert card.verdict is Verdict.FAIL
+    assert card.verdict is Verdict.FAIL, card.reason
     assert lost[0] in card.reason
 
 

@@ -10,8 +10,10 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psycopg
 import pytest
 
 from ops_platform.backup import engine as engines
@@ -23,7 +25,7 @@ from ops_platform.backup.receiver import receive_range
 from ops_platform.backup.repository import Repository
 from ops_platform.backup.walfetch import WalFetchAhead
 from ops_platform.clients.vault import VaultSession
-from ops_platform.errors import NotThereError, UnreachableError, UsageError
+from ops_platform.errors import CouldNotVerifyError, NotThereError, OpsError, UnreachableError, UsageError
 from ops_platform.local.components import COMPONENTS
 from ops_platform.recovery import canary, gates, records
 from ops_platform.recovery import verify as room
@@ -195,9 +197,31 @@ def test_a_sandbox_without_room_for_its_wal_proves_nothing(
 
 
 def ended(sandbox: Sandbox) -> None:
-    from ops_platform.errors import OpsError
-
     raise OpsError(f"recovery ended before its target: {sandbox.why()}")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "server closed the connection unexpectedly",
+        "connection failed: Connection refused",
+        "FATAL:  the database system is shutting down",
+    ],
+)
+def test_a_server_that_is_ending_is_waited_for_until_it_is_known_why(said: str) -> None:
+    """Its process is there for a moment longer than its ear: that is no word on who may log in."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise psycopg.OperationalError(said)
+
+    server = SimpleNamespace(pid=7, connect=refuse)
+    sandbox = Sandbox.__new__(Sandbox)
+    sandbox.server, sandbox.data = server, Path("data")  # type: ignore[assignment]
+    sandbox.clock = SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda _: setattr(server, "pid", None))  # type: ignore[assignment]
+    sandbox.why = lambda: "the archive has a gap"  # type: ignore[method-assign]
+    with pytest.raises(OpsError, match="recovery ended before its target: the archive has a gap") as ended:
+        sandbox.find_superuser({"postgres": "postgres"})
+    assert not isinstance(ended.value, CouldNotVerifyError)
 
 
 def test_a_source_whose_clock_goes_back_between_the_rows_proves_nothing(
