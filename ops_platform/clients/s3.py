@@ -261,9 +261,8 @@ class S3Store:
     def check(self) -> dict[str, object]:
         """Reads, writes and deletes a probe object; says what the bucket can do. Raises as every other call does."""
         probe = f".ops-probe-{secrets.token_hex(6)}"
-        self._bucket_is_there(
-            probe
-        )  # asked first: there are stores that make a bucket by the way when something is put into it
+        # Asked first: there are stores that make a bucket by the way when something is put into it.
+        self._bucket_is_there(probe)
         self.put(probe, b"probe")
         self.get(probe)
         self.delete(probe)
@@ -289,8 +288,11 @@ class S3Store:
 
     def _bucket_is_there(self, key: str) -> None:
         """HEAD has no body that would tell a missing key from a missing bucket."""
-        if self._call("HEAD", None).status == 404:
+        answer = self._call("HEAD", None)
+        if answer.status == 404:
             raise _no_bucket(self._settings.bucket, self._where(key))
+        if answer.status >= 500:
+            self._ok(answer, None)  # raises: nobody knows whether it is there
 
     def _pages(self, query: dict[str, str], markers: Mapping[str, str]) -> Iterator[ElementTree.Element]:
         """Page after page; `markers` says which parameter of the next call takes which element of the answer."""

@@ -183,8 +183,11 @@ class Worker:
     def _plan_and_apply(
         self, incident: Incident, decision: Decision, *, approved: str | None, approver: str | None
     ) -> Incident:
-        action = _Fenced(decision.playbook.action(self.context(incident, decision)), self, incident)
-        rulings = self.guards(incident, decision, approver)
+        try:
+            action = _Fenced(decision.playbook.action(self.context(incident, decision)), self, incident)
+            rulings = self.guards(incident, decision, approver)
+        except OpsError as error:
+            return self._put_off(incident, [Ruling("plan", False, str(error))])
         try:
             result = run_action(
                 action, ledger=self.store.ledger, guards=rulings, approve_digest=approved, actor=self.actor,
