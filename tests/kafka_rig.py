@@ -73,6 +73,7 @@ SETTINGS = {
     "offsets.topic.num.partitions": "1",
     "transaction.state.log.num.partitions": "1",
     "group.initial.rebalance.delay.ms": "0",
+    "auto.leader.rebalance.enable": "false",  # who leads is for the tests to say, however long they take
     "group.min.session.timeout.ms": "1000",
     "log.initial.task.delay.ms": "200",
     "log.retention.check.interval.ms": "200",
