@@ -21,7 +21,7 @@ from ops_platform.clients.postgres_binaries import PostgresServer, need_postgres
 from ops_platform.clients.processes import Process, identify, spawn, stop
 from ops_platform.errors import OpsError
 from ops_platform.local import sources
-from ops_platform.local.parts import HOST, Component, Place, inventory_file, nothing, program
+from ops_platform.local.parts import HOST, Component, Place, answers, inventory_file, nothing, program
 
 MAJOR = 18
 BUCKET = "ops-backups"
@@ -442,43 +442,35 @@ def _app_finish(place: Place) -> None:
     prepare_shop(place)
 
 
-# The WAL receiver
+# The platform's own servers: the WAL receiver and the metrics
 
 
-def _receiver_mark(place: Place) -> str:
-    return f"ops-local={place.directory}"
+def _own_mark(name: str) -> Callable[[Place], str]:
+    return lambda place: f"ops-local-{name}={place.directory}"
 
 
-def _receiver_start(place: Place) -> Process:
-    listen = f"{HOST}:{place.port('wal-receiver')}"
-    # Python takes any -X and leaves it in peace: it only says to whom the process belongs.
-    command = [
-        sys.executable,
-        "-X",
-        _receiver_mark(place),
-        "-m",
-        "ops_platform.cli.main",
-        "wal",
-        "receive",
-        "--all",
-        "--listen",
-        listen,
-    ]
-    return spawn(
-        command,
-        place.log("wal-receiver"),
-        env={"OPS_STATE_DIR": str(place.directory), "OPS_INVENTORY": str(inventory_file())},
+def _own_start(name: str, *words: str) -> Callable[[Place], Process]:
+    def start(place: Place) -> Process:
+        # Python takes any -X and leaves it in peace: it only says to whom the process belongs.
+        command = [sys.executable, "-X", _own_mark(name)(place), "-m", "ops_platform.cli.main", *words]
+        command += ["--listen", f"{HOST}:{place.port(name)}"]
+        env = {"OPS_STATE_DIR": str(place.directory), "OPS_INVENTORY": str(inventory_file())}
+        return spawn(command, place.log(name), env=env)
+
+    return start
+
+
+def _own(name: str, ready: str, *words: str) -> Component:
+    return Component(
+        name,
+        "ops",
+        lambda place: f"http://{HOST}:{place.port(name)}",
+        _own_start(name, *words),
+        lambda place: answers(f"http://{HOST}:{place.port(name)}{ready}"),
+        nothing,
+        _own_mark(name),
+        port_names=(name,),
     )
-
-
-def _receiver_ready(place: Place) -> bool:
-    import urllib3
-
-    try:
-        answer = urllib3.request("GET", f"http://{HOST}:{place.port('wal-receiver')}/readyz", timeout=2, retries=False)
-    except urllib3.exceptions.HTTPError:
-        return False
-    return answer.status == 200
 
 
 _COMMON = {
@@ -547,15 +539,7 @@ COMPONENTS: tuple[Component, ...] = (
         signal.SIGINT,
         ("app-db",),
     ),
-    Component(
-        "wal-receiver",
-        "ops",
-        lambda place: f"http://{HOST}:{place.port('wal-receiver')}",
-        _receiver_start,
-        _receiver_ready,
-        nothing,
-        _receiver_mark,
-        port_names=("wal-receiver",),
-    ),
+    _own("wal-receiver", "/readyz", "wal", "receive", "--all"),
+    _own("metrics", "/healthz", "metrics", "serve"),
     *sources.COMPONENTS,
 )

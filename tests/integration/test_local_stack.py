@@ -153,7 +153,7 @@ def test_status_names_kind_url_pid_and_readiness(local: Local) -> None:
         assert f"127.0.0.1:{local.place.port(name)}" in item["url"]
     assert {name: item["kind"] for name, item in found.items()} == {
         "vault": "openbao", "s3": "seaweedfs", "platform-db": "postgresql", "app-db": "postgresql", "wal-receiver": "ops",
-        "kafka": "tansu", "redis": "redis", "alertmanager": "alertmanager", "prometheus": "prometheus",
+        "metrics": "ops", "kafka": "tansu", "redis": "redis", "alertmanager": "alertmanager", "prometheus": "prometheus",
     }  # fmt: skip
     assert "wal-receiver" in local.ops("status").stdout
 
