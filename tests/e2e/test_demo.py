@@ -197,8 +197,7 @@ def test_the_demo_twice_interrupted_and_again(newcomer: Newcomer) -> None:
     check(first, newcomer)
     assert_no_secret_is_told(newcomer)
     ready = [line.split()[0] for line in first.splitlines() if " ready (" in line]
-    assert ready[:5] == ["vault", "s3", "platform-db", "app-db", "kafka"]
-    assert "wal-receiver" in ready
+    assert ready[:7] == ["vault", "s3", "platform-db", "app-db", "wal-receiver", "metrics", "kafka"]
 
     interrupt_after_the_damage(newcomer)
     noted = json.loads((newcomer.state / "demo-loss.json").read_text())
