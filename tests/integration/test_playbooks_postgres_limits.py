@@ -41,13 +41,18 @@ def server(shared_cluster: Cluster) -> Iterator[Cluster]:
     """The server that other tests share; left as it was found."""
     auto = shared_cluster.server.directory / "postgresql.auto.conf"
     found = auto.read_text()
+    _clear(shared_cluster)  # a test that broke off in its preparation left something
     yield prepare(shared_cluster)
     auto.write_text(found)
     shared_cluster.sql("select pg_reload_conf()")
-    shared_cluster.sql('drop database "Kü""che"')
+    _clear(shared_cluster)
+
+
+def _clear(cluster: Cluster) -> None:
+    cluster.sql('drop database if exists "Kü""che" with (force)')
     for role in ('"Kü""che"', "cook"):
-        if shared_cluster.sql("select count(*) from pg_roles where quote_ident(rolname) = %s", "postgres", role):
-            shared_cluster.sql(f"drop owned by {role}; drop role {role}")
+        if cluster.sql("select 1 from pg_roles where quote_ident(rolname) = %s", "postgres", role):
+            cluster.sql(f"drop owned by {role}; drop role {role}")
 
 
 class Hurried:
