@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Generator
 from datetime import UTC, datetime
@@ -91,16 +93,20 @@ def daemon(place: Place) -> Generator[None]:
     """Dagster's daemon, which evaluates schedules and sensors and launches runs; ended with everything that it started."""
     log = place.log("demo-daemon")
     command = [sys.executable, "-m", "dagster._daemon", "run", "-m", "ops_platform.definitions"]
-    process = spawn(command, log, env=dagster_home.prepare())
+    # Of its own, for what a killed code server or run leaves in it.
+    scratch = tempfile.mkdtemp(prefix="ops-demo-daemon-")
+    process = spawn(command, log, env={**dagster_home.prepare(), "TMPDIR": scratch})
     try:
         yield
     finally:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGTERM)  # it leads a session of its own
-        if not stop(process):
-            raise OpsError("Dagster's daemon did not end", where=f"pid {process.pid}", remedy="end it by hand")
+        ended = stop(process)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)  # what it started and left
+        shutil.rmtree(scratch, ignore_errors=True)
+        if not ended:
+            raise OpsError("Dagster's daemon did not end", where=f"pid {process.pid}", remedy="end it by hand")
 
 
 def await_end(store: Any, event_id: str, tell: Callable[[str], None], place: Place) -> Any:
