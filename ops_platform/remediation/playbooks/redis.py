@@ -349,6 +349,8 @@ class Failover:
             done = wait_until(lambda: self._is_master(to[0]), clock=self.context.clock, seconds=seconds)
         if not done:
             return Applied(Outcome.FAILED, f"no replica took over within {seconds:g} s; the old master goes on")
+        # The old one learns of it a moment later, and until then says of itself that it is master still.
+        wait_until(lambda: self._now_master(change.object) in to, clock=self.context.clock, seconds=seconds)
         return Applied(Outcome.APPLIED, f"{self._now_master(change.object)} has taken over")
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
