@@ -9,6 +9,7 @@ from datetime import datetime
 from ops_platform.errors import ConflictError, OpsError
 from ops_platform.inventory.base import Mode
 from ops_platform.inventory.model import Inventory
+from ops_platform.remediation.machine import ending_without_signal
 from ops_platform.remediation.model import Incident, Signal, State
 from ops_platform.remediation.rules import Decision, Unresolved, decisions, rule_named, subject_id
 from ops_platform.remediation.store import Opening, Store
@@ -62,16 +63,14 @@ def take(
     # Those that have one already cost nothing, so they do not use up the tick's share.
     fresh = [one for one in wanted if (one.rule.id, one.signal.fingerprint) not in known]
     _reopen(store, inventory, before)
-    opened = store.open_all(
-        [
-            Opening(one.rule.id, subject_id(one), one.rule.playbook, one.signal, proposer(one.rule))
-            for one in fresh[:most]
-        ]
+    opened, left = store.open_all(
+        [Opening(one.rule.id, subject_id(one), one.rule.playbook, one.signal, proposer(one.rule)) for one in fresh],
+        most=most,
     )
     problems = tuple(
         dict.fromkeys(f"rule {one.rule.id}: {one.problem}" for one in wanted if isinstance(one, Unresolved))
     )
-    return Taken(tuple(opened), tuple(ended), max(0, len(fresh) - len(fresh[:most])), unmatched, problems)
+    return Taken(tuple(opened), tuple(ended), left, unmatched, problems)
 
 
 def _end(
@@ -82,11 +81,17 @@ def _end(
     sources = {signal.source for signal in signals} | ({"alertmanager"} if complete else set[str]())
     ended: list[Incident] = []
     for incident in incidents:
-        if incident.signal.is_event or incident.signal.source not in sources or incident.signal_ended_at is not None:
+        if incident.signal.is_event or incident.signal.source not in sources:
             continue
+        if incident.signal_ended_at is not None and ending_without_signal(incident) is None:
+            continue  # noted already; whoever brings it to its end knows
         there = by_print.get(incident.fingerprint)
-        if (there is None and complete) or (there is not None and there.ends_at is not None):
-            at = there.ends_at if there is not None and there.ends_at is not None else now
+        if there is not None and there.ends_at is None and there.starts_at > incident.signal.starts_at:
+            gone = incident.signal_ended_at is not None  # it ended while it was worked on, and this one is another
+        else:
+            gone = (there is None and complete) or (there is not None and there.ends_at is not None)
+        if gone:
+            at = incident.signal_ended_at or (there.ends_at if there is not None and there.ends_at is not None else now)
             try:
                 ended.append(store.end_signal(incident, at, actor=ACTOR))
             except ConflictError:

@@ -36,9 +36,13 @@ def need_allowed(incident: Incident, there: State) -> None:
         raise ConflictError("nothing of it stands that could be undone", where=incident.id)
 
 
-def ending_without_signal(state: State, attempts: int) -> Ending | None:
-    """How an incident ends when its signal does; None where it goes on: what was begun is brought to its end first."""
-    if state in TOUCHED:
+def ending_without_signal(incident: Incident) -> Ending | None:
+    """How an incident ends when its signal does; None where it goes on: what was begun is brought to its end first.
+
+    What was meant for a time and could not be undone then stays with people: that the signal is gone does not take it back.
+    """
+    state, attempts = incident.state, incident.attempts
+    if state in TOUCHED or (state is State.ESCALATED and incident.undo_at is not None):
         return None
     if state is State.ESCALATED:
         return Ending.BY_HAND

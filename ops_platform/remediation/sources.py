@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -48,11 +49,8 @@ class Sources:
         systems = alertmanagers(self._access)
         if not systems:
             raise UsageError("the inventory names no Alertmanager any more", remedy="remediation.alertmanagers")
-        found: Signal | None = None
-        for system in systems:
-            one = self._access.alertmanager(system).look(signal.labels)
-            found = one or found
-        return found
+        looked = [self._access.alertmanager(system).look(signal.labels) for system in systems]
+        return next(iter(_of_several([one for one in looked if one is not None])), None)
 
     def measure(self, check: MetricCheck, incident: Incident) -> tuple[Measured, str]:
         try:
@@ -93,20 +91,42 @@ def poll_alerts(access: Access, store: Store, *, budget: float) -> Polls:
     A cluster that does not answer ends nothing and hides nothing: its watchdog's time runs, and the failure is in the result.
     """
     systems = alertmanagers(access)
-    taken: list[Taken] = []
+    signals: list[Signal] = []
+    watched: list[Taken] = []
     failed: list[str] = []
+    complete = bool(systems)
     for system in systems:
         share = budget / len(systems)
         try:
             polled = access.alertmanager(system).poll(share)
         except OpsError as error:
             failed.append(f"{system.id}: {error}")
-            taken += _watchdog(access, store, system, None)
+            complete = False
+            watched += _watchdog(access, store, system, None)
             continue
-        # Of several clusters none alone says what has ended: their alerts have no mark of where they came from.
-        taken.append(take(store, access.inventory, polled.signals, complete=polled.complete and len(systems) == 1))
-        taken += _watchdog(access, store, system, polled)
-    return Polls(tuple(taken), tuple(failed))
+        signals += polled.signals
+        complete = complete and polled.complete
+        watched += _watchdog(access, store, system, polled)
+    # An alert has no mark of the cluster that it came from: only all of them together say what has ended.
+    return Polls((take(store, access.inventory, _of_several(signals), complete=complete), *watched), tuple(failed))
+
+
+def _of_several(signals: Sequence[Signal]) -> list[Signal]:
+    """One for each fingerprint. What is silenced or inhibited in one cluster is so for us: somebody is at work on it."""
+    found: dict[str, Signal] = {}
+    for signal in signals:
+        there = found.get(signal.fingerprint)
+        found[signal.fingerprint] = (
+            signal
+            if there is None
+            else replace(
+                there,
+                starts_at=min(there.starts_at, signal.starts_at),
+                silenced=there.silenced or signal.silenced,
+                inhibited=there.inhibited or signal.inhibited,
+            )
+        )
+    return list(found.values())
 
 
 def _watchdog(access: Access, store: Store, system: AlertmanagerSystem, polled: object) -> list[Taken]:
@@ -129,8 +149,6 @@ def _watchdog(access: Access, store: Store, system: AlertmanagerSystem, polled: 
 
 def _seen_again(access: Access, store: Store, fingerprint: str, now: datetime) -> Taken:
     """The absence has ended."""
-    from dataclasses import replace
-
     ended = [
         replace(signal, ends_at=now, seen_at=now)
         for signal in store.firing("watchdog")

@@ -234,15 +234,16 @@ class Store:
 
     def open(self, opening: Opening) -> Incident | None:
         """As `open_all`, for one."""
-        return next(iter(self.open_all([opening])), None)
+        return next(iter(self.open_all([opening])[0]), None)
 
-    def open_all(self, openings: Sequence[Opening]) -> list[Incident]:
+    def open_all(self, openings: Sequence[Opening], *, most: int | None = None) -> tuple[list[Incident], int]:
         """The open incident of each rule and fingerprint, made where there is none. The same signal never opens a second one.
 
         A signal whose incident is closed is left out, unless it helped or cleared and the signal goes on for longer than `again_after`.
+        At most `most` are made; the number is of those that are left to be made.
         """
         if not openings:
-            return []
+            return [], 0
         with self.transaction() as t:
             t.connection.execute("select pg_advisory_xact_lock(%s, %s)", [_SPACE, _OPENING])
             rules, fingerprints = [o.rule for o in openings], [o.signal.fingerprint for o in openings]
@@ -253,27 +254,39 @@ class Store:
             ):  # fmt: skip
                 known.setdefault((one.rule, one.fingerprint), []).append(one)
             found: list[Incident] = []
+            made = left = 0
             for opening in openings:
                 there = known.setdefault((opening.rule, opening.signal.fingerprint), [])
                 incident = next((one for one in there if one.is_open), None)
-                if incident is None and (incident := self._made(t, opening, there)) is not None:
+                # What is closed and stays so is passed over, and takes no place from what is new.
+                if incident is None and (number := self._number(opening, there)) is not None:
+                    if most is not None and made >= most:
+                        left += 1
+                        continue
+                    incident = self._made(t, opening, number)
                     there.append(incident)
+                    made += 1
                 if incident is not None:
                     found.append(incident)
-            return found
+            return found, left
 
-    def _made(self, t: LedgerTransaction, opening: Opening, before: Sequence[Incident]) -> Incident | None:
-        now, signal = self.clock.now(), opening.signal
+    def _number(self, opening: Opening, before: Sequence[Incident]) -> int | None:
+        """How many incidents of this very signal were closed before; None where it leads to no other one."""
+        signal = opening.signal
         same = [one for one in before if one.signal.starts_at == signal.starts_at]
         if same and not (
             same[-1].ending in (Ending.HELPED, Ending.CLEARED)
             and same[-1].closed_at is not None
-            and now - same[-1].closed_at >= opening.again_after
+            and self.clock.now() - same[-1].closed_at >= opening.again_after
             and not signal.is_event
         ):
             return None
+        return len(same)
+
+    def _made(self, t: LedgerTransaction, opening: Opening, number: int) -> Incident:
+        now, signal = self.clock.now(), opening.signal
         made = Incident(
-            incident_id(opening.rule, signal.fingerprint, signal.starts_at, len(same)), opening.rule, signal.fingerprint,
+            incident_id(opening.rule, signal.fingerprint, signal.starts_at, number), opening.rule, signal.fingerprint,
             opening.subject, opening.playbook, State.OPEN, signal, now, now, proposed_by=opening.proposed_by,
             reason=f"{signal.name} began at {signal.starts_at:%Y-%m-%d %H:%M:%S} UTC",
         )  # fmt: skip
@@ -313,7 +326,7 @@ class Store:
 
     def end_signal(self, incident: Incident, at: datetime, *, actor: str) -> Incident:
         """The alert ended. What was not begun is closed; what was begun is brought to its end by whoever works on it."""
-        ending = ending_without_signal(incident.state, incident.attempts)
+        ending = ending_without_signal(incident)
         if ending is None:
             with self.transaction() as t:
                 t.connection.execute(
@@ -389,6 +402,13 @@ class Store:
         )
         if done.rowcount != 1:
             raise _moved_on(incident)
+        if to in (State.ESCALATED, State.CLOSED):
+            # Nobody acts on it any more: what it holds is free for others, whichever way it came here. What is known of how it
+            # ended was said by `end_claim`.
+            t.connection.execute(
+                "update ops_remediation.claims set ended_at = %s where incident = %s and ended_at is null",
+                [now, incident.id],
+            )
         moved = replace(incident, version=incident.version + 1, **values)
         self._record(t, moved, actor=actor, was=incident.state)
         return moved
@@ -436,6 +456,7 @@ class Store:
     def due(self, *, lost_after: timedelta = timedelta(minutes=2)) -> list[Incident]:
         """Incidents on which somebody has to go on and nobody is at work: retries, decisions of people, undoing in time, lost runs.
 
+        What may be half changed comes first, then what people decided, then the rest by how long it has been due.
         What has just been opened is left to the run that was asked for then, for as long as `lost_after`.
         """
         now = self.clock.now()
@@ -454,7 +475,8 @@ class Store:
                   or (i.state = 'waiting' and i.retry_at <= %(now)s)
                   or (i.state = 'waiting' and exists (select from ops_remediation.approvals a
                       where a.incident = i.id and a.digest = i.digest and a.expires_at > %(now)s)))
-                order by i.updated_at""",  # pyright: ignore[reportArgumentType] - constants alone
+                order by i.state not in ('applying', 'verifying', 'undoing', 'held'), i.state <> 'waiting',
+                  coalesce(i.retry_at, i.updated_at), i.id""",  # pyright: ignore[reportArgumentType] - constants alone
                 {"lost": now - lost_after, "now": now},
             ).fetchall()
             return [self._select(t, "id = %s", row[0])[0] for row in rows[:500]]

@@ -101,7 +101,13 @@ class Worker:
             if incident.state in TOUCHED and incident.state is not State.HELD:
                 incident = self.store.take_over(incident, actor=self.actor)
             with traces_of(self.access, incident.id, self.clock) as self.traces:
-                return self._traced(incident)
+                try:
+                    return self._traced(incident)
+                except OpsError:
+                    raise
+                except Exception as error:
+                    self._give_up(incident_id, error)
+                    raise
 
     def _traced(self, incident: Incident) -> Incident:
         """`_go_on`, and the whole trace once the incident is over for us."""
@@ -117,6 +123,12 @@ class Worker:
                 ending=ending,
             )
         return done
+
+    def _give_up(self, incident_id: str, error: Exception) -> None:
+        """A mistake of ours in the middle of a change is not made again and again by the runs that follow: people have it."""
+        incident = self.store.get(incident_id)
+        if incident.state in TOUCHED:
+            self._escalate(incident, f"unexpected {type(error).__name__}: {error}", helped=False)
 
     def _go_on(self, incident: Incident) -> Incident:
         """Step by step, until it rests."""
