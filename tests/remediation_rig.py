@@ -7,6 +7,8 @@ test can end a run wherever something is written or changed.
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -15,24 +17,26 @@ from typing import Any, ClassVar
 
 import psycopg
 import pytest
+import yaml
 from pydantic import Field
 
 from ops_platform.actions import Action, Applied, Change, Check, Outcome, Plan, Verification
 from ops_platform.clients.access import Access
 from ops_platform.clients.prometheus import Measured
 from ops_platform.errors import OpsError, UnreachableError
-from ops_platform.inventory import LoadedInventory
+from ops_platform.inventory import LoadedInventory, load
 from ops_platform.inventory.base import Strict
 from ops_platform.inventory.model import Inventory
 from ops_platform.inventory.remediation import MetricCheck
 from ops_platform.ledger import Ledger
 from ops_platform.remediation import playbook as playbook_module
+from ops_platform.remediation.intake import take
 from ops_platform.remediation.model import Incident, Peers, Signal
 from ops_platform.remediation.playbook import Context, Done, Playbook
 from ops_platform.remediation.rules import resolve, rule_named, subject_id
 from ops_platform.remediation.store import Opening, Store
 from ops_platform.remediation.worker import Worker, proposer
-from tests.rig import Cluster
+from tests.rig import PASSWORD, Cluster, scratch
 
 BEGIN = datetime(2026, 3, 1, 3, 0, tzinfo=UTC)
 
@@ -187,24 +191,75 @@ def inventory(
     rules: Sequence[Mapping[str, Any]], *, platform: Mapping[str, Any] | None = None, **more: Any
 ) -> Inventory:
     """`platform` and `more` are merged over what the tests have of the platform and of the remediation."""
-    return Inventory.model_validate(
-        {
-            "version": 1,
-            "platform": {"name": "tests", **(platform or {})},
-            "owners": {"team": {"name": "Team"}},
-            "environments": {"test": {}},
-            "vaults": {"v": {"url": "http://127.0.0.1:1", "auth": {"method": "token", "token": "env://X"}}},
-            "systems": [
-                {"id": name, "kind": "vault", "vault": "v", "environment": "test", "owner": "team", **extra}
-                for name, extra in (
-                    ("hall", {}),
-                    ("attic", {"classification": "restricted"}),
-                    ("cellar", {"failure_domain": "hall"}),
-                )
-            ],
-            "remediation": {"rules": [dict(rule) for rule in rules], **more},
-        }
-    )
+    return Inventory.model_validate(inventory_body(rules, platform=platform, **more))
+
+
+def inventory_body(
+    rules: Sequence[Mapping[str, Any]], *, platform: Mapping[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
+    """As it would stand in a file."""
+    return {
+        "version": 1,
+        "platform": {"name": "tests", **(platform or {})},
+        "owners": {"team": {"name": "Team"}},
+        "environments": {"test": {}},
+        "vaults": {"v": {"url": "http://127.0.0.1:1", "auth": {"method": "token", "token": "env://X"}}},
+        "systems": [
+            {"id": name, "kind": "vault", "vault": "v", "environment": "test", "owner": "team", **extra}
+            for name, extra in (
+                ("hall", {}),
+                ("attic", {"classification": "restricted"}),
+                ("cellar", {"failure_domain": "hall"}),
+            )
+        ],
+        "remediation": {"rules": [dict(rule) for rule in rules], **more},
+    }
+
+
+class Desk:
+    """platform.yaml over a database of its own, as the sensors, the jobs and the commands read it; the lamps are beside it."""
+
+    def __init__(
+        self, cluster: Cluster, stack: contextlib.ExitStack, rules: Sequence[Mapping[str, Any]], **more: Any
+    ) -> None:
+        database = fresh_database(cluster, stack)
+        cluster.sql(f'alter database "{database}" owner to ops_backup')
+        self.home = scratch("ops-desk-")
+        stack.callback(shutil.rmtree, self.home, ignore_errors=True)
+        (self.home / "password").write_text(PASSWORD)
+        (self.home / "password").chmod(0o600)
+        own = {
+            "host": "127.0.0.1", "port": cluster.port, "dbname": database, "user": "ops_backup",
+            "password": f"file://{self.home}/password", "tls": {"mode": "disable"},
+        }  # fmt: skip
+        systems = more.pop("systems", [])
+        body = inventory_body(rules, platform={"database": own}, **more)
+        body["systems"] += [{"environment": "test", "owner": "team", **system} for system in systems]
+        self.file = self.home / "platform.yaml"
+        self.file.write_text(yaml.safe_dump(body, sort_keys=False))
+        self.access = Access(load(self.file))
+        stack.callback(self.access.close)
+        self.store = Store(stack.enter_context(Ledger(self.access.platform_db)))
+        self.eyes = FakeEyes()
+        self.lamps = Lamps(stack.enter_context(cluster.server.connect(fresh_database(cluster, stack))))
+        self.lamps.connection.autocommit = True
+        self.lamps.connection.execute("create table lamps (name text primary key, state text not null)")
+        self.lamps.put("lamp", "on")
+        SwitchOff.lamps = self.lamps
+
+    @property
+    def env(self) -> dict[str, str]:
+        """For a command that works on this inventory."""
+        return {**os.environ, "OPS_INVENTORY": str(self.file), "OPS_ACTOR": "ann"}
+
+    def fire(self, *names: str) -> list[Incident]:
+        """Signals that fire now, and their incidents."""
+        signals = [a_signal(name, at=self.store.clock.now()) for name in names]
+        self.eyes.signals |= {signal.fingerprint: signal for signal in signals}
+        return list(take(self.store, self.access.inventory, signals, complete=False).opened)
+
+    def work(self, incident: Incident) -> Incident:
+        return Worker(self.access, self.store, self.eyes, "run 1").work(incident.id)
 
 
 def a_rule(**more: Any) -> dict[str, Any]:
@@ -294,6 +349,17 @@ def new_engine(shared_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iter
             return engine
 
         yield make
+
+
+@pytest.fixture
+def new_desk(shared_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Desk]]:
+    """Makes desks: `new_desk([a_rule(…)], alertmanagers=["am"], systems=[…])`."""
+    from ops_platform.remediation.playbook import playbooks
+
+    known: dict[str, Playbook[Any]] = {**playbooks(), "toy.switch_off": SwitchOff()}
+    monkeypatch.setattr(playbook_module, "playbooks", lambda: known)
+    with contextlib.ExitStack() as made:
+        yield lambda rules=None, **more: Desk(shared_cluster, made, rules or [a_rule()], **more)
 
 
 def fresh_database(cluster: Cluster, stack: contextlib.ExitStack) -> str:
