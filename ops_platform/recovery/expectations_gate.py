@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ops_platform.recovery.gates import Finding, verdict_of
+from ops_platform.recovery.findings import Finding, verdict_of
 
 if TYPE_CHECKING:
     from ops_platform.recovery.sandbox import Sandbox

@@ -1,27 +1,24 @@
-"""The checks on a restored server: each with its query and its result, each able to fail.
-
-A gate that raises is not passed: damage that PostgreSQL itself names is a failure, everything else could not be checked.
-"""
+"""The checks on a restored server: each with its query and its result, each able to fail."""
 
 from __future__ import annotations
 
 import random
 import re
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from decimal import Decimal
 from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ops_platform.backup.model import Lsn, RecoveryTarget
 from ops_platform.clients.postgres_binaries import find_tool, run_tool
-from ops_platform.errors import CorruptionError, OpsError
+from ops_platform.errors import OpsError
 from ops_platform.recovery import facts
-from ops_platform.recovery.model import Gate, GateStatus
+from ops_platform.recovery.findings import Finding, verdict_of
+from ops_platform.recovery.model import GateStatus
+from ops_platform.recovery.pgmanifest import verify_manifest
 
 if TYPE_CHECKING:
     from ops_platform.recovery.canary import SourceMoment
@@ -29,60 +26,8 @@ if TYPE_CHECKING:
 
 PASSED, FAILED = GateStatus.PASSED, GateStatus.FAILED
 UNCHECKED, NOT_APPLICABLE = GateStatus.COULD_NOT_CHECK, GateStatus.NOT_APPLICABLE
-# SQLSTATE classes with which PostgreSQL names damage: data corrupted, index corrupted, internal error of a page's content.
-_DAMAGE = ("XX001", "XX002", "XX000")
 _SAMPLE_BYTES = 1 << 30
 _SAMPLE_SHARE = 0.2
-
-
-@dataclass(frozen=True)
-class Finding:
-    status: GateStatus
-    result: str
-    detail: dict[str, Any] = field(default_factory=dict[str, Any])
-
-
-def verdict_of(passed: bool, result: str, **detail: Any) -> Finding:
-    return Finding(PASSED if passed else FAILED, result, detail)
-
-
-class Record:
-    """The gates of one verification, in the order in which they were asked."""
-
-    def __init__(self, told: Callable[[str], None] = lambda title: None) -> None:
-        self.gates: list[Gate] = []
-        self._told = told
-
-    def check(self, gate_id: str, title: str, query: str, ask: Callable[[], Finding]) -> Finding:
-        """Ask, time it, write it down. Never raises for what the asking met; KeyboardInterrupt passes."""
-        import psycopg
-
-        self._told(title)
-        began = time.monotonic()
-        try:
-            found = ask()
-        except CorruptionError as error:
-            found = Finding(FAILED, str(error))
-        except OpsError as error:
-            found = Finding(UNCHECKED, str(error))
-        except psycopg.Error as error:
-            said = " ".join(str(error).split())
-            damage = error.sqlstate in _DAMAGE
-            found = Finding(FAILED if damage else UNCHECKED, f"{error.sqlstate or 'no answer'}: {said}")
-        except Exception as error:  # noqa: BLE001 - whatever it was: it is no pass, and the other gates are still asked
-            found = Finding(UNCHECKED, f"{type(error).__name__}: {error}")
-        self.gates.append(
-            Gate(
-                id=gate_id,
-                title=title,
-                status=found.status,
-                query=query.strip(),
-                result=found.result,
-                detail=found.detail,
-                seconds=round(time.monotonic() - began, 3),
-            )
-        )
-        return found
 
 
 # Files
@@ -93,8 +38,6 @@ def manifest(sandbox: Sandbox, tablespaces: int) -> tuple[str, Callable[[], Find
     install = sandbox.install
     program = install.tool("pg_verifybackup")
     if program is None:
-        from ops_platform.recovery.pgmanifest import verify_manifest
-
         return "size and CRC-32C of each file against backup_manifest (pg_verifybackup is not installed here)", (
             lambda: verify_manifest(sandbox.data)
         )

@@ -13,15 +13,14 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+from ops_platform.recovery.findings import Finding, verdict_of
 from ops_platform.recovery.model import GateStatus
 
 # Written after the backup by the restore itself, or never part of a manifest.
 _UNKNOWN = {"backup_manifest", "tablespace_map", "recovery.signal", "standby.signal", "postgresql.auto.conf"}
 
 
-def verify_manifest(directory: Path, workers: int = 2) -> Any:
-    from ops_platform.recovery.gates import Finding, verdict_of
-
+def verify_manifest(directory: Path, workers: int = 2) -> Finding:
     raw = (directory / "backup_manifest").read_bytes()
     try:
         manifest = json.loads(raw)

@@ -36,7 +36,7 @@ from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import CorruptionError, CouldNotVerifyError, OpsError, UnreachableError, UsageError
 from ops_platform.recovery import canary, gates, records
 from ops_platform.recovery.canary import SourceMoment
-from ops_platform.recovery.gates import Record
+from ops_platform.recovery.findings import Finding, Record
 from ops_platform.recovery.model import Gate, GateStatus, Objective, Scorecard, Step, Verdict
 from ops_platform.recovery.restore import needed_bytes, sandbox_tablespaces
 from ops_platform.recovery.sandbox import Sandbox, network_namespace, temporary_home
@@ -334,7 +334,7 @@ class Verification:
         title = "Every file is as the server sent it"
         if self.engine.name == "pgbackrest":
             said = "there is no backup_manifest; pgBackRest compared the SHA-1 of each file with its own while it restored them"
-            found = gates.Finding(GateStatus.NOT_APPLICABLE, said)
+            found = Finding(GateStatus.NOT_APPLICABLE, said)
             self.record.check("manifest", title, "pgbackrest restore", lambda: found)
             return
         spaces = len(list((sandbox.data / "pg_tblspc").glob("*")))
@@ -474,7 +474,7 @@ class Verification:
                 "expectations",
                 title,
                 "",
-                lambda: gates.Finding(GateStatus.NOT_APPLICABLE, "the target names no expectation suite"),
+                lambda: Finding(GateStatus.NOT_APPLICABLE, "the target names no expectation suite"),
             )
             return
         self.record.check(

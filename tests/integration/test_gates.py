@@ -18,7 +18,7 @@ from ops_platform.backup.model import Lsn, RecoveryTarget
 from ops_platform.clients.postgres_binaries import PgInstall, find_postgres, run_as, run_tool
 from ops_platform.recovery import facts, gates
 from ops_platform.recovery.canary import Canary, SourceMoment
-from ops_platform.recovery.gates import Finding, Record
+from ops_platform.recovery.findings import Finding, Record
 from ops_platform.recovery.model import GateStatus
 from ops_platform.recovery.pgmanifest import verify_manifest
 from ops_platform.recovery.sandbox import Sandbox
