@@ -146,7 +146,7 @@ def _pick(context: dg.AssetExecutionContext, config: VerificationConfig) -> str 
 
 
 class NotProvenError(OpsError):
-    """A verification ended without a PASS. Its scorecard is stored all the same."""
+    """A verification ended without a PASS. It is recorded all the same."""
 
 
 def _longest(inventory: Inventory, of: Callable[[Target], timedelta]) -> timedelta:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Literal
 from ops_platform.backup.engine import open_engine
 from ops_platform.backup.model import Manifest, Progress, RecoveryWindow, no_progress
 from ops_platform.clock import SYSTEM_CLOCK, Clock
+from ops_platform.errors import CouldNotVerifyError, OpsError
 from ops_platform.recovery import records
-from ops_platform.recovery.model import Scorecard
+from ops_platform.recovery.model import Scorecard, Verdict
 from ops_platform.recovery.verify import Pick, verify
 
 if TYPE_CHECKING:
@@ -41,14 +42,30 @@ def prove(
     progress: Progress = no_progress,
     clock: Clock = SYSTEM_CLOCK,
 ) -> Proven:
-    """Verify, record, report. Raises what `verify` raises, and OpsError where the record cannot be written."""
+    """Verify, record, report. The ledger's entry needs no key, so that a sealed Vault leaves a record, too.
+
+    Raises what `verify` raises, and OpsError where the record cannot be written: CouldNotVerifyError where nothing was proven either.
+    """
     directory = reports_directory(access)
     card = verify(
         access, target, pick=pick, at=at, backup_id=backup_id, full=full, data_docs=directory / target.id / "data-docs" if report else None,
         progress=progress, clock=clock,
     )  # fmt: skip
-    record(access, card, actor)
-    return Proven(card, write_target_report(access, target, clock=clock) if report else None)
+    proven = card.verdict is not Verdict.COULD_NOT_VERIFY
+    try:
+        record(access, card, actor)
+    except OpsError as error:
+        if proven:
+            raise
+        raise CouldNotVerifyError(
+            f"{card.reason}; nor can the ledger be written: {error.what}", where=error.where, remedy=error.remedy
+        ) from error
+    try:
+        return Proven(card, write_target_report(access, target, clock=clock) if report else None)
+    except OpsError:
+        if proven:
+            raise
+        return Proven(card, None)  # what kept the proof from being made keeps the history from being read, too
 
 
 def record(access: Access, card: Scorecard, actor: str) -> None:
@@ -62,6 +79,8 @@ def record(access: Access, card: Scorecard, actor: str) -> None:
     body = {
         "verification_id": card.verification_id,
         "verdict": card.verdict.value,
+        # In our own words alone: what a check of the data found stays in the scorecard, which can be erased.
+        "why": [gate.result for gate in card.gates if gate.id in ("run", "record")],
         "backup_id": card.backup_id,
         "backup_digest": card.backup_digest,
         "recovery_target": card.recovery_target,

@@ -99,8 +99,10 @@ class Verification:
         self.record = Record(lambda title: progress(title, 0, None))
         self.steps: list[Step] = []
         self.notes: list[str] = []
-        self.engine: BackupEngine = open_engine(access, target, clock=clock)
+        self.backups: list[BackupInfo] = []
         self.choice: Choice | None = None
+        self.chain: list[str] = []
+        self.backup_digest: str | None = None
         self.turn: int | None = None
         self.moment: SourceMoment | None = None
         self.window: RecoveryWindow | None = None
@@ -117,6 +119,7 @@ class Verification:
     def run(self) -> Scorecard:
         home: Path | None = None
         try:
+            self.engine: BackupEngine = open_engine(self.access, self.target, clock=self.clock)
             self._backups()
             self._source()
             self._choose()
@@ -189,9 +192,19 @@ class Verification:
         return good
 
     def _choose(self) -> None:
-        backups = self._backups()
+        self.backups = self._backups()
         self.window = self.engine.window()
-        self.choice = self._decide(backups, self.window)
+        self.choice = self._decide(self.backups, self.window)
+        self._note_chosen(self.choice.backup)
+
+    def _note_chosen(self, backup: BackupInfo) -> None:
+        """Its chain, and the SHA-256 of its manifest object, which names the digest of every block. Ours alone have them."""
+        if self.engine.name != "native":
+            return
+        repository = open_target_repository(self.access, self.target)
+        self.backup_digest = hashlib.sha256(repository.store.get(repository.manifest_key(backup.backup_id))).hexdigest()
+        if backup.parent_id is not None:
+            self.chain = [manifest.backup_id for manifest in repository.chain(backup.backup_id)]
 
     def _decide(self, backups: list[BackupInfo], window: RecoveryWindow) -> Choice:
         if self.backup_id is not None or self.at is not None:
@@ -290,7 +303,7 @@ class Verification:
         home = temporary_home(self.target, "verify")
         home.chmod(0o700)
         run_as().own(home)
-        free, needed = shutil.disk_usage(home).free, needed_bytes(self.engine.list(), self._chosen.backup)
+        free, needed = shutil.disk_usage(home).free, needed_bytes(self.backups, self._chosen.backup)
         if free < needed * 1.1:
             shutil.rmtree(home)
             raise CouldNotVerifyError(
@@ -499,7 +512,7 @@ class Verification:
             target_id=self.target.id,
             environment=self.target.environment,
             classification=self.target.classification.value,
-            engine=self.engine.name,
+            engine=self.target.repository.engine,
             verdict=verdict,
             reason=reason,
             started_at=self.started_at,
@@ -507,7 +520,7 @@ class Verification:
             backup_id=choice.backup.backup_id if choice else None,
             backup_kind=choice.backup.kind.value if choice else None,
             backup_ended_at=choice.backup.ended_at if choice else None,
-            chain=self._chain(),
+            chain=self.chain,
             picked=choice.picked if choice else "nothing",
             turn=self.turn,
             recovery_target=str(choice.recovery) if choice else "none",
@@ -520,26 +533,11 @@ class Verification:
             steps=self.steps,
             gates=self.record.gates,
             notes=list(dict.fromkeys(notes)),
-            backup_digest=self._digest(),
+            backup_digest=self.backup_digest,
             window_earliest=window.earliest if window else None,
             window_latest=window.latest if window else None,
             written_by=f"ops_platform {__version__}",
         )
-
-    def _chain(self) -> list[str]:
-        if self.choice is None or self.choice.backup.parent_id is None:
-            return []
-        repository = records.repository_of(self.access, self.target)
-        if repository is None or self.engine.name != "native":
-            return []
-        return [manifest.backup_id for manifest in repository.chain(self.choice.backup.backup_id)]
-
-    def _digest(self) -> str | None:
-        """SHA-256 of the manifest object, which names the digest of every block."""
-        repository = records.repository_of(self.access, self.target)
-        if self.choice is None or repository is None or self.engine.name != "native":
-            return None
-        return hashlib.sha256(repository.store.get(repository.manifest_key(self.choice.backup.backup_id))).hexdigest()
 
     def _objectives(self) -> list[Objective]:
         promised = self.target.objectives
@@ -588,11 +586,7 @@ class Verification:
         if self.choice is None or self.reached is None:
             return None
         lsn, moment = self.reached[0], self.choice.moment
-        known = [
-            b
-            for b in self.engine.list()
-            if b.error is None and b.system_identifier == self.choice.backup.system_identifier
-        ]
+        known = [b for b in self.backups if b.system_identifier == self.choice.backup.system_identifier]
         day = [b for b in known if timedelta(hours=1) <= moment - b.ended_at <= timedelta(days=1) and b.end < lsn]
         if not day:
             return None
@@ -629,14 +623,26 @@ def verify(
 ) -> Scorecard:
     """Prove a target's backups: what the policy picks, or a backup or a moment that is asked for. `full`: everything is looked at.
 
-    Never raises for what is wrong with the backup, the store or the source: that is the verdict. Raises UsageError for a moment or a
-    backup that does not exist, and OpsError where the scorecard cannot be stored: a proof that nobody can read later is none.
+    Never raises for what is wrong with the backup, the store, the keys or the source: that is the verdict. Raises UsageError for a moment
+    or a backup that does not exist. A scorecard that cannot be stored makes COULD_NOT_VERIFY: a proof that nobody can read later is none.
     """
     running = Verification(
         access, target, pick=pick, at=at, backup_id=backup_id, full=full, data_docs=data_docs, progress=progress, clock=clock
     )  # fmt: skip
     card = running.run()
-    repository = records.repository_of(access, target)
-    if repository is not None:
-        records.keep(repository, card)
+    try:
+        repository = records.repository_of(access, target)
+        if repository is not None:
+            records.keep(repository, card)
+    except OpsError as error:
+        return _not_stored(card, error)
     return card
+
+
+def _not_stored(card: Scorecard, error: OpsError) -> Scorecard:
+    gate = Gate(
+        id="record", title="The scorecard is stored", status=GateStatus.COULD_NOT_CHECK, query="", result=str(error), seconds=0
+    )  # fmt: skip
+    found = [*card.gates, gate]
+    verdict, reason = verdict_of(found)
+    return card.model_copy(update={"gates": found, "verdict": verdict, "reason": reason})

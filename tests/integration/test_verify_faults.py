@@ -24,17 +24,21 @@ from ops_platform.backup.model import BackupInfo, Lsn, RecoveryTarget, segment_s
 from ops_platform.backup.receiver import receive_range
 from ops_platform.backup.repository import Repository
 from ops_platform.backup.walfetch import WalFetchAhead
+from ops_platform.clients.postgres_binaries import free_port
 from ops_platform.clients.vault import VaultSession
 from ops_platform.errors import CouldNotVerifyError, NotThereError, OpsError, UnreachableError, UsageError
+from ops_platform.ledger import Ledger
 from ops_platform.local.components import COMPONENTS
 from ops_platform.recovery import canary, gates, records
 from ops_platform.recovery import verify as room
-from ops_platform.recovery.model import GateStatus, Verdict
+from ops_platform.recovery.model import GateStatus, Scorecard, Verdict
 from ops_platform.recovery.restore import dump_tables, restore
 from ops_platform.recovery.sandbox import Sandbox
 from ops_platform.recovery.verify import verify
+from tests.integration.test_commands import ops
 from tests.integration.test_verify import filled, result, statuses
 from tests.integration.wal_rig import FaultyStore, eventually
+from tests.ledger_rig import Database
 from tests.rig import HBA, Cluster, Ground, Platform, missing
 
 MakeCluster = Callable[..., Cluster]
@@ -154,31 +158,80 @@ def root(ground: Ground) -> Any:
     return hvac.Client(url=f"http://127.0.0.1:{place.port('vault')}", token=place.secret("vault.root_token"))
 
 
-def test_a_key_service_that_is_sealed_during_replay_proves_nothing(
-    ground: Ground, new_cluster: MakeCluster, new_platform: MakePlatform, monkeypatch: pytest.MonkeyPatch
+@contextlib.contextmanager
+def open_again(ground: Ground) -> Iterator[None]:
+    """The key service that a test seals is everybody's: it is unsealed before the next one."""
+    vault = next(component for component in COMPONENTS if component.name == "vault")
+    try:
+        yield
+    finally:
+        eventually(lambda: vault.ready(ground.place) and not root(ground).sys.is_sealed())
+
+
+@pytest.mark.parametrize("when", ["during replay", "at its end"])
+def test_a_key_service_that_is_sealed_in_the_middle_proves_nothing(
+    when: str, ground: Ground, new_cluster: MakeCluster, new_platform: MakePlatform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """At its end all gates have passed: what cannot be stored is no proof all the same."""
     cluster = filled(new_cluster(18))
     platform = new_platform({"app-db": [cluster]})
     run_backup(platform.access, platform.target)
     cluster.sql("select pg_switch_wal()")
     receive_all(platform, cluster)
     platform.reload()  # which has opened no data key yet
-    impatient(monkeypatch)
-    before_replay(monkeypatch, lambda _engine: root(ground).sys.seal())
-    vault = next(component for component in COMPONENTS if component.name == "vault")
-    broken_off = room.Verification._broken_off
+    if when == "during replay":
+        impatient(monkeypatch)
+        before_replay(monkeypatch, lambda _engine: root(ground).sys.seal())
+    else:
+        made = room.Verification._scorecard
 
-    def unsealed(self: room.Verification, *args: Any) -> None:
-        broken_off(self, *args)
-        eventually(lambda: vault.ready(ground.place) and not root(ground).sys.is_sealed())  # to seal the scorecard with
+        def then_sealed(self: room.Verification) -> Scorecard:
+            card = made(self)
+            assert card.verdict is Verdict.PASS, card.reason
+            root(ground).sys.seal()
+            return card
 
-    monkeypatch.setattr(room.Verification, "_broken_off", unsealed)
-    try:
+        monkeypatch.setattr(room.Verification, "_scorecard", then_sealed)
+    with open_again(ground):
         card = verify(platform.access, platform.target)
-    finally:
-        eventually(lambda: vault.ready(ground.place) and not root(ground).sys.is_sealed())
     assert card.verdict is Verdict.COULD_NOT_VERIFY, card.reason
     assert "sealed" in card.reason
+    assert statuses(card)["record"] is GateStatus.COULD_NOT_CHECK
+    assert platform.repository.proofs() == []
+
+
+def test_where_no_key_is_to_be_had_the_ledger_says_why_nothing_was_verified(
+    ground: Ground, new_cluster: MakeCluster, new_platform: MakePlatform
+) -> None:
+    cluster = filled(new_cluster(18))
+    platform = new_platform({"app-db": [cluster]})
+    database = Database(cluster)
+    cluster.sql(f"alter role {database.name} password 'pw'")
+    (platform.home / "ledger").write_text("pw")
+    (platform.home / "ledger").chmod(0o600)
+    own = {"host": "127.0.0.1", "port": cluster.port, "dbname": database.name, "user": database.name}
+    platform.body["platform"]["database"] = {**own, "password": f"file://{platform.home}/ledger", "tls": {"mode": "disable"}}  # fmt: skip
+    platform.reload()
+    run_backup(platform.access, platform.target)
+    with open_again(ground):
+        root(ground).sys.seal()
+        sealed = ops(platform, "backup", "verify", "app-db", code=3)
+    assert "COULD NOT VERIFY" in sealed.stdout.upper().replace("_", " ")
+    assert "Vault is sealed" in sealed.stdout
+    platform.body["vaults"]["v"]["url"] = f"http://127.0.0.1:{free_port()}"
+    platform.reload()
+    away = ops(platform, "backup", "verify", "app-db", "--json", code=3)
+    assert '"verdict": "COULD_NOT_VERIFY"' in away.stdout
+    with Ledger(platform.access.platform_db) as ledger:
+        first, second = (entry.body for entry in ledger.entries(kind="backup.verification"))
+    assert (first["verdict"], second["verdict"]) == ("COULD_NOT_VERIFY", "COULD_NOT_VERIFY")
+    assert first["gates"] == {"run": "could_not_check", "record": "could_not_check"}
+    assert all("Vault is sealed" in why for why in first["why"])
+    assert all("does not answer" in why for why in second["why"])
+    # No record either: that is said, and still no failure of the backup.
+    platform.body["platform"]["database"]["port"] = free_port()
+    platform.reload()
+    assert "nor can the ledger be written" in ops(platform, "backup", "verify", "app-db", code=3).stderr
 
 
 def test_a_sandbox_without_room_for_its_wal_proves_nothing(
