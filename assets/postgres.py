@@ -126,7 +126,7 @@ def build_assets(inventory: Inventory) -> tuple[list[Any], list[dg.AssetChecksDe
                 access, target, pick=_pick(context, config),  # type: ignore[arg-type]
                 at=at, full=config.full, actor=f"dagster run {context.run_id}", progress=_log_steps(context),
             )  # fmt: skip
-            metadata = proof_metadata(proof)
+            metadata = proof_metadata(target, proof)
             if proof.scorecard.verdict is not Verdict.PASS:
                 context.log_event(dg.AssetObservation(PITR_VERIFICATION, partition=target.id, metadata=metadata))
                 raise NotProvenError(f"{proof.scorecard.verdict.value}: {proof.scorecard.reason}")
@@ -327,8 +327,11 @@ def backup_metadata(manifest: Any) -> dict[str, Any]:
     }
 
 
-def proof_metadata(proof: Any) -> dict[str, Any]:
+def proof_metadata(target: Target, proof: Any) -> dict[str, Any]:
+    from ops_platform.reports.pictures import as_markdown, history_picture, proof_picture
+
     card = proof.scorecard
+    history = history_picture(target, proof.history)
     metadata: dict[str, Any] = {
         "verdict": card.verdict.value,
         "reason": card.reason[:2000],
@@ -337,7 +340,8 @@ def proof_metadata(proof: Any) -> dict[str, Any]:
         "recovery target": card.recovery_target,
         "strength": card.strength,
         "gates": dg.MetadataValue.md(gates_table(card.gates)),
-        "steps": dg.MetadataValue.md(steps_plot(card.steps)),
+        "restore": dg.MetadataValue.md(as_markdown(proof_picture(target, card), "the steps of the restore")),
+        "history": dg.MetadataValue.md(as_markdown(history, "RPO and RTO of past verifications")),
     }
     for objective in card.objectives:
         if objective.measured_seconds is not None:
@@ -356,16 +360,3 @@ def gates_table(gates: Sequence[Any]) -> str:
 def _cell(text: str) -> str:
     flat = " ".join(text.split()).replace("|", "\\|")
     return flat if len(flat) <= 200 else f"{flat[:199]}…"
-
-
-def steps_plot(steps: Sequence[Any]) -> str:
-    """A timeline in text, which every Markdown viewer shows: one character is a fiftieth of the whole."""
-    return "```\n" + "\n".join(_bars(steps)) + "\n```"
-
-
-def _bars(steps: Sequence[Any]) -> Iterator[str]:
-    whole = max((step.started + step.seconds for step in steps), default=1.0) or 1.0
-    for step in steps:
-        begin = int(step.started / whole * 50)
-        length = max(1, int(step.seconds / whole * 50))
-        yield f"{step.name:12} {' ' * begin}{'█' * length} {step.seconds:.2f} s"

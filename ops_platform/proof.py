@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -25,8 +26,11 @@ HISTORY = 400  # scorecards that a report looks back on
 
 @dataclass(frozen=True)
 class Proven:
+    """`history`: what the report looked back on, this verification among it; this one alone where no report was written."""
+
     scorecard: Scorecard
     report: Path | None
+    history: list[Scorecard]
 
 
 def prove(
@@ -60,12 +64,15 @@ def prove(
         raise CouldNotVerifyError(
             f"{card.reason}; nor can the ledger be written: {error.what}", where=error.where, remedy=error.remedy
         ) from error
+    if not report:
+        return Proven(card, None, [card])
     try:
-        return Proven(card, write_target_report(access, target, clock=clock) if report else None)
+        history = look_back(access, target)
+        return Proven(card, write_target_report(access, target, history, clock=clock), history or [card])
     except OpsError:
         if proven:
             raise
-        return Proven(card, None)  # what kept the proof from being made keeps the history from being read, too
+        return Proven(card, None, [card])  # what kept the proof from being made keeps the history from being read, too
 
 
 def record(access: Access, card: Scorecard, actor: str) -> None:
@@ -137,17 +144,23 @@ class Glance:
     window: RecoveryWindow
 
 
-def write_target_report(access: Access, target: Target, *, clock: Clock = SYSTEM_CLOCK) -> Path:
-    """The target's page and the page over all targets. The target is read from its store, the others as their pages were."""
+def look_back(access: Access, target: Target) -> list[Scorecard]:
+    """The newest verifications of the target that the store keeps, oldest first."""
+    repository = records.repository_of(access, target)
+    return records.scorecards(repository, newest=HISTORY) if repository is not None else []
+
+
+def write_target_report(
+    access: Access, target: Target, cards: Sequence[Scorecard], *, clock: Clock = SYSTEM_CLOCK
+) -> Path:
+    """The target's page over these verifications, and the page over all targets, of which the others are read as their pages were."""
     from pydantic import TypeAdapter
 
     from ops_platform.reports.html import target_report, write_report
 
-    repository = records.repository_of(access, target)
-    cards = records.scorecards(repository, newest=HISTORY) if repository is not None else []
     engine = open_engine(access, target, clock=clock)
     window = engine.window()
-    backups = records.with_proofs(engine.list(), repository)
+    backups = records.with_proofs(engine.list(), records.repository_of(access, target))
     newest = cards[-1] if cards else None
     html = target_report(target, newest, cards, window, backups, generated_at=clock.now())
     page = write_report(reports_directory(access), target.id, html)

@@ -87,13 +87,14 @@ class TargetState:
     received: int = 0
     durable: int = 0
     server_end: int = 0
+    server_asked: bool = False  # whether `server_end` is what the server answered at the last question
     behind_since: float | None = (
         None  # monotonic: the oldest bytes here that are not durable; the end of the stream while there is none
     )
     segments: int = 0
     partials: int = 0
     raw_bytes: int = 0
-    gaps: int = 0
+    gaps: int | None = None  # as the store has them; None before it was looked at
     reconnects: int = 0
     last_error: str | None = None
     last_error_kind: str | None = None
@@ -101,12 +102,16 @@ class TargetState:
     alive_at: float = 0.0  # monotonic
 
     @property
-    def lag_bytes(self) -> int:
-        return max(0, self.server_end - self.durable)
+    def lag_bytes(self) -> int | None:
+        """None where it is not known: nothing was received yet, or the server cannot be asked how far it is."""
+        known = self.server_asked if self.phase != "streaming" else self.server_end > 0
+        return max(0, self.server_end - self.durable) if known and self.durable else None
 
-    def lag_seconds(self, now: float) -> float:
-        """It grows while nothing is received, whatever the server writes meanwhile: nobody would know of it."""
-        return 0.0 if self.behind_since is None else max(0.0, now - self.behind_since)
+    def lag_seconds(self, now: float) -> float | None:
+        """It grows while nothing is received, whatever the server writes meanwhile: nobody would know of it. None at the very beginning."""
+        if self.behind_since is not None:
+            return max(0.0, now - self.behind_since)
+        return 0.0 if self.phase == "streaming" else None
 
 
 class DataKeys:
@@ -683,13 +688,18 @@ class TargetReceiver:
             self._slot_check = self._pool.submit(self._check_slot)
 
     def _check_slot(self) -> None:
-        with contextlib.suppress(OpsError):
+        state = self.state
+        try:
             slot = slot_state(self.access, self.target)
-            self.state.slot_status = slot.wal_status if slot else "missing"
-            self.state.slot_retained = slot.retained if slot else None
-            if slot is not None and slot.restart_lsn is not None and slot.retained is not None:
-                # While nothing is received the server's position is known by this question alone.
-                self.state.server_end = max(self.state.server_end, slot.restart_lsn + slot.retained)
+        except OpsError:
+            state.slot_status, state.slot_retained, state.server_asked = None, None, False
+            return
+        state.slot_status = slot.wal_status if slot else "missing"
+        state.slot_retained = slot.retained if slot else None
+        state.server_asked = slot is not None and slot.restart_lsn is not None and slot.retained is not None
+        if slot is not None and slot.restart_lsn is not None and slot.retained is not None:
+            # While nothing is received the server's position is known by this question alone.
+            state.server_end = max(state.server_end, slot.restart_lsn + slot.retained)
 
     def _goodbye(self, segments: Segments) -> None:
         """Store what was received, whatever ended the stream: the server's disk may be gone."""

@@ -1,36 +1,36 @@
-"""The receiver seen from outside: Prometheus metrics, health, readiness. No secrets, no data."""
+"""The receiver seen from outside: Prometheus metrics, health, readiness. No secrets, no data.
+
+What is not known of a target has no sample: a distance to a server that cannot be asked is not 0.
+"""
 
 from __future__ import annotations
 
 import json
-import socket
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ops_platform.backup.receiver import TargetState
 from ops_platform.clock import SYSTEM_CLOCK
-from ops_platform.errors import UsageError
+from ops_platform.serving import Handler, Page, Server, listen, metrics_page
 
 if TYPE_CHECKING:
     from ops_platform.backup.receiver import Receiver
 
 STUCK_AFTER = 180.0  # seconds without a sign of life of a target's thread
 
-# name: (what it is, counter or gauge, how it is read from the state)
+# name: (what it is, counter or gauge, how it is read from the state; None where it is not known)
 METRICS: dict[str, tuple[str, str, Callable[[TargetState], float | None]]] = {
     "ops_wal_streaming": ("1 while WAL is being received.", "gauge", lambda s: s.phase == "streaming"),
-    "ops_wal_lag_bytes": ("WAL of the server that is not yet durable in the store, as far as the server could be asked.", "gauge", lambda s: s.lag_bytes),
+    "ops_wal_lag_bytes": ("WAL of the server that is not yet durable in the store; absent while the server cannot be asked.", "gauge", lambda s: s.lag_bytes),
     "ops_wal_lag_seconds": (
-        "Age of the oldest received bytes that are not yet durable; time since the stream ended while there is none.",
+        "Age of the oldest received bytes that are not yet durable; time since the stream ended, or was first tried, while there is none.",
         "gauge", lambda s: s.lag_seconds(SYSTEM_CLOCK.monotonic()),
     ),
-    "ops_wal_received_lsn_bytes": ("Position received.", "gauge", lambda s: s.received),
-    "ops_wal_durable_lsn_bytes": ("Position durable in the store.", "gauge", lambda s: s.durable),
+    "ops_wal_received_lsn_bytes": ("Position received.", "gauge", lambda s: s.received or None),
+    "ops_wal_durable_lsn_bytes": ("Position durable in the store.", "gauge", lambda s: s.durable or None),
     "ops_wal_timeline": ("Timeline being received.", "gauge", lambda s: s.timeline),
     "ops_wal_slot_retained_bytes": ("WAL that the slot holds back on the server.", "gauge", lambda s: s.slot_retained),
-    "ops_wal_slot_lost": ("1 when the slot is missing or lost its WAL.", "gauge", lambda s: s.slot_status in ("lost", "missing")),
+    "ops_wal_slot_lost": ("1 when the slot is missing or lost its WAL.", "gauge", lambda s: s.slot_status in ("lost", "missing") if s.slot_status else None),
     "ops_wal_segments": ("Whole segments stored.", "counter", lambda s: s.segments),
     "ops_wal_partials": ("Unfinished segments stored.", "counter", lambda s: s.partials),
     "ops_wal_raw_bytes": ("Bytes of WAL stored in whole segments, before compression.", "counter", lambda s: s.raw_bytes),
@@ -51,7 +51,9 @@ class _Collector:
         for name, (what, kind, read) in METRICS.items():
             family = (CounterMetricFamily if kind == "counter" else GaugeMetricFamily)(name, what, labels=["target"])
             for state in self._receiver.states:
-                family.add_metric([state.target_id], float(read(state) or 0))
+                value = read(state)
+                if value is not None:
+                    family.add_metric([state.target_id], float(value))
             yield family
 
 
@@ -77,49 +79,17 @@ def _phase(state: TargetState) -> str:
     return f"{state.phase}: {state.last_error}" if state.last_error else state.phase
 
 
-def serve(receiver: Receiver, host: str, port: int) -> ThreadingHTTPServer:
+def serve(receiver: Receiver, host: str, port: int) -> Server:
     """Serve in a thread of its own until `shutdown`. Raises UsageError for an address that cannot be had."""
-    from prometheus_client import CollectorRegistry, generate_latest
 
-    registry = CollectorRegistry()
-    registry.register(_Collector(receiver))  # type: ignore[arg-type]
+    def said(good: bool, detail: dict[str, str]) -> tuple[int, bytes, str]:
+        return 200 if good else 503, json.dumps(detail, indent=1).encode(), "application/json"
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path == "/metrics":
-                self._answer(200, generate_latest(registry), "text/plain; version=0.0.4; charset=utf-8")
-                return
-            found = {
-                "/healthz": lambda: health(receiver, SYSTEM_CLOCK.monotonic()),
-                "/readyz": lambda: readiness(receiver),
-            }.get(self.path)
-            if found is None:
-                self._answer(404, b"/metrics, /healthz, /readyz\n", "text/plain")
-                return
-            good, detail = found()
-            self._answer(200 if good else 503, json.dumps(detail, indent=1).encode(), "application/json")
+    class OfReceiver(Handler):
+        pages: ClassVar[Mapping[str, Page]] = {
+            "/metrics": metrics_page(_Collector(receiver)),
+            "/healthz": lambda: said(*health(receiver, SYSTEM_CLOCK.monotonic())),
+            "/readyz": lambda: said(*readiness(receiver)),
+        }
 
-        def _answer(self, status: int, body: bytes, kind: str) -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            """A scrape every few seconds is no news."""
-
-    class Server(ThreadingHTTPServer):
-        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        daemon_threads = True
-
-    try:
-        server = Server((host, port), Handler)
-    except OSError as error:
-        raise UsageError(
-            f"--listen: {error.strerror}",
-            where=f"{host}:{port}",
-            remedy="another program has this port, or the address is not ours",
-        ) from None
-    threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
-    return server
+    return listen(OfReceiver, host, port)

@@ -13,14 +13,14 @@ from ops_platform.cli.common import Each, chosen, complete_targets, emit, json_o
 @click.pass_context
 def report(ctx: click.Context, targets: tuple[str, ...], as_json: bool) -> None:
     """Write the HTML report of each target (all by default) and the page over all of them, from the stores."""
-    from ops_platform.proof import write_index, write_target_report
+    from ops_platform.proof import look_back, write_index, write_target_report
 
     pages: list[str] = []
     with opened() as access:
         each = Each(chosen(access.inventory, targets, not targets))
         for target in each:
             with each.going_on(target):
-                pages.append(str(write_target_report(access, target)))
+                pages.append(str(write_target_report(access, target, look_back(access, target))))
         index = str(write_index(access))
     if as_json:
         emit(dict[str, list[str] | str], {"index": index, "pages": pages})

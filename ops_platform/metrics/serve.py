@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import socket
 import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ops_platform.clock import SYSTEM_CLOCK, Clock
-from ops_platform.errors import OpsError, UsageError
+from ops_platform.errors import OpsError
 from ops_platform.metrics.collect import METRICS, Reader, Sample, need_known, readers
 from ops_platform.remediation.store import Store
+from ops_platform.serving import Handler, Page, Server, listen, metrics_page
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
@@ -89,55 +88,23 @@ class Collector:
             yield family
 
 
-def serve(access: Access, store: Store, host: str, port: int, *, every: float = EVERY) -> ThreadingHTTPServer:
+def serve(access: Access, store: Store, host: str, port: int, *, every: float = EVERY) -> Server:
     """Serve in a thread of its own until `shutdown`. Raises UsageError for an address that cannot be had."""
-    from prometheus_client import CollectorRegistry, generate_latest
+    collector = Collector(access, store, every=every)
 
-    collector, registry = Collector(access, store, every=every), CollectorRegistry()
-    registry.register(collector)  # type: ignore[arg-type]
-    ended = threading.Event()
+    class OfPlatform(Handler):
+        pages: ClassVar[Mapping[str, Page]] = {
+            "/metrics": metrics_page(collector),
+            "/healthz": lambda: (200, b"ok\n", "text/plain"),
+        }
+
+    server = listen(OfPlatform, host, port)
 
     def keep_reading(source: str) -> None:
-        while not ended.is_set():
+        while not server.stopped.is_set():
             collector.read(source)
-            ended.wait(every)
+            server.stopped.wait(every)
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path == "/metrics":
-                self._answer(200, generate_latest(registry), "text/plain; version=0.0.4; charset=utf-8")
-            elif self.path == "/healthz":
-                self._answer(200, b"ok\n", "text/plain")
-            else:
-                self._answer(404, b"/metrics, /healthz\n", "text/plain")
-
-        def _answer(self, status: int, body: bytes, kind: str) -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            """A scrape every few seconds is no news."""
-
-    class Server(ThreadingHTTPServer):
-        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        daemon_threads = True
-
-        def shutdown(self) -> None:
-            ended.set()
-            super().shutdown()
-
-    try:
-        server = Server((host, port), Handler)
-    except OSError as error:
-        raise UsageError(
-            f"--listen: {error.strerror}",
-            where=f"{host}:{port}",
-            remedy="another program has this port, or the address is not ours",
-        ) from None
     for source in collector.slow:
         threading.Thread(target=keep_reading, args=(source,), name=f"read-{source}", daemon=True).start()
-    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server

@@ -7,17 +7,15 @@ to it, with TLS there.
 from __future__ import annotations
 
 import json
-import socket
-import threading
 from collections.abc import Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import parse_qs
 
 from ops_platform.clients.slack import need_signed
 from ops_platform.errors import AccessDeniedError, ConflictError, OpsError, UnreachableError, UsageError
 from ops_platform.remediation.rules import remediation_of
 from ops_platform.remediation.store import Store
+from ops_platform.serving import Handler, Page, Server, listen
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
@@ -89,19 +87,21 @@ _STATUS: dict[type[OpsError], int] = {
 }
 
 
-def serve(access: Access, store: Store, host: str, port: int) -> ThreadingHTTPServer:
+def serve(access: Access, store: Store, host: str, port: int) -> Server:
     """Serve in a thread of its own until `shutdown`. Raises UsageError for an address that cannot be had."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class OfSlack(Handler):
+        pages: ClassVar[Mapping[str, Page]] = {"/healthz": lambda: (200, b"ok\n", "text/plain")}
+
         def do_POST(self) -> None:
             length = self.headers.get("Content-Length", "")
             if self.path != PATH or not length.isdecimal() or int(length) > LARGEST:
-                self._answer(404 if self.path != PATH else 413, "")
+                self.answer(404 if self.path != PATH else 413, b"", "application/json")
                 return
             body = self.rfile.read(int(length))
             try:
                 text = take(access, store, {k.lower(): v for k, v in self.headers.items()}, body)
-                self._answer(200, text)
+                self._say(200, text)
             except OpsError as error:
                 status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 500)
                 # Slack shows people what comes with 200 alone; who sent no signature is told nothing but the status.
@@ -110,37 +110,10 @@ def serve(access: Access, store: Store, host: str, port: int) -> ThreadingHTTPSe
                     and "signature" not in (error.where or "")
                     and "timestamp" not in (error.where or "")
                 )
-                self._answer(200 if signed else status, error.what)
+                self._say(200 if signed else status, error.what)
 
-        def do_GET(self) -> None:
-            self._answer(200 if self.path == "/healthz" else 404, "")
+        def _say(self, status: int, text: str) -> None:
+            said = {"response_type": "ephemeral", "replace_original": False, "text": text}
+            self.answer(status, json.dumps(said).encode(), "application/json")
 
-        def _answer(self, status: int, text: str) -> None:
-            body = (
-                json.dumps({"response_type": "ephemeral", "replace_original": False, "text": text}).encode()
-                if text
-                else b""
-            )
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            """The ledger has what was decided."""
-
-    class Server(ThreadingHTTPServer):
-        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        daemon_threads = True
-
-    try:
-        server = Server((host, port), Handler)
-    except OSError as error:
-        raise UsageError(
-            f"--listen: {error.strerror}",
-            where=f"{host}:{port}",
-            remedy="another program has this port, or the address is not ours",
-        ) from None
-    threading.Thread(target=server.serve_forever, name="buttons", daemon=True).start()
-    return server
+    return listen(OfSlack, host, port)

@@ -107,11 +107,11 @@ def target_report(
         now=now,
         standing=standing(latest, window, proven_within, now),
         story=story(target.id, latest, history, window, proven_within, now),
-        figures=_figures(target, latest),
+        figures=figures_of(target, latest),
         counts=gate_counts(latest) if latest else {},
         troubles=_troubles(latest),
         gantt=charts.gantt(latest.steps) if latest else None,
-        plots=_plots(target, cards[-HISTORY:]) if len(cards) > 1 else [],
+        plots=plots_of(target, cards[-HISTORY:]) if len(cards) > 1 else [],
         cards=cards[-HISTORY:][::-1],
         window=window,
         coverage=charts.coverage(window, backups, cards, promised, now) if window else None,
@@ -127,7 +127,7 @@ def index_report(rows: Sequence[Row], generated_at: datetime) -> str:
     counts = [(each, sum(found is each for found, _ in judged)) for each in Standing]
     return render(
         "index.html.j2",
-        rows=[(found, row, _figures(row.target, row.latest), _why(found, row)) for found, row in judged],
+        rows=[(found, row, figures_of(row.target, row.latest), _why(found, row)) for found, row in judged],
         counts=[(each, number) for each, number in counts if number],
         proven=sum(found is Standing.PROVEN for found, _ in judged),
         now=now,
@@ -197,7 +197,7 @@ def _replace(path: Path, content: bytes) -> None:
 # What the templates are given
 
 
-def _figures(target: Target, card: Scorecard | None) -> list[Figure]:
+def figures_of(target: Target, card: Scorecard | None) -> list[Figure]:
     promises = target.objectives
     return [
         _figure(card, "rpo", "Data that would be lost", "RPO", promises.rpo),
@@ -224,7 +224,7 @@ def _kept(found: Objective) -> tuple[str, str]:
     return {True: ("good", "kept"), False: ("bad", "missed"), None: ("warn", "not judged")}[found.met]
 
 
-def _plots(target: Target, cards: Sequence[Scorecard]) -> list[tuple[str, charts.Plot]]:
+def plots_of(target: Target, cards: Sequence[Scorecard]) -> list[tuple[str, charts.Plot]]:
     promises = {"rpo": target.objectives.rpo.total_seconds(), "rto": target.objectives.rto.total_seconds()}
     # Both have the lane, or the two would stand at different heights.
     lane = any(measured(card, name) is None for card in cards for name in promises)

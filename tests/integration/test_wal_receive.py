@@ -23,7 +23,7 @@ from ops_platform.backup.archive import GapNote, archive_status, gap_notes, hold
 from ops_platform.backup.basebackup import run_backup
 from ops_platform.backup.engine import open_engine
 from ops_platform.backup.model import Lsn, segment_name, segment_start
-from ops_platform.backup.receiver import IN_FLIGHT, Receiver, receive_range
+from ops_platform.backup.receiver import IN_FLIGHT, Receiver, TargetState, receive_range
 from ops_platform.backup.repository import Repository
 from ops_platform.backup.wal import history_name, parse_history
 from ops_platform.backup.walstream import WalRemovedError
@@ -392,7 +392,9 @@ def test_a_slow_store_is_waited_for_and_the_lag_is_shown(new_rig: Callable[..., 
     rig.store.fault = slow
     before = state.reconnects
     rig.load(20000)
-    eventually(lambda: state.lag_bytes > MB and state.lag_seconds(time.monotonic()) > 0.2, why=lambda: state)
+    eventually(
+        lambda: (state.lag_bytes or 0) > MB and (state.lag_seconds(time.monotonic()) or 0) > 0.2, why=lambda: state
+    )
     assert state.received - state.durable <= (IN_FLIGHT + 1) * MB
     rig.await_archived(rig.position())
     eventually(lambda: state.lag_bytes == 0 and state.lag_seconds(time.monotonic()) == 0, why=lambda: state)
@@ -882,7 +884,8 @@ def test_the_metrics_say_what_is_received_and_what_is_durable(
     at = rig.load()
     rig.await_archived(at)
     eventually(lambda: seen.metrics()["ops_wal_durable_lsn_bytes"] >= at, why=seen.metrics)
-    eventually(lambda: "ops_wal_lag_seconds" in seen.metrics() and seen.metrics()["ops_wal_lag_seconds"] == 0)
+    eventually(lambda: seen.metrics().get("ops_wal_lag_seconds") == 0, why=seen.metrics)
+    eventually(lambda: "ops_wal_slot_lost" in seen.metrics(), why="the server was not asked")
     found = seen.metrics()
     assert set(found) == {
         "ops_wal_streaming", "ops_wal_lag_bytes", "ops_wal_lag_seconds", "ops_wal_received_lsn_bytes",
@@ -927,7 +930,7 @@ def test_while_nothing_is_received_lag_and_slot_do_not_stand_still(
     rig.sql("select pg_terminate_backend(active_pid) from pg_replication_slots")
     eventually(lambda: state.phase == "waiting", why=lambda: state)
     rig.load()
-    eventually(lambda: seen.metrics()["ops_wal_lag_bytes"] > MB, why=seen.metrics)
+    eventually(lambda: seen.metrics().get("ops_wal_lag_bytes", 0) > MB, why=seen.metrics)
     first = seen.metrics()
     assert first["ops_wal_streaming"] == 0
     eventually(lambda: seen.metrics()["ops_wal_lag_seconds"] > first["ops_wal_lag_seconds"] > 0, why=seen.metrics)
@@ -936,10 +939,35 @@ def test_while_nothing_is_received_lag_and_slot_do_not_stand_still(
     assert "sealed" in why["app-db"]
     assert seen.health()[0] == 200, "a restart would not help it"
     rig.sql("select pg_drop_replication_slot(slot_name) from pg_replication_slots")
-    eventually(lambda: seen.metrics()["ops_wal_slot_lost"] == 1, why=seen.metrics)
+    eventually(lambda: seen.metrics().get("ops_wal_slot_lost") == 1, why=seen.metrics)
     rig.keys.sealed = False
     eventually(lambda: state.phase == "streaming", why=lambda: state)
-    eventually(lambda: seen.metrics()["ops_wal_slot_lost"] == 0, why=seen.metrics)
+    eventually(lambda: seen.metrics().get("ops_wal_slot_lost") == 0, why=seen.metrics)
+
+
+def test_what_is_not_known_has_no_sample(
+    new_rig: Callable[..., Rig], outside: Callable[[Receiver], Outside], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither before a server was reached, nor while it cannot be asked: a distance of 0 would be read as all being well."""
+    monkeypatch.setattr(receiver_module, "SLOT_CHECK_EVERY", 0.05)
+    unknown = {
+        "ops_wal_lag_bytes", "ops_wal_slot_lost", "ops_wal_slot_retained_bytes", "ops_wal_timeline", "ops_wal_received_lsn_bytes",
+        "ops_wal_durable_lsn_bytes",
+    }  # fmt: skip
+    rig = new_rig()
+    blank = {name for name, (_, _, read) in receiver_http.METRICS.items() if read(TargetState("app-db")) is None}
+    assert blank == {*unknown, "ops_wal_lag_seconds", "ops_wal_gaps"}
+    receiver, state = rig.streaming()
+    seen = outside(receiver)
+    rig.await_archived(rig.load(100))
+    rig.primary.stop("immediate")
+    eventually(lambda: state.phase == "waiting" and "ops_wal_lag_bytes" not in seen.metrics(), why=seen.metrics)
+    found = seen.metrics()
+    assert (found["ops_wal_streaming"], found["ops_wal_timeline"]) == (0, 1)
+    assert not {"ops_wal_slot_lost", "ops_wal_slot_retained_bytes"} & set(found)
+    assert found["ops_wal_lag_seconds"] > 0
+    rig.primary.start()
+    eventually(lambda: seen.metrics().get("ops_wal_lag_bytes") == 0, why=seen.metrics)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -40,6 +40,8 @@ RANK = dict.fromkeys(GROUND, 0) | {"inventory": 1, "clients": 2, "ledger": 3, "a
 TOGETHER, ABOVE = 6, 7
 # Traces are spoken by whoever works, and know the inventory alone.
 RANK |= {"tracing": RANK["ledger"]}
+# How pages are served is everybody's, and knows nothing but our errors.
+RANK |= {"serving": RANK["inventory"]}
 RANK |= {"cli": ABOVE, "resources": ABOVE, "definitions": ABOVE} | dict.fromkeys(LAYER, ABOVE)
 
 # The modules that a domain's `__init__` names as its face; the package itself always is. The nouns (`model`) are plain data.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import io
 import json
@@ -15,6 +16,7 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from pydantic import BaseModel
@@ -34,6 +36,7 @@ from ops_platform.reports.chains import listed
 from ops_platform.reports.charts import coverage, gantt, history_plot
 from ops_platform.reports.evidence import evidence_cover
 from ops_platform.reports.html import Row, index_report, page_name, target_report, write_report
+from ops_platform.reports.pictures import LOOKED_BACK, as_markdown, history_picture, proof_picture
 from ops_platform.reports.progress import progress_bar
 from ops_platform.reports.standing import Standing, proven_moment, standing, story
 from ops_platform.reports.terminal import backups_table, print_scorecard, window_lines
@@ -1183,3 +1186,45 @@ def test_progress_in_a_terminal_is_a_bar_with_rate_and_time_left(monkeypatch: py
     assert "100 MiB of 100 MiB" in shown
     assert "[red]WAL" in shown
     assert "━" in shown
+
+
+# Pictures for Dagster's metadata
+
+
+def drawn(svg: str) -> ElementTree.Element:
+    """Well-formed on its own, as an image has to be; an entity or a name space that only a page knows would show nothing."""
+    return ElementTree.fromstring(svg)
+
+
+def words_of(picture: ElementTree.Element) -> list[str]:
+    return [element.text or "" for element in picture.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_the_picture_of_a_proof_has_each_step_and_each_promise() -> None:
+    said = words_of(drawn(proof_picture(make_target(), make_card())))
+    assert said[:2] == ["Canary", "6.2 s"]
+    assert said[-6:] == [
+        "RPO", "1.8 s of 1 h, kept", "RTO, this restore", "3 min 43 s of 4 h, kept", "RTO, whole target", "23 min 40 s of 4 h, kept",
+    ]  # fmt: skip
+
+
+def test_the_picture_of_a_verification_that_broke_off_claims_nothing() -> None:
+    said = words_of(drawn(proof_picture(make_target(), make_unverified(steps=[], objectives=[]))))
+    assert said == ["RPO", "not measured", "RTO, this restore", "not measured", "RTO, whole target", "not measured"]
+
+
+def test_the_picture_of_the_history_has_a_mark_for_each_verification_and_stays_small() -> None:
+    picture = history_picture(make_target(), make_history(300))
+    marks = [e for e in drawn(picture).iter("{http://www.w3.org/2000/svg}svg") if "mark" in e.get("class", "")]
+    assert len(marks) == 2 * LOOKED_BACK
+    assert len(picture) < 60_000
+    assert words_of(drawn(history_picture(make_target(), [make_card()])))[0] == "Data that would be lost (RPO)"
+
+
+def test_a_picture_stands_within_the_text() -> None:
+    svg = proof_picture(make_target(), make_card(steps=[Step(name="a<b", started=0, seconds=1)]))
+    text = as_markdown(svg, "the steps")
+    head, _, body = text.partition("base64,")
+    assert head == "![the steps](data:image/svg+xml;"
+    assert base64.b64decode(body.removesuffix(")")).decode() == svg
+    assert "A&lt;b" in svg
