@@ -20,12 +20,12 @@ _ROW, _MARGIN = 24.0, 10.0
 
 @dataclass(frozen=True)
 class _Row:
-    """A bar with its name before and its figure behind it; `tone` for what is measured against a promise."""
+    """A bar with its name before and its figure behind it; `tone` for what is measured against a promise, `width` None where it is not."""
 
     y: float
     name: str
     left: float
-    width: float
+    width: float | None
     said: str
     longest: bool = False
     tone: str = ""
@@ -41,7 +41,7 @@ def proof_picture(target: Target, card: Scorecard) -> str:
     ]
     below = _MARGIN * 2 + len(rows) * _ROW
     for n, figure in enumerate(figures_of(target, card)):
-        share = min(figure.share, 100.0) if figure.share is not None else 0.0
+        share = None if figure.share is None else min(figure.share, 100.0)
         said = f"{figure.value} of {figure.promise}, {figure.state}" if figure.share is not None else figure.state
         rows.append(_Row(below + n * _ROW, _SHORT[n], 0.0, share, said, tone=figure.tone))
     return _drawn(f"Restore of {target.id}, step by step, against its promises", rows[-1].y + _ROW + _MARGIN, rows=rows)

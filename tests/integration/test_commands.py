@@ -175,7 +175,6 @@ def test_one_broken_target_does_not_keep_the_others_from_their_turn(
     assert taken.target_id == "app-db"
     for kind, words in (
         (list[BackupList], ["backup", "list"]),
-        (list[Scorecard], ["backup", "verify", "--all"]),
         (list[dict[str, Any]], ["backup", "expire", "--all"]),
         (list[ArchiveStatus], ["wal", "status"]),
         (dict[str, Any], ["report"]),
@@ -185,6 +184,9 @@ def test_one_broken_target_does_not_keep_the_others_from_their_turn(
         assert len(found["pages"] if isinstance(found, dict) else found) == 1, words
         assert "error: broken: " in done.stderr, words
         assert "/nowhere" in done.stderr, words
+    cards = answer(list[Scorecard], platform, "backup", "verify", "--all", code=3)
+    assert [card.verdict for card in cards] == [Verdict.COULD_NOT_VERIFY, Verdict.PASS]
+    assert "/nowhere" in cards[0].reason
     # Alone it is an error like any other.
     alone = ops(platform, "wal", "status", "broken", code=1)
     assert alone.stderr.startswith("error: ")
