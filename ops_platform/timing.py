@@ -38,11 +38,17 @@ def offset(target_id: str, spread: timedelta) -> timedelta:
 
 def due(schedules: Iterable[tuple[str, Schedule]], after: datetime, until: datetime) -> list[Due]:
     """What is due in (after, until], in the order of time."""
-    found: list[Due] = []
+    # An expression is followed once for all targets that have it: a thousand mostly share a few.
+    alike: dict[tuple[str, str], list[tuple[str, timedelta]]] = {}
     for target_id, schedule in schedules:
         shift = offset(target_id, schedule.spread)
-        for nominal in fires(schedule.cron, schedule.timezone, after - shift, until - shift):
-            found.append(Due(target_id, nominal, nominal + shift))
+        alike.setdefault((schedule.cron, schedule.timezone), []).append((target_id, shift))
+    found: list[Due] = []
+    for (cron, zone), shifted in alike.items():
+        shifts = [shift for _, shift in shifted]
+        nominals = list(fires(cron, zone, after - max(shifts), until - min(shifts)))
+        for target_id, shift in shifted:
+            found += [Due(target_id, one, one + shift) for one in nominals if after < one + shift <= until]
     return sorted(found, key=lambda item: (item.at, item.target_id))
 
 
