@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import elasticsearch_rig, kafka_rig, kube_rig, prometheus_rig, redis_rig, registry_rig
 from tests.rig import Cluster, Ground, Platform, scratch
+
+# How long something takes is measured in benchmarks/: on a machine that is busy no test is wrong because it is slow.
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("here")
+
+# A shell starts what it puts into the background deaf to Ctrl-C, and so would be all that the tests start and interrupt.
+with contextlib.suppress(ValueError):  # not the main thread
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # All tests of one of these run in one process: a second one would cost more than it wins.
 ONE_PROCESS = ("kafka_cluster", "elasticsearch", "kube", "registry")
