@@ -322,6 +322,7 @@ _UNTYPED = {
     ): "One object for each target: `run`, `actor`, `status`, `ok`, `plan`, `rulings`, `outcomes`, "
     "`verification`, `ledger` (the numbers of its entries) and `unrecorded`. Plan, rulings, outcomes and verification are those of "
     "[the ledger's entries](ledger.md#what-stands-in-it); `status` is one of {statuses}.",
+    ("ops", "events", "cursor", "reset"): "As an object of `ops backup expire`.",
     ("ops", "report"): "`index` is the path of the page over all targets, `pages` the paths of the targets' pages.",
     ("ops", "local", "logs"): "The lines, oldest first.",
     ("ops", "inventory", "check"): "`file` is the path of the inventory; `targets` and `suites` count what is in it.",

@@ -53,8 +53,10 @@ def _alerts(job: Any) -> dg.SensorDefinition:
 
 
 def _events(job: Any, number: int) -> dg.SensorDefinition:
+    from ops_platform.events.reset import sensor_name
+
     @dg.sensor(
-        name="events" if number == 0 else f"events_{number}", job=job, minimum_interval_seconds=EVENTS_EVERY,
+        name=sensor_name(number), job=job, minimum_interval_seconds=EVENTS_EVERY,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Reads the topics from the cursor on, opens incidents, asks for a run for each: exactly once.",
     )  # fmt: skip

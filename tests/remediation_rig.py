@@ -233,7 +233,7 @@ class Desk:
             "password": f"file://{self.home}/password", "tls": {"mode": "disable"},
         }  # fmt: skip
         systems = more.pop("systems", [])
-        body = inventory_body(rules, platform={"database": own}, **more)
+        body = inventory_body(rules, platform={"database": own, **more.pop("platform", {})}, **more)
         body["systems"] += [{"environment": "test", "owner": "team", **system} for system in systems]
         self.file = self.home / "platform.yaml"
         self.file.write_text(yaml.safe_dump(body, sort_keys=False))

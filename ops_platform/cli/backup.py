@@ -10,6 +10,7 @@ import click
 from ops_platform.cli.common import (
     Commands,
     Each,
+    action_exit_code,
     actor,
     ago,
     chosen,
@@ -19,6 +20,7 @@ from ops_platform.cli.common import (
     json_option,
     opened,
     parse_moment,
+    show_action,
     size,
     span,
     stamp,
@@ -258,25 +260,9 @@ def expire(
             with each.going_on(target):
                 result = run_expiry(access, target, mode=mode, approve=approve, actor=actor())  # type: ignore[arg-type]
                 results.append(result)
-                each.add(_exit_code(result))
+                each.add(action_exit_code(result))
                 if not as_json:
-                    _show_action(target.id, result)
+                    show_action(target.id, result)
     if as_json:
         emit(list[dict[str, Any]], [result.as_json() for result in results])
     ctx.exit(each.code)
-
-
-def _exit_code(result: ActionResult) -> int:
-    from ops_platform.actions import Status
-
-    if result.ok:
-        return 0
-    return 3 if result.status is Status.UNVERIFIED and result.unrecorded is None else 1
-
-
-def _show_action(target_id: str, result: ActionResult) -> None:
-    from ops_platform.actions.words import lines
-
-    click.secho(f"{target_id}: {result.plan.action}, plan {result.plan.digest}", bold=True)
-    for line in lines(result):
-        click.echo(f"  {line}")

@@ -17,6 +17,7 @@ from ops_platform.errors import OpsError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ops_platform.actions import ActionResult
     from ops_platform.clients.access import Access
     from ops_platform.inventory.model import Inventory, Target
 
@@ -190,3 +191,19 @@ def actor() -> str:
         return os.environ.get("OPS_ACTOR") or getpass.getuser()
     except (KeyError, OSError):
         return f"uid {os.getuid()}"
+
+
+def action_exit_code(result: ActionResult) -> int:
+    from ops_platform.actions import Status
+
+    if result.ok:
+        return 0
+    return 3 if result.status is Status.UNVERIFIED and result.unrecorded is None else 1
+
+
+def show_action(subject: str, result: ActionResult) -> None:
+    from ops_platform.actions.words import lines
+
+    click.secho(f"{subject}: {result.plan.action}, plan {result.plan.digest}", bold=True)
+    for line in lines(result):
+        click.echo(f"  {line}")

@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "incidents",
         "What fired, what is done about it; pause-all stops everything.",
     ),
+    "events": ("ops_platform.cli.events", "events", "Where the reading of events stands; begin a topic anew."),
     "evidence": ("ops_platform.cli.evidence", "evidence", "Write evidence packs for auditors, from the ledger."),
     "init": ("ops_platform.cli.init", "init", "Write a commented platform.yaml by asking a live database."),
     "inventory": ("ops_platform.cli.inventory", "inventory", "Check and show platform.yaml; its JSON Schema."),

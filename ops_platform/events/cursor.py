@@ -14,10 +14,7 @@ from typing import Any, Literal
 from ops_platform.errors import ConflictError, UsageError
 
 _VERSION = 1
-RESET = (
-    "find out whether events were lost; then have the topic forgotten in the sensor's cursor (docs/reference/events.md, Starting a topic "
-    "anew)"
-)
+RESET = "find out whether events were lost; then ops events cursor reset TOPIC (docs/reference/events.md, Starting a topic anew)"
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,10 @@ class Cursor:
         """Other offsets for some partitions of a topic that it knows."""
         known = self.topics[topic]
         return Cursor({**self.topics, topic: replace(known, next={**known.next, **offsets})})
+
+    def entry(self, topic: str) -> dict[str, Any] | None:
+        """What it says of a topic, as JSON."""
+        return json.loads(str(self))["topics"].get(topic)
 
     def offsets(self) -> Iterable[tuple[str, int, int]]:
         for name, topic in sorted(self.topics.items()):

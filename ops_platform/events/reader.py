@@ -138,6 +138,22 @@ class EventReader:
         except KafkaException as error:
             raise self._kafka.error(error.args[0], self._said) from None
 
+    def look(self, topic: str) -> tuple[Topic, Mapping[int, Watermarks]]:
+        """A topic as the brokers have it now, and where its partitions begin and end; those that cannot be looked at are left out.
+
+        Raises as `read` does.
+        """
+        from confluent_kafka import KafkaException
+
+        self._said.clear()
+        try:
+            admin = self._admin = self._admin or self._kafka.admin(self._said)
+            found = self._kafka.topics(admin, self._said, [topic])[topic]
+            marks, _ = self._watermarks(admin, {topic: found}, self._kafka.timeout)
+        except KafkaException as error:
+            raise self._kafka.error(error.args[0], self._said) from None
+        return found, {part: mark for (_, part), mark in marks.items()}
+
     def _read(self, cursor: Cursor, until: float, limit: int, budget: float) -> Batch:
         left = _Left(self._kafka, until)
         seen = self._look(cursor, left)

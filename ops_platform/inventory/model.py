@@ -390,7 +390,7 @@ class SlackConfig(Strict):
 
 
 class DagsterWeb(HttpEndpoint):
-    """The web server of our own Dagster, asked by the playbook dagster.run_job."""
+    """The web server of our own Dagster: asked by the playbook dagster.run_job, `ops events cursor` and `ops metrics serve`."""
 
     url: Url = Field(description="Its address, with the path prefix where it has one.")
 
@@ -412,7 +412,10 @@ class Platform(Strict):
         default=None, description="Checkpoints of the ledger. Without them a ledger that is rewritten whole looks good."
     )
     slack: SlackConfig | None = Field(default=None, description="Without it failed runs are told to nobody.")
-    dagster: DagsterWeb | None = Field(default=None, description="Without it no playbook runs a Dagster job.")
+    dagster: DagsterWeb | None = Field(
+        default=None,
+        description="Without it no playbook runs a Dagster job, and no cursor of events is shown or reset.",
+    )
     tracing: Tracing | None = Field(default=None, description="Without it no traces are made.")
     reports: str = Field(
         default="reports", description="Folder for reports, relative to platform.yaml; {state} is expanded."

@@ -17,8 +17,7 @@ from click.testing import CliRunner
 
 from ops_platform.actions import ActionResult, Plan, Status
 from ops_platform.cli import main
-from ops_platform.cli.backup import _exit_code
-from ops_platform.cli.common import address, ago, parse_moment, size, span
+from ops_platform.cli.common import action_exit_code, address, ago, parse_moment, size, span
 from ops_platform.cli.inventory import inventory as inventory_group
 from ops_platform.cli.ledger import _anchor
 from ops_platform.cli.restore import _mapping, _names, _recovery
@@ -266,7 +265,7 @@ def test_sizes_and_spans_for_people() -> None:
 )  # fmt: skip
 def test_the_exit_code_of_an_action(status: Status, unrecorded: str | None, code: int) -> None:
     plan = Plan("backup.expire", "app-db", (), datetime(2026, 11, 23, tzinfo=UTC))
-    assert _exit_code(ActionResult("run", "me", plan, (), status, unrecorded=unrecorded)) == code
+    assert action_exit_code(ActionResult("run", "me", plan, (), status, unrecorded=unrecorded)) == code
 
 
 def test_enforce_says_what_it_needs() -> None:

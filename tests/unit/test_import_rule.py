@@ -47,7 +47,7 @@ RANK |= {"cli": ABOVE, "resources": ABOVE, "definitions": ABOVE} | dict.fromkeys
 # The modules that a domain's `__init__` names as its face; the package itself always is. The nouns (`model`) are plain data.
 FACES = {
     "backup": {"archive", "basebackup", "engine", "expiry", "model", "receiver"},
-    "events": {"cloudevents", "cursor", "publisher", "reader"},
+    "events": {"cloudevents", "cursor", "publisher", "reader", "reset"},
     "recovery": {"model", "records", "restore", "verify"},
     "remediation": {"model"},
 }

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from ops_platform.actions import Action, Applied, Change, Check, Outcome, Plan, Verification
-from ops_platform.errors import AccessDeniedError, ConflictError, NotThereError, OpsError, UnreachableError
+from ops_platform.errors import ConflictError, NotThereError, UnreachableError
 from ops_platform.inventory.base import Strict
 from ops_platform.inventory.values import PositiveDuration, format_duration
 from ops_platform.remediation.playbook import Context, Playbook
@@ -205,28 +205,9 @@ class RunJobAction:
         return f"job {self.parameters.job}" + (f", partition {partition}" if partition is not None else "")
 
     def _ask(self, query: str, variables: Mapping[str, Any], field: str, good: str) -> Any:
-        """The field's value, of the type that means success. Raises the OpsError that fits for every other."""
-        from ops_platform.clients.http import BadAnswerError
+        from ops_platform.clients.dagster import ask
 
-        answer = self._api.request("POST", "/graphql", body={"query": query, "variables": variables}, good=(200, 400))
-        whole = answer.json()
-        try:
-            if errors := whole.get("errors"):
-                raise OpsError(f"Dagster refuses the query: {errors[0]['message'][:300]}", where=self._api.host)
-            found = whole["data"][field]
-            kind = found["__typename"]
-        except (AttributeError, KeyError, TypeError, IndexError):
-            raise BadAnswerError("the answer is not one of Dagster's GraphQL API", where=self._api.host) from None
-        if kind == good:
-            return found
-        said = "; ".join(error["message"] for error in found.get("errors", [])) or found.get("message") or kind
-        # The message of an error in Python goes on with a stack that helps nobody here.
-        said = f"{kind}: {said.strip().splitlines()[0][:300]}" if said != kind else kind
-        if kind == "UnauthorizedError":
-            raise AccessDeniedError(said, where=self._api.host, remedy="the web server must not run with --read-only")
-        if kind in ("RunNotFoundError", "PipelineNotFoundError"):
-            raise NotThereError(said, where=self._api.host)
-        raise OpsError(f"Dagster refuses: {said}", where=self._api.host)
+        return ask(self._api, query, variables, field, good)
 
 
 class RunDagsterJob(Playbook[RunJobParameters]):
