@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
-from typing import Any, cast
+from operator import itemgetter
+from typing import Any, NamedTuple, cast
 
 from orjson import loads as _loads
 
@@ -25,6 +26,8 @@ _REQUIRED = ("id", "source", "type")
 _PREFIX = "ce_"
 _DEEPEST = 400
 Headers = Sequence[tuple[str, bytes | None]] | None
+Packed = tuple[tuple[str, ...], str, str]
+"""Attributes to be kept for long: their names, which many events share, what none of their texts holds, and the texts joined by it."""
 
 
 class NotAnEventError(UsageError):
@@ -38,7 +41,7 @@ class CloudEvent:
     attributes: dict[str, str]
     data: Any
     time: datetime | None
-    structured: bool = True  # whether the attributes came in the value
+    packed: Packed | None = None  # the attributes once more, where they did not come in the value
 
     @property
     def type(self) -> str:
@@ -90,35 +93,50 @@ def check_content(content: Any) -> None:
 
 def of_parts(content: Any, headers: Headers) -> CloudEvent:
     """As `of_message`, with the value read already. Which mode it is, the content type says, then the headers."""
-    given, content_type = headers or (), b""
-    for name, text in given:
-        if name == "content-type":
-            content_type = text or b""
-            break
+    names: _Names
+    values: _Values
+    names, values = zip(*headers, strict=False) if headers else ((), ())  # pyright: ignore[reportAssignmentType] - of pairs
+    shape = _SHAPES.get(names) or _shape(names)
+    content_type = (values[shape.content_type] or b"") if shape.content_type is not None else b""
     kind = _media_type(content_type)
     if kind == STRUCTURED:
         return of_json(content)
     if kind.startswith("application/cloudevents"):
         raise NotAnEventError(f"the content type {kind} is not {STRUCTURED}")
-    names = tuple([name for name, _ in given])
-    if places := _PLACES[names] if names in _PLACES else _places(names):
-        return _binary(content, given, places, content_type)
+    if shape.places:
+        return _binary(content, values, shape, content_type)
     # Nothing says what it is: some producers leave the header away, and the event itself has its version.
     if isinstance(content, dict) and "specversion" in content:
         return of_json(content)
     raise NotAnEventError("neither its content type nor its headers say that it is a CloudEvent")
 
 
-# Which attribute stands where in headers of these names: messages of one producer have the same ones.
-_Places = tuple[tuple[str, int], ...]
-_PLACES: dict[tuple[str, ...], _Places] = {}
-_MOST_PLACES = 1024
+_Names = tuple[str, ...]
+_Values = tuple[bytes | None, ...]
 
 
-def _places(names: tuple[str, ...]) -> _Places:
-    found = tuple((name[len(_PREFIX) :], number) for number, name in enumerate(names) if name.startswith(_PREFIX))
-    if len(_PLACES) < _MOST_PLACES:
-        _PLACES[names] = found
+class _Shape(NamedTuple):
+    """Headers of certain names. `places`: which attribute stands where. `pick` takes the values of `names` out of those of the headers;
+    None where these are not the names that nearly every event has: then each is looked at by itself."""
+
+    content_type: int | None
+    places: tuple[tuple[str, int], ...]
+    names: _Names
+    pick: Callable[[_Values], _Values] | None
+
+
+_SHAPES: dict[_Names, _Shape] = {}  # messages of one producer have the same one
+_MOST_SHAPES = 1024
+
+
+def _shape(names: _Names) -> _Shape:
+    content_type = names.index("content-type") if "content-type" in names else None
+    places = tuple((name[len(_PREFIX) :], number) for number, name in enumerate(names) if name.startswith(_PREFIX))
+    at = dict(places) if content_type is None else {**dict(places), "datacontenttype": content_type}
+    plain = len(places) > 1 and len(at) == len(places) + (content_type is not None) and all(map(_is_name, at))
+    found = _Shape(content_type, places, tuple(at), itemgetter(*at.values()) if plain else None)
+    if len(_SHAPES) < _MOST_SHAPES:
+        _SHAPES[names] = found
     return found
 
 
@@ -159,27 +177,32 @@ def _base64(value: Any, *, both: bool) -> Any:
     return {"data_base64": value}
 
 
-def _binary(
-    content: Any, headers: Sequence[tuple[str, bytes | None]], places: _Places, content_type: bytes
-) -> CloudEvent:
+def _binary(content: Any, values: _Values, shape: _Shape, content_type: bytes) -> CloudEvent:
+    if content_type and not _is_json(kind := _media_type(content_type)):
+        raise NotAnEventError(f"its data is {kind}, and only JSON is read")
+    if shape.pick is not None and (content_type or shape.content_type is None):
+        # As nearly every event is: all at once, and what is not plain goes the long way.
+        try:
+            text = b"|".join(shape.pick(values)).decode()  # pyright: ignore[reportArgumentType] - None raises TypeError
+        except (TypeError, UnicodeDecodeError):
+            pass
+        else:
+            texts, names = text.split("|"), shape.names
+            if len(texts) == len(names) and text.isprintable():
+                return _event(dict(zip(names, texts, strict=False)), content, (names, "|", text))
     try:
-        attributes = {name: (headers[number][1] or b"").decode() for name, number in places}
+        attributes = {name: (values[number] or b"").decode() for name, number in shape.places}
     except UnicodeDecodeError:
         raise NotAnEventError("an attribute is not in UTF-8") from None
-    if len(attributes) != len(places):
+    if len(attributes) != len(shape.places):
         raise NotAnEventError("an attribute stands there twice")
     if content_type:
-        if not _is_json(kind := _media_type(content_type)):
-            raise NotAnEventError(f"its data is {kind}, and only JSON is read")
         attributes["datacontenttype"] = content_type.decode(errors="replace")
-    if not _all_plain(attributes):
-        attributes = {_name(name): _attribute(name, text) for name, text in attributes.items()}
-    event = _event(attributes, content)
-    event.structured = False
-    return event
+    attributes = {_name(name): _attribute(name, text) for name, text in attributes.items()}
+    return _event(attributes, content, (tuple(attributes), "\0", "\0".join(attributes.values())))
 
 
-def _event(attributes: dict[str, str], data: Any) -> CloudEvent:
+def _event(attributes: dict[str, str], data: Any, packed: Packed | None = None) -> CloudEvent:
     get = attributes.get
     if not (get("id") and get("source") and get("type")):
         missing = next(name for name in _REQUIRED if not get(name))
@@ -193,7 +216,7 @@ def _event(attributes: dict[str, str], data: Any) -> CloudEvent:
     if get("subject") == "":
         raise NotAnEventError("subject is empty")
     at = get("time")
-    return CloudEvent(attributes, data, _time(at) if at is not None else None)
+    return CloudEvent(attributes, data, _time(at) if at is not None else None, packed)
 
 
 # Attributes
@@ -208,9 +231,13 @@ _GOOD_NAMES = set(_TEXTS)
 _MOST_NAMES = 4096
 
 
+def _is_name(name: str) -> bool:
+    return re.fullmatch("[a-z0-9]+", name) is not None and name != "data"
+
+
 def _name(name: str) -> str:
     if name not in _GOOD_NAMES:
-        if not re.fullmatch("[a-z0-9]+", name) or name == "data":
+        if not _is_name(name):
             raise NotAnEventError("an attribute's name has other characters than a-z and 0-9")
         if len(_GOOD_NAMES) < _MOST_NAMES:
             _GOOD_NAMES.add(name)
@@ -293,14 +320,14 @@ class EventLabels(Mapping[str, str]):
     than everything else.
     """
 
-    __slots__ = ("_all", "_attributes", "_content", "_data", "_source", "_type", "_value")
+    __slots__ = ("_all", "_content", "_data", "_packed", "_source", "_type", "_value")
 
     def __init__(self, event: CloudEvent, value: bytes | None, content: Callable[[bytes | None], Any]) -> None:
         """`content` reads `value` once more, as it did before."""
         attributes = event.attributes
         self._type = attributes["type"]
         self._source = attributes["source"]
-        self._attributes = None if event.structured else attributes
+        self._packed = event.packed
         self._value = value
         self._content = content
         self._all: dict[str, str] | None = None
@@ -309,7 +336,7 @@ class EventLabels(Mapping[str, str]):
     def _whole(self) -> dict[str, str]:
         if self._all is None:
             content = self._content(self._value)
-            event = of_json(content) if self._attributes is None else CloudEvent(self._attributes, content, None)
+            event = of_json(content) if self._packed is None else CloudEvent(_unpacked(self._packed), content, None)
             self._data = event.data
             self._all = labels_of(event)
         return self._all
@@ -362,6 +389,11 @@ class EventData(Mapping[str, Any]):
         return repr(self._whole())
 
 
+def _unpacked(packed: Packed) -> dict[str, str]:
+    names, between, text = packed
+    return dict(zip(names, text.split(between), strict=True))
+
+
 def labels_of(event: CloudEvent) -> dict[str, str]:
     return {**event.attributes, **_flat(event.data)}
 
@@ -403,7 +435,7 @@ def signal_of_event(
 
 
 def signal_of_message(
-    event: CloudEvent, labels: EventLabels, *, fingerprint: str, seen_at: datetime, at: datetime | None
+    fingerprint: str, event: CloudEvent, labels: EventLabels, seen_at: datetime, at: datetime | None
 ) -> Signal:
     """As `signal_of_event`, of a message whose event was found good and is not kept."""
     return _signal(

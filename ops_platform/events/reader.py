@@ -74,16 +74,16 @@ class Batch:
 
 @dataclass
 class _Part:
-    """One partition while it is read. `next` is the first offset that was not yet taken."""
+    """One partition while it is read. `next` is the first offset that was not yet taken; `prefix` begins its fingerprints."""
 
     wanted: Range
     next: int
     signals: list[Signal] = field(default_factory=list[Signal])
     poison: list[Poison] = field(default_factory=list[Poison])
+    prefix: str = field(init=False)
 
-    @property
-    def done(self) -> bool:
-        return self.next >= self.wanted.end
+    def __post_init__(self) -> None:
+        self.prefix = f"{self.wanted.topic}/{self.wanted.partition}/"
 
 
 @dataclass(frozen=True)
@@ -318,13 +318,13 @@ class EventReader:
         for message in messages:
             where = (message.topic(), message.partition())
             part = parts.get(where)  # pyright: ignore[reportArgumentType, reportCallIssue]
-            if part is None or part.next >= part.wanted.end:
+            if part is None or part.next >= (end := part.wanted.end):
                 continue  # beyond the end of this tick: it comes again in the next one
             offset: int = message.offset()  # pyright: ignore[reportAssignmentType]
             if (error := message.error()) is not None:
                 self._notice(error, part, offset)
-            elif offset >= part.wanted.end:
-                part.next = part.wanted.end
+            elif offset >= end:
+                part.next = end
             else:
                 try:
                     value = message.value()
@@ -335,12 +335,11 @@ class EventReader:
                         check(event)
                     at = _moment(message) if event.time is None else None
                     labels = EventLabels(event, value, content)
-                    print_ = f"{where[0]}/{where[1]}/{offset}"
-                    part.signals.append(signal_of_message(event, labels, fingerprint=print_, seen_at=now, at=at))
+                    part.signals.append(signal_of_message(f"{part.prefix}{offset}", event, labels, now, at))
                 except NotAnEventError as why:
                     part.poison.append(Poison.of(message, why.what, _moment(message)))
                 part.next = offset + 1
-            if part.next >= part.wanted.end:
+            if part.next >= end:
                 closed.append(where)  # pyright: ignore[reportArgumentType]
         return closed
 

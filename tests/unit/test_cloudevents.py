@@ -310,7 +310,7 @@ def test_a_message_that_is_opened_later_says_what_it_said_at_once(event: SdkEven
     found: CloudEvent = of_message(message.value, headers)
     at_once = signal_of_event(found, fingerprint="f", seen_at=NOW)
     later = EventLabels(found, message.value, parse_json)
-    signal = signal_of_message(found, later, fingerprint="f", seen_at=NOW, at=None)
+    signal = signal_of_message("f", found, later, NOW, None)
     assert later["type"] == later.get("type") == at_once.labels["type"]
     assert later.get("source") == later["source"] == at_once.labels["source"]
     assert later.get("no such label", "x") == "x"
@@ -319,3 +319,22 @@ def test_a_message_that_is_opened_later_says_what_it_said_at_once(event: SdkEven
     assert dict(signal.data) == at_once.data
     assert len(later) == len(at_once.labels)
     assert signal.as_json() == at_once.as_json()
+
+
+@pytest.mark.parametrize("text", ["", "|", "a|b", "a b", "non\u00a0breaking|", "\u4e8b\u4ef6", "%00"])
+def test_an_attribute_in_a_header_is_any_text(text: str) -> None:
+    value = json.dumps(EXAMPLE["data"]).encode()
+    found = of_message(value, [*binary(EXAMPLE), ("ce_other", text.encode())])
+    assert found.attributes == {**of_message(value, binary(EXAMPLE)).attributes, "other": text}
+    assert EventLabels(found, value, parse_json)["other"] == text
+
+
+def test_an_attribute_of_its_own_does_not_stand_in_for_the_content_type() -> None:
+    value = json.dumps(EXAMPLE["data"]).encode()
+    found = of_message(value, [*binary(EXAMPLE), ("ce_datacontenttype", b"text/plain")])
+    assert found.attributes["datacontenttype"] == of_message(value, binary(EXAMPLE)).attributes["datacontenttype"]
+
+
+def test_a_header_without_a_value_is_an_empty_attribute() -> None:
+    value = json.dumps(EXAMPLE["data"]).encode()
+    assert of_message(value, [*binary(EXAMPLE), ("ce_other", None)]).attributes["other"] == ""
