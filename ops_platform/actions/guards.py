@@ -155,7 +155,7 @@ def _rule(guard: Guard, case: Case) -> Ruling:
         return Ruling(_name_of(guard), False, f"it could not decide: {type(error).__name__}: {error}")
     if not isinstance(found, Ruling) or (found.allows is not True and found.allows is not False):
         return Ruling(name, False, "it could not decide: it gave no ruling")
-    return Ruling(name, found.allows, found.reason)
+    return found if found.guard == name else Ruling(name, found.allows, found.reason)
 
 
 def _name_of(guard: Guard) -> str:

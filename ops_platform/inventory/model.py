@@ -7,6 +7,7 @@ Strict: unknown keys are errors, nothing is guessed from a wrong type. This modu
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
@@ -452,19 +453,23 @@ class Inventory(Strict):
 
         from ops_platform.errors import UsageError
 
-        for target in self.targets:
-            if target.id == target_id:
-                return target
+        if found := self._targets_by_id.get(target_id):
+            return found
         near = get_close_matches(target_id, [t.id for t in self.targets], n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "ops inventory show lists the targets"
         raise UsageError(f"there is no target {target_id!r} in the inventory", remedy=hint)
 
     def subject(self, subject_id: str) -> Target | AnySystem:
         """What an action is about: the target or system of that id. Raises UsageError that names the nearest ids."""
-        for system in self.systems:
-            if system.id == subject_id:
-                return system
-        return self.target(subject_id)
+        return self._systems_by_id.get(subject_id) or self.target(subject_id)
+
+    @cached_property
+    def _targets_by_id(self) -> dict[str, Target]:
+        return {one.id: one for one in self.targets}
+
+    @cached_property
+    def _systems_by_id(self) -> dict[str, AnySystem]:
+        return {one.id: one for one in self.systems}
 
     def system(self, system_id: str, kind: type[S]) -> S:
         """The system of that id and kind. Raises UsageError."""

@@ -143,7 +143,7 @@ def incident_id(rule: str, fingerprint: str, starts_at: datetime, number: int = 
     `number`: how many incidents of this very signal were closed before.
     """
     text = json.dumps([rule, fingerprint, _text(starts_at), number])
-    return "i-" + base64.b32encode(hashlib.sha256(text.encode()).digest()).decode().lower()[:13]
+    return "i-" + base64.b32encode(hashlib.sha256(text.encode()).digest()[:10]).decode().lower()[:13]
 
 
 @dataclass(frozen=True)
