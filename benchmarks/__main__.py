@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.comparisons import COMPARISONS, QUICK, Sizes
 from benchmarks.ground import World, facts
-from benchmarks.measure import Comparison, document, report
+from benchmarks.measure import Comparison, document, merged, report
 
 _PREFACE = """# Benchmarks
 
@@ -30,8 +30,14 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=COMPARISONS, metavar="NAME", help=", ".join(COMPARISONS))
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--noise-gib", type=float, help="size of the incompressible cluster")
-    parser.add_argument("--out", type=Path, help="write the tables as Markdown")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="write the tables as Markdown; comparisons that stand there and are not measured now stay",
+    )
     asked = parser.parse_args()
+    if asked.quick and asked.out:
+        parser.error("--quick shows that it runs, and gives no figures to be kept: leave --out away")
     if shutil.which("pgbackrest") is None:
         print("pgBackRest is not here; make services installs it", file=sys.stderr)
         return 3
@@ -45,7 +51,11 @@ def main() -> int:
             "measured": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
             "load average at the end": f"{os.getloadavg()[0]:.1f}",
         }
-        asked.out.write_text(document(results, facts() | at, _PREFACE))
+        known = facts() | at
+        there = asked.out.read_text() if asked.out.exists() else None
+        asked.out.write_text(
+            document(results, known, _PREFACE) if there is None else merged(there, results, known, list(COMPARISONS))
+        )
         print(f"written: {asked.out}")
     return 0
 

@@ -24,6 +24,7 @@ def main() -> None:
         "restore": _restore,
         "verify": _verify,
         "nothing": _nothing,
+        "ticks": _ticks,
     }
     done = tasks[task["do"]](task)
     status = Path("/proc/self/status").read_text().splitlines()
@@ -102,6 +103,41 @@ def _verify(task: dict[str, Any]) -> dict[str, Any]:
         "gates": {gate.id: gate.seconds for gate in card.gates},
         "steps": {step.name: step.seconds for step in card.steps},
     }
+
+
+def _ticks(task: dict[str, Any]) -> dict[str, Any]:
+    """Evaluate the sensors of remediation in turn, `count` times; MiB of resident memory after each tenth of them."""
+    import gc
+    import os
+
+    import dagster as dg
+
+    from jobs.remediation import build_jobs
+    from ops_platform.errors import OpsError
+    from ops_platform.inventory import load
+    from ops_platform.resources import PlatformResource
+    from sensors.remediation import build_sensors
+
+    sensors = build_sensors(load(Path(os.environ["OPS_INVENTORY"])).inventory, build_jobs())
+    cursors: dict[str, str | None] = {}
+    levels: list[float] = []
+    failed = 0
+    for number in range(1, task["count"] + 1):
+        sensor = sensors[number % len(sensors)]
+        with dg.build_sensor_context(
+            cursor=cursors.get(sensor.name), resources={"platform": PlatformResource()}
+        ) as context:
+            try:
+                found: Any = sensor(context)
+                cursors[sensor.name] = found.cursor
+            except (OpsError, dg.Failure):
+                failed += 1
+        if number % max(task["count"] // 10, 1) == 0:
+            gc.collect()
+            levels.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20))
+    if failed > task["count"] // 10:
+        raise RuntimeError(f"{failed} of {task['count']} ticks failed")
+    return {"levels": levels, "failed": failed}
 
 
 def _receive(task: dict[str, Any]) -> dict[str, Any]:

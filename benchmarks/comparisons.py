@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks import events, ledger
+from benchmarks import decisions, events, ledger, remediation
 from benchmarks.ground import Database, Talk, World, drop_caches, timed
 from benchmarks.measure import Comparison, Goal, interleaved
 from ops_platform.backup.model import Lsn
@@ -36,11 +36,14 @@ class Sizes:
     events: int = 100_000
     alerts: int = 10_000
     entries: int = 1_000_000
+    reactions: int = 6
+    ticks: int = 10_000
 
 
 QUICK = Sizes(
-    large=48 * _MB, small=24 * _MB, noise=24 * _MB, wal=48 * _MB, rounds=1, events=5_000, alerts=1_000, entries=4_000
-)
+    large=48 * _MB, small=24 * _MB, noise=24 * _MB, wal=48 * _MB, rounds=1, events=5_000, alerts=1_000, entries=4_000,
+    reactions=1, ticks=60,
+)  # fmt: skip
 
 
 # Why a goal may be missed here, as far as it was measured: on two cores that server, tool and store share.
@@ -665,5 +668,7 @@ COMPARISONS: dict[str, Callable[[World, Sizes], Comparison]] = {
     "kafka-tick": lambda _, sizes: events.kafka_tick(sizes.events, max(sizes.rounds, _SHORT_ROUNDS)),
     "ledger-appends": lambda _, sizes: ledger.appends(sizes.entries // 50, max(sizes.rounds, _SHORT_ROUNDS)),
     "ledger-verification": lambda _, sizes: ledger.verification(sizes.entries, sizes.rounds),
-    "alerts-to-signals": lambda _, sizes: events.alerts_to_signals(sizes.alerts, max(sizes.rounds, _SHORT_ROUNDS)),
+    "alerts-to-signals": lambda _, sizes: decisions.alerts_to_signals(sizes.alerts, max(sizes.rounds, _SHORT_ROUNDS)),
+    "reaction": lambda _, sizes: remediation.reaction(sizes.reactions),
+    "sensor-memory": lambda _, sizes: remediation.sensor_memory(sizes.ticks),
 }

@@ -1,4 +1,4 @@
-"""What comes in: events of a Kafka tick beside librdkafka alone, and alerts into signals. Real brokers, started by the tests' rigs."""
+"""Events of a Kafka tick beside librdkafka alone. A real broker, started by the tests' rig."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.measure import Comparison, Goal, interleaved
-from ops_platform.clients.alertmanager import merge, read_alerts
-from ops_platform.clients.http import Answer
 from ops_platform.clients.kafka import Kafka, Said
 from ops_platform.events.reader import EventReader
 from ops_platform.events.schemas import Schemas
@@ -22,7 +20,7 @@ from ops_platform.inventory.remediation import EventSchema, EventSource
 OURS, SCHEMA, PEER = "ours", "ours, with a JSON Schema", "librdkafka alone"
 BINARY, PEER_BINARY = "ours, binary mode", "librdkafka alone, binary mode"
 PARTITIONS = 4
-_STRUCTURED = [("content-type", b"application/cloudevents+json")]
+STRUCTURED = [("content-type", b"application/cloudevents+json")]
 SCHEMA_OF_DATA = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "type": "object",
@@ -57,6 +55,10 @@ def event(number: int) -> tuple[dict[str, str], dict[str, object]]:
         "note": "filled by what the nightly job leaves behind until the morning",
     }
     return attributes, data
+
+
+def structured_mode(attributes: dict[str, str], data: dict[str, object]) -> bytes:
+    return json.dumps({**attributes, "data": data}).encode()
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,12 @@ def broker(count: int) -> Iterator[Broker]:
         size = 0
         for number in range(count):
             attributes, data = event(number)
-            value = json.dumps({**attributes, "data": data}).encode()
+            value = structured_mode(attributes, data)
             size += len(value)
             kind = attributes.pop("datacontenttype")
             headers = [("content-type", kind.encode()), *((f"ce_{k}", v.encode()) for k, v in attributes.items())]
             part = number % PARTITIONS
-            _put(producer, structured, value, partition=part, headers=_STRUCTURED)
+            _put(producer, structured, value, partition=part, headers=STRUCTURED)
             _put(producer, binary, json.dumps(data).encode(), partition=part, headers=headers)
         assert producer.flush(60) == 0
         at = [("127.0.0.1", one.port) for one in cluster.brokers]
@@ -158,43 +160,4 @@ def kafka_tick(count: int, rounds: int) -> Comparison:
         for topic in (at.structured, at.binary):
             at.drain(topic, count)  # the broker has its pages and its compiled code
         interleaved(rounds, sides)
-    return found
-
-
-def alerts(count: int) -> bytes:
-    """As Alertmanager writes them."""
-    listed = [
-        {
-            "annotations": {"summary": f"disk of node-{n} fills", "runbook_url": "https://runbooks.example.com/disk"},
-            "endsAt": "2026-11-25T15:45:47.668Z",
-            "fingerprint": f"{n:016x}",
-            "receivers": [{"name": "team"}],
-            "startsAt": "2026-11-25T14:45:47.668Z",
-            "status": {"inhibitedBy": [], "mutedBy": [], "silencedBy": [], "state": "active"},
-            "updatedAt": "2026-11-25T14:50:47.668Z",
-            "generatorURL": "http://prometheus.example.com/graph?g0.expr=disk+%3E+0.9&g0.tab=1",
-            "labels": {"alertname": "DiskFilling", "instance": f"node-{n}:9100", "job": "node", "severity": "page",
-                       "mountpoint": "/var", "cluster": "eu-1", "team": "shop"},
-        }
-        for n in range(count)
-    ]  # fmt: skip
-    return json.dumps(listed).encode()
-
-
-def alerts_to_signals(count: int, rounds: int) -> Comparison:
-    body = alerts(count)
-    found = Comparison(
-        "alerts-to-signals",
-        f"{count:,} alerts of two Alertmanagers ({len(body) >> 20} MiB each), read, checked and merged",
-        "seconds",
-        "Our own time from the two answers' bytes to one list of signals; without the network and without Alertmanager.",
-        [Goal("< 1 s", OURS, most=1.0)],
-    )
-    answer = Answer(200, {}, body, "here")
-    for _ in range(rounds):
-        began = time.perf_counter()
-        now = datetime.now(UTC)
-        signals = merge([read_alerts(answer, now), read_alerts(answer, now)], "here")
-        found.add(OURS, time.perf_counter() - began)
-        assert len(signals) == count
     return found

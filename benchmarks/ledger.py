@@ -1,24 +1,18 @@
-"""The ledger: appends in batches, and the verification of a million entries with their checkpoints. Real servers, by the tests' rigs.
-
-`python -m benchmarks.ledger [--quick] [--out FILE]`.
-"""
+"""The ledger: appends in batches, and the verification of a million entries with their checkpoints. Real servers, by the tests' rigs."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-from benchmarks.ground import facts
-from benchmarks.measure import Comparison, Goal, document, report
+from benchmarks.measure import Comparison, Goal
 from ops_platform.clock import SYSTEM_CLOCK
 from ops_platform.inventory.evidence import Control
 from ops_platform.ledger import Draft, Ledger
@@ -36,11 +30,6 @@ CHAIN, ANCHORED, NEXT, PROOF, EXPORT, OFFLINE = (
     "the chain alone", "with its checkpoints", "the next checkpoint, 1000 entries on", "proof of one entry", "whole pack written",
     "whole pack verified offline",
 )  # fmt: skip
-_PREFACE = """# Benchmarks of the ledger
-
-Written by `python -m benchmarks.ledger`. PostgreSQL, the object store and OpenBao run on the same cores as what is measured; PostgreSQL
-with `fsync` and `synchronous_commit` on, as it comes.
-"""
 
 
 def draft(number: int) -> Draft:
@@ -91,7 +80,8 @@ def appends(count: int, rounds: int) -> Comparison:
         "ledger-appends",
         "entries written durably, of some 400 bytes each",
         "entries a second",
-        "Each batch is one transaction and one round trip; each row meets both triggers. The tables grow from round to round.",
+        "Each batch is one transaction and one round trip; each row meets both triggers. PostgreSQL has `fsync` and `synchronous_commit` on. "
+        "The tables grow from round to round.",
         [Goal("≥ 2,000 a second in batches", BATCH, least=2000)],
     )
     with Servers() as servers, servers.ledger() as rig:
@@ -170,33 +160,3 @@ def _timed(work: Callable[[], bool]) -> float:
     seconds = time.perf_counter() - began
     assert good
     return seconds
-
-
-def measure(entries: int, rounds: int) -> Iterator[Comparison]:
-    yield appends(entries // 50, rounds)
-    yield verification(entries, rounds)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ledger", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small sizes, one round: shows that it runs, not how fast")
-    parser.add_argument("--out", type=Path, help="write the tables as Markdown")
-    asked = parser.parse_args()
-    results: list[Comparison] = []
-    for found in measure(*((4000, 1) if asked.quick else (1_000_000, 3))):
-        print(report(found), flush=True)
-        results.append(found)
-    if asked.out:
-        about: Mapping[str, Any] = {
-            name: text
-            for name, text in facts().items()
-            if name in ("cores", "memory", "system", "Python", "PostgreSQL", "object store")
-        }
-        stamp = {"measured": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
-        asked.out.write_text(document(results, {**about, **stamp}, _PREFACE))
-        print(f"written: {asked.out}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -114,13 +114,68 @@ def verdict(found: Comparison, goal: Goal) -> str:
 
 def document(results: Sequence[Comparison], facts: Mapping[str, str], preface: str) -> str:
     """docs/benchmarks.md."""
-    parts = [preface.strip(), "", "## Machine", "", "| | |", "|---|---|"]
-    parts += [f"| {_cell(key)} | {_cell(value)} |" for key, value in facts.items()]
-    parts += ["", "## Goals", "", "| comparison | goal | measured | |", "|---|---|---|---|"]
-    parts += [row for found in results for row in _goal_rows(found)]
+    rows = {found.name: _goal_rows(found) for found in results}
+    sections = {found.name: _section(found) for found in results}
+    return _written(preface.strip().splitlines(), _facts(facts), rows, sections)
+
+
+def merged(written: str, results: Sequence[Comparison], facts: Mapping[str, str], order: Sequence[str]) -> str:
+    """The document with the results in place of those of the same names, and everything else as it was.
+
+    Each result says when it was measured, where the facts say it; the machine's facts stay, as far as `facts` has no newer ones.
+    Comparisons stand in `order`. Raises ValueError for what `document` did not write.
+    """
+    preface, machine, goals, sections = _read(written)
+    when = facts.get("measured")
     for found in results:
-        parts += ["", *_section(found)]
+        goals[found.name], sections[found.name] = _goal_rows(found), _section(found)
+        if when:
+            sections[found.name] += ["", f"Measured {when}."]
+    names = [name for name in order if name in sections] + [name for name in sections if name not in order]
+    known = {**machine, **{row.split("|")[1].strip(): row for row in _facts(facts) if not row.startswith(_WHEN)}}
+    return _written(
+        preface, list(known.values()), {name: goals.get(name, []) for name in names}, {name: sections[name] for name in names}
+    )  # fmt: skip
+
+
+_MACHINE, _GOALS = "## Machine", "## Goals"
+_WHEN = ("| measured |", "| load average")  # of one run, and not of the machine
+
+
+def _facts(facts: Mapping[str, str]) -> list[str]:
+    return [f"| {_cell(key)} | {_cell(value)} |" for key, value in facts.items()]
+
+
+def _written(
+    preface: Sequence[str], facts: Sequence[str], goals: Mapping[str, list[str]], sections: Mapping[str, list[str]]
+) -> str:
+    parts = [*preface, "", _MACHINE, "", "| | |", "|---|---|", *facts]
+    parts += ["", _GOALS, "", "| comparison | goal | measured | |", "|---|---|---|---|"]
+    parts += [row for rows in goals.values() for row in rows]
+    for lines in sections.values():
+        parts += ["", *lines]
     return "\n".join(parts) + "\n"
+
+
+def _read(written: str) -> tuple[list[str], dict[str, str], dict[str, list[str]], dict[str, list[str]]]:
+    """What `_written` was given: preface, facts by name, and by comparison the rows of its goals and the lines of its section."""
+    blocks: list[list[str]] = [[]]
+    for line in written.splitlines():
+        if line.startswith("## "):
+            blocks.append([])
+        blocks[-1].append(line)
+    preface, *rest = [_stripped(block) for block in blocks]
+    if len(rest) < 2 or (rest[0][0], rest[1][0]) != (_MACHINE, _GOALS):
+        raise ValueError("this is no document of benchmarks: it does not begin with the machine and the goals")
+    facts = {row.split("|")[1].strip(): row for row in rest[0] if row.startswith("| ") and row != "| | |"}
+    goals: dict[str, list[str]] = {}
+    for row in rest[1][4:]:
+        goals.setdefault(row.split("|")[1].strip(), []).append(row)
+    return preface, facts, goals, {lines[0][3:].partition(":")[0]: lines for lines in rest[2:]}
+
+
+def _stripped(lines: Sequence[str]) -> list[str]:
+    return "\n".join(lines).strip().splitlines()
 
 
 def _goal_rows(found: Comparison) -> list[str]:

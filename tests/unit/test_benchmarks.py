@@ -1,10 +1,18 @@
-"""The benchmarks' arithmetic and their table. What they measure needs servers and is no test."""
+"""The benchmarks' arithmetic and their table. What needs servers to be measured is no test."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
+
 import pytest
 
-from benchmarks.measure import Comparison, Goal, Spread, document, interleaved, report, verdict
+from benchmarks import decisions
+from benchmarks.measure import Comparison, Goal, Spread, document, interleaved, merged, report, verdict
+from benchmarks.remediation import FROM_TICK, PARTS, REACTION, Moments, memory_sides
+from ops_platform.clients.alertmanager import merge, read_alerts
+from ops_platform.clients.http import Answer
+from ops_platform.inventory.model import Inventory
+from ops_platform.remediation.intake import decide
 
 
 def compared(*goals: Goal) -> Comparison:
@@ -80,3 +88,68 @@ def test_the_document_says_what_was_missed_and_why() -> None:
     assert "| ours / peer | 0.40 | 0.20–0.80 |" in lines
     assert "Load average as the 3 rounds began: 1.2 to 6.0." in lines
     assert lines[-1] == "A note."
+
+
+def named(name: str, seconds: float) -> Comparison:
+    found = Comparison(
+        name, "a title: with a colon", "seconds", "How.\n\nAnd how else.", [Goal("≤ 1 s", "ours", most=1.0)]
+    )
+    found.add("ours", seconds)
+    return found
+
+
+def test_a_document_with_no_new_results_stays_as_it_is() -> None:
+    written = document(
+        [named("a", 1.0), named("b", 2.0)], {"cores": "2", "measured": "then"}, "# Benchmarks\n\nText.\n"
+    )
+    assert merged(written, [], {}, []) == written
+
+
+def test_new_results_stand_in_place_of_their_older_ones_and_beside_the_others() -> None:
+    order = ["first", "a", "b", "c"]
+    before = document([named("a", 1.0), named("c", 3.0)], {"cores": "2", "measured": "then"}, "# Benchmarks\n")
+    facts = {"cores": "4", "measured": "now", "load average at the end": "0.1"}
+    written = merged(before, [named("c", 0.5), named("b", 2.0), named("first", 9.0)], facts, order)
+    lines = written.splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("## ")] == [
+        "## Machine", "## Goals", "## first", "## a", "## b", "## c",
+    ]  # fmt: skip
+    assert [line for line in lines if "≤ 1 s" in line] == [
+        "| first | ≤ 1 s | 9.00 | **missed** |",
+        "| a | ≤ 1 s | 1.00 | reached |",
+        "| b | ≤ 1 s | 2.00 | **missed** |",
+        "| c | ≤ 1 s | 0.50 | reached |",
+    ]
+    assert "| cores | 4 |" in lines
+    assert "| measured | then |" in lines, "what was not measured now is of that time"
+    assert written.count("Measured now.") == 3
+    assert "load average at the end" not in written
+    again = merged(written, [named("c", 0.5), named("b", 2.0), named("first", 9.0)], facts, order)
+    assert again == written
+
+
+def test_what_is_no_document_is_not_written_over() -> None:
+    with pytest.raises(ValueError, match="no document"):
+        merged("# Something else\n\n## Machine\n", [named("a", 1.0)], {}, [])
+
+
+def test_the_parts_of_a_reaction_add_up() -> None:
+    at = [datetime(2026, 3, 1, tzinfo=UTC) + timedelta(seconds=second) for second in (0, 20, 21, 23, 26, 30)]
+    parts = Moments(*at).parts()
+    assert [parts[name] for name in PARTS] == [20, 1, 2, 3, 4]
+    assert parts[FROM_TICK] == 10
+    assert parts[REACTION] == 30 == sum(parts[name] for name in PARTS)
+
+
+def test_the_sides_of_memory_are_the_last_and_the_first_tenth() -> None:
+    assert memory_sides(10_000) == ("ours, after 10,000 ticks", "after 1,000 ticks")
+
+
+def test_each_alert_of_the_benchmark_meets_one_rule_and_every_guard() -> None:
+    inventory, now = Inventory.model_validate(decisions.fleet()), datetime(2026, 12, 1, tzinfo=UTC)
+    signals = merge([read_alerts(Answer(200, {}, decisions.alerts(100), "here"), now)], "here")
+    decided, unmatched = decide(inventory, signals, now)
+    assert (len(decided), unmatched) == (100, 0)
+    assert decisions.rule_all_on(inventory, decided, now) == (20, 80), "the budget of all rules"
+    frozen = datetime(2026, 12, 24, tzinfo=UTC)
+    assert decisions.rule_all_on(inventory, decided, frozen) == (0, 100), "a freeze of changes refuses them all"

@@ -16,6 +16,7 @@ from typing import Any
 import dagster as dg
 import pytest
 import yaml
+from dagster._core.run_coordinator.queued_run_coordinator import QueuedRunCoordinator
 from dagster._core.storage.tags import RUN_KEY_TAG
 
 from assets.postgres import BASE_BACKUP, DATABASE, PITR_VERIFICATION, WAL_ARCHIVE
@@ -281,6 +282,19 @@ def test_a_target_is_never_worked_on_twice_whoever_starts_the_run() -> None:
     for entry in limits.values():
         assert entry["limit"] == 1
         assert entry["value"] == {"applyLimitPerUniqueValue": True}
+
+
+def test_the_shipped_instance_launches_within_a_second_and_keeps_its_limits(tmp_path: Path) -> None:
+    shipped = yaml.safe_load((Path(__file__).parents[2] / "deploy" / "dagster.yaml").read_text())
+    del shipped["storage"]
+    (tmp_path / "dagster.yaml").write_text(yaml.safe_dump(shipped))
+    with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
+        assert isinstance(instance.run_coordinator, QueuedRunCoordinator)
+        assert instance.run_coordinator.dequeue_interval_seconds == 1
+        queue = instance.get_concurrency_config().run_queue_config
+        assert queue is not None
+        assert queue.max_concurrent_runs == 20
+        assert [limit["key"] for limit in queue.tag_concurrency_limits] == ["ops/target", "dagster/partition"]
 
 
 def test_a_night_missed_by_an_outage_is_caught_up_and_an_old_one_is_not(stored: dg.DagsterInstance) -> None:

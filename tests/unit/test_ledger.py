@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from ops_platform.errors import CorruptionError, InventoryError, UsageError
 from ops_platform.inventory import load
 from ops_platform.inventory.evidence import BUILT_IN, Control, controls
+from ops_platform.inventory.values import Secret
 from ops_platform.ledger.audit import Mark, check_chain
-from ops_platform.ledger.chain import GENESIS, Row, digest, entry_text, moment
+from ops_platform.ledger.chain import GENESIS, Row, canonical, digest, entry_text, moment
 from ops_platform.ledger.dsse import Envelope, fingerprint, from_pem, pae, pem, verify
 from ops_platform.ledger.merkle import Frontier
 from tests.unit.test_definitions import body
@@ -195,3 +196,27 @@ def test_mistakes_in_the_ledgers_part_are_named(tmp_path: Path, ledger: dict[str
 def test_mistakes_in_the_evidence_part_are_named(tmp_path: Path, control: dict[str, Any], what: str) -> None:
     (said,) = written(tmp_path, evidence=[control])
     assert what in said
+
+
+PLAIN = st.none() | st.booleans() | st.integers() | st.text(max_size=5).filter(lambda text: "\0" not in text)
+JSON = st.recursive(
+    PLAIN | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab\u00e9", max_size=2), inner, max_size=3),
+    max_leaves=8,
+)
+NO_JSON = st.sampled_from(
+    [Secret("x"), b"x", "a\0b", "\ud800", float("nan"), float("inf"), {1: "x"}, {None: 1}, {"a\0": 1}, {Secret("x"): 1}, {1, 2}, object()]
+)  # fmt: skip
+
+
+@given(JSON)
+def test_canonical_json_says_what_it_was_made_of(value: Any) -> None:
+    assert json.loads(canonical({"value": value})) == {"value": value}
+
+
+@given(JSON, NO_JSON, st.integers(0, 3))
+def test_what_is_not_plain_is_refused_however_deep_it_lies_beside_what_is(good: Any, bad: Any, depth: int) -> None:
+    for number in range(depth):
+        bad = [good, bad] if number % 2 else {"good": good, "z": bad}
+    with pytest.raises(UsageError):
+        canonical({"good": good, "rest": [good, {"bad": bad}]})
