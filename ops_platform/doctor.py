@@ -1,4 +1,7 @@
-"""Looks at everything that a target's backups need, and says what to do about what is missing. Changes nothing but a probe object."""
+"""Looks at everything that a target's backups need, and says what to do about what is missing. Changes nothing but a probe object.
+
+What the targets share is looked at in `doctor_platform`.
+"""
 
 from __future__ import annotations
 
@@ -30,24 +33,31 @@ class Found:
 
 @dataclass(frozen=True)
 class Examination:
+    """`target_id`: the target's, or `platform` for what all of them share."""
+
     target_id: str
     findings: list[Found]
 
 
 def examine(access: Access, target: Target) -> Examination:
     """Every part is asked, whatever the others answered: one look shows all that is to be done."""
-    import psycopg
-
-    findings: list[Found] = []
     parts: list[tuple[str, Callable[[], Iterator[Found]]]] = [
         ("servers", lambda: _servers(access, target)),
         ("store", lambda: _store(access, target)),
         ("key service", lambda: _keys(access, target)),
         ("sandbox", lambda: _sandbox(access, target)),
     ]
+    return Examination(target.id, asked(parts))
+
+
+def asked(parts: Sequence[tuple[str, Callable[[], Iterator[Found]]]]) -> list[Found]:
+    """What each part finds; what was found before one broke off is kept, and why it did."""
+    import psycopg
+
+    findings: list[Found] = []
     for name, part in parts:
         try:
-            for found in part():  # one by one: what was found before a part broke off is kept
+            for found in part():  # one by one: `extend` would drop them all
                 findings.append(found)
         except psycopg.Error as error:
             findings.append(Found(name, "unknown", " ".join(str(error).split()), "read the server's log"))
@@ -55,7 +65,7 @@ def examine(access: Access, target: Target) -> Examination:
             findings.append(
                 Found(name, "bad", f"{error.where}: {error.what}" if error.where else error.what, error.remedy)
             )
-    return Examination(target.id, findings)
+    return findings
 
 
 # The servers

@@ -1,4 +1,4 @@
-"""Slack over HTTP as its documentation describes chat.postMessage: what cannot run here. Strict where Slack is strict."""
+"""Slack over HTTP as its documentation describes chat.postMessage and auth.test: what cannot run here. Strict where Slack is strict."""
 
 from __future__ import annotations
 
@@ -51,13 +51,15 @@ class SlackApi:
         self._server.server_close()
 
     def answer(self, path: str, headers: dict[str, str], body: bytes) -> tuple[int, dict[str, str], dict[str, Any]]:
-        if path != "/api/chat.postMessage":
+        if path not in ("/api/chat.postMessage", "/api/auth.test"):
             return 404, {}, {"ok": False, "error": "unknown_method"}
         if self.failures:
             failure = self.failures.pop(0)
             return (*failure, {"ok": False, "error": "ratelimited"}) if isinstance(failure, tuple) else _error(failure)
         if {k.lower(): v for k, v in headers.items()}.get("authorization") != f"Bearer {TOKEN}":
             return _error("invalid_auth")
+        if path == "/api/auth.test":
+            return 200, {}, {"ok": True, "url": "https://t.slack.com/", "team": "Tests", "user": "ops", "bot_id": "B0"}
         try:
             message = json.loads(body)
         except ValueError:

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import click
 
-from ops_platform.cli.common import chosen, complete_targets, emit, json_option, opened
+from ops_platform.cli.common import complete_targets, emit, json_option, opened
 
 _MARKS = {"good": ("ok  ", "green"), "warn": ("warn", "yellow"), "bad": ("BAD ", "red"), "unknown": ("?   ", "yellow")}
 
 
 @click.command()
 @click.argument("targets", nargs=-1, shell_complete=complete_targets)
+@click.option("--platform", "shared", is_flag=True, help="What the targets share, and no target that is not named.")
 @json_option
 @click.pass_context
-def doctor(ctx: click.Context, targets: tuple[str, ...], as_json: bool) -> None:
-    """Rights, settings, slots, versions, bucket, lock, keys: each with what to do. Exit 1 for what is bad, 3 for what is unknown."""
+def doctor(ctx: click.Context, targets: tuple[str, ...], shared: bool, as_json: bool) -> None:
+    """Rights, settings, slots, versions, bucket, lock, keys: each with what to do. Exit 1 for what is bad, 3 for what is unknown.
+
+    Without targets it looks at all of them and at what they share: the ledger, its checkpoints, Dagster, Alertmanagers, topics, Slack.
+    """
     from ops_platform.doctor import Examination, examine
+    from ops_platform.doctor_platform import examine_platform
 
     with opened() as access:
-        found = [examine(access, target) for target in chosen(access.inventory, targets, not targets)]
+        everything = not targets and not shared
+        asked = list(access.inventory.targets) if everything else [access.inventory.target(name) for name in targets]
+        found = [examine(access, target) for target in asked]
+        if shared or everything:
+            found += [one for one in (examine_platform(access),) if one.findings]
     if as_json:
         emit(list[Examination], found)
     else:

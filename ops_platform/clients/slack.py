@@ -52,6 +52,15 @@ class Slack:
             )
         return said["ts"]
 
+    def who(self) -> str:
+        """The bot's name and its workspace's, by auth.test, which any token may call. Raises as `post` does."""
+        said = self._api.request("POST", "/api/auth.test", body={}).json()
+        if not isinstance(said, dict) or said.get("ok") is not True:
+            error = str(said.get("error", "no reason")) if isinstance(said, dict) else "no reason"
+            kind = AccessDeniedError if error in _DENIED else OpsError
+            raise kind(f"Slack does not know the bot: {error}", where="auth.test", remedy="look at slack.bot_token")
+        return f"{said.get('user')} in {said.get('team')}"
+
 
 def escape(text: str) -> str:
     """Slack's three control characters."""

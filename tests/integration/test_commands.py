@@ -197,7 +197,8 @@ def test_one_broken_target_does_not_keep_the_others_from_their_turn(
 
 
 def examined(platform: Platform, code: int) -> dict[str, Any]:
-    (found,) = answer(list[Examination], platform, "doctor", code=code)
+    """What it says of the targets; of what they share there is `test_doctor_platform`."""
+    (found,) = answer(list[Examination], platform, "doctor", platform.target.id, code=code)
     return {item.what: item for item in found.findings}
 
 
