@@ -102,9 +102,10 @@ def appends(count: int, rounds: int) -> Comparison:
 
 def _rate(count: int, write: Callable[[int], object], step: int = 1) -> float:
     began = time.perf_counter()
-    for number in range(0, count, step):
+    steps = range(0, count, step)
+    for number in steps:
         write(number)
-    return count / (time.perf_counter() - began)
+    return len(steps) * step / (time.perf_counter() - began)
 
 
 def _at_once(rig: Checkpoints, count: int) -> float:
