@@ -7,14 +7,14 @@ works on every target, one after the other, and fails at its end when any of the
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import dagster as dg
 
-from ops_platform.backup.model import Progress
+from ops_platform.backup.model import AnyManifest, Progress, StoreManifest
 from ops_platform.clients.access import Access
 from ops_platform.errors import OpsError
-from ops_platform.inventory.model import Inventory, Target
+from ops_platform.inventory.model import Backed, Inventory, Target
 from ops_platform.promises import PROMISES, Kept, judge
 from ops_platform.resources import PlatformResource
 
@@ -22,6 +22,7 @@ DATABASE = dg.AssetKey(["postgres", "database"])
 WAL_ARCHIVE = dg.AssetKey(["postgres", "wal_archive"])
 BASE_BACKUP = dg.AssetKey(["postgres", "base_backup"])
 PITR_VERIFICATION = dg.AssetKey(["postgres", "pitr_verification"])
+B = TypeVar("B", bound=Backed)
 POOL = "backup_store"  # bounds how many runs press on the store at once; its limit stands in dagster.yaml
 CHECKED = {
     "backup_fresh": (BASE_BACKUP, "The newest backup is younger than backup.max_age, judged from the store."),
@@ -80,7 +81,9 @@ def build_assets(inventory: Inventory) -> tuple[list[Any], list[dg.AssetChecksDe
         owners=owners,
         kinds={"postgresql", "s3"},
         pool=POOL,
-        freshness_policy=dg.FreshnessPolicy.time_window(fail_window=_longest(inventory, lambda t: t.backup.max_age)),
+        freshness_policy=dg.FreshnessPolicy.time_window(
+            fail_window=longest(inventory.targets, lambda t: t.backup.max_age)
+        ),
         partitions_def=partitions,
         group_name=group,
     )
@@ -94,10 +97,10 @@ def build_assets(inventory: Inventory) -> tuple[list[Any], list[dg.AssetChecksDe
                 return {"backup": dg.MetadataValue.text(f"taken by {target.repository.engine}, proven by us")}
             kind: Any = config.kind
             actor = f"dagster run {context.run_id}"
-            taken = proof.back_up(access, target, kind=kind, actor=actor, progress=_log_steps(context))
+            taken = proof.back_up(access, target, kind=kind, actor=actor, progress=log_steps(context))
             return backup_metadata(taken)
 
-        return _materialize(context, platform, back_up)
+        return materialize(context, platform, Inventory.target, back_up)
 
     @dg.asset(
         key=PITR_VERIFICATION,
@@ -107,7 +110,7 @@ def build_assets(inventory: Inventory) -> tuple[list[Any], list[dg.AssetChecksDe
         kinds={"postgresql", "greatexpectations"},
         pool=POOL,
         freshness_policy=dg.FreshnessPolicy.time_window(
-            fail_window=_longest(inventory, lambda t: t.backup.verification.proven_within)
+            fail_window=longest(inventory.targets, lambda t: t.backup.verification.proven_within)
         ),
         partitions_def=partitions,
         group_name=group,
@@ -124,7 +127,7 @@ def build_assets(inventory: Inventory) -> tuple[list[Any], list[dg.AssetChecksDe
                 raise dg.Failure(f"at: {config.at!r} has no zone; write it with one, such as {config.at}+00:00")
             proof = prove(
                 access, target, pick=_pick(context, config),  # type: ignore[arg-type]
-                at=at, full=config.full, actor=f"dagster run {context.run_id}", progress=_log_steps(context),
+                at=at, full=config.full, actor=f"dagster run {context.run_id}", progress=log_steps(context),
             )  # fmt: skip
             metadata = proof_metadata(target, proof)
             if proof.scorecard.verdict is not Verdict.PASS:
@@ -132,9 +135,9 @@ def build_assets(inventory: Inventory) -> tuple[list[Any], list[dg.AssetChecksDe
                 raise NotProvenError(f"{proof.scorecard.verdict.value}: {proof.scorecard.reason}")
             return metadata
 
-        return _materialize(context, platform, prove_it)
+        return materialize(context, platform, Inventory.target, prove_it)
 
-    checks = [_check(name, key, text, partitions) for name, (key, text) in CHECKED.items()]
+    checks = [promise_check(name, key, text, partitions, targets_of) for name, (key, text) in CHECKED.items()]
     return [database, wal_archive, base_backup, pitr_verification], checks
 
 
@@ -149,9 +152,9 @@ class NotProvenError(OpsError):
     """A verification ended without a PASS. It is recorded all the same."""
 
 
-def _longest(inventory: Inventory, of: Callable[[Target], timedelta]) -> timedelta:
+def longest(targets: Sequence[Backed], of: Callable[[Backed], timedelta]) -> timedelta:
     # One asset has one policy: the longest promise among the targets. The checks judge each target by its own.
-    return max((of(target) for target in inventory.targets), default=timedelta(days=1))
+    return max((of(target) for target in targets), default=timedelta(days=1))
 
 
 # One run, one or many targets
@@ -170,12 +173,15 @@ def targets_of(context: Any, access: Access) -> list[Target]:
     return list(inventory.targets)
 
 
-def _materialize(
-    context: dg.AssetExecutionContext, platform: PlatformResource, work: Callable[[Access, Target], dict[str, Any]]
+def materialize(
+    context: dg.AssetExecutionContext,
+    platform: PlatformResource,
+    find: Callable[[Inventory, str], B],
+    work: Callable[[Access, B], dict[str, Any]],
 ) -> dg.MaterializeResult[Any]:
     """Work on the run's target. A run over all of them is one such run after the other: see jobs/each_target.py."""
     with platform.access() as access:
-        target = access.inventory.target(context.partition_key)
+        target = find(access.inventory, context.partition_key)
         try:
             return dg.MaterializeResult(metadata=work(access, target))
         except OpsError as error:
@@ -183,7 +189,7 @@ def _materialize(
             raise dg.Failure(f"{target.id}: {error}") from None
 
 
-def _log_steps(context: Any) -> Progress:
+def log_steps(context: Any) -> Progress:
     """Each step once in the run's log: bytes are for the terminal."""
     said: set[str] = set()
 
@@ -198,14 +204,18 @@ def _log_steps(context: Any) -> Progress:
 # Checks
 
 
-def _check(
-    name: str, key: dg.AssetKey, text: str, partitions: dg.PartitionsDefinition[str]
+def promise_check(
+    name: str,
+    key: dg.AssetKey,
+    text: str,
+    partitions: dg.PartitionsDefinition[str],
+    subjects: Callable[[Any, Access], Sequence[Backed]],
 ) -> dg.AssetChecksDefinition:
     # A check may yield its events, whatever the type of the decorator says.
     @dg.asset_check(asset=key, name=name, description=text, blocking=True, partitions_def=partitions)  # pyright: ignore[reportArgumentType]
     def check(context: dg.AssetCheckExecutionContext, platform: PlatformResource) -> Iterator[Any]:
         with platform.access() as access:
-            found = [judge(name, access, target) for target in targets_of(context, access)]
+            found = [judge(name, access, target) for target in subjects(context, access)]
         if context.has_partition_key:
             yield check_result(found[0])
             return
@@ -309,21 +319,25 @@ def archive_metadata(status: Any) -> tuple[str, dict[str, Any]]:
 # Metadata
 
 
-def backup_metadata(manifest: Any) -> dict[str, Any]:
-    return {
+def backup_metadata(manifest: AnyManifest) -> dict[str, Any]:
+    found: dict[str, Any] = {
         "backup": manifest.backup_id,
-        "kind": manifest.kind.value,
-        "why": manifest.why,
-        "source": f"{manifest.source} ({manifest.source_role})",
         "bytes": manifest.raw,
         "stored bytes": manifest.stored,
         "ratio": round(manifest.raw / max(1, manifest.stored), 2),
         "seconds": manifest.seconds,
         "MiB per second": round(manifest.raw / 2**20 / max(manifest.seconds, 1e-3), 1),
+        "ended": dg.MetadataValue.timestamp(manifest.ended_at),
+    }
+    if isinstance(manifest, StoreManifest):
+        return found | {"source": manifest.source, "server": manifest.server, "parts": len(manifest.parts)}
+    return found | {
+        "kind": manifest.kind.value,
+        "why": manifest.why,
+        "source": f"{manifest.source} ({manifest.source_role})",
         "timeline": manifest.timeline,
         "start": manifest.start_lsn,
         "end": manifest.end_lsn,
-        "ended": dg.MetadataValue.timestamp(manifest.ended_at),
     }
 
 

@@ -4,9 +4,11 @@ from typing import Any
 
 import dagster as dg
 
-from assets.postgres import BASE_BACKUP, DATABASE, PITR_VERIFICATION, POOL, WAL_ARCHIVE, check_keys, targets_of
+from assets.postgres import BASE_BACKUP, DATABASE, PITR_VERIFICATION, POOL, WAL_ARCHIVE, check_keys
 from jobs.each_target import each_target
+from ops_platform.clients.access import Access
 from ops_platform.errors import OpsError
+from ops_platform.inventory.model import Backed
 from ops_platform.resources import PlatformResource
 
 TARGET_TAG = "ops/target"  # dagster.yaml lets one run at a time have each value of it
@@ -27,7 +29,7 @@ def expire(context: dg.OpExecutionContext, config: ExpiryConfig, platform: Platf
 
     bad: list[str] = []
     with platform.access() as access:
-        for target in targets_of(context, access):
+        for target in _expiring(context, access):
             if target.repository.engine != "native":
                 continue
             try:
@@ -44,6 +46,13 @@ def expire(context: dg.OpExecutionContext, config: ExpiryConfig, platform: Platf
                 bad.append(f"{target.id}: {'; '.join(lines(result))}")
     if bad:
         raise dg.Failure("; ".join(bad))
+
+
+def _expiring(context: dg.OpExecutionContext, access: Access) -> list[Backed]:
+    """The run's partition, or everything that has backups."""
+    if context.has_partition_key:
+        return [access.inventory.backed(context.partition_key)]
+    return access.inventory.all_backed()
 
 
 @dg.job(description="Expire the backups of one target, or of all.", tags={"ops/domain": "backup"})

@@ -8,15 +8,19 @@ from dagster import BetaWarning, Definitions, PreviewWarning, in_process_executo
 
 from assets import postgres as postgres_assets
 from assets import remediation as remediation_assets
+from assets import stores as stores_assets
 from jobs import ledger as ledger_jobs
 from jobs import postgres as postgres_jobs
 from jobs import remediation as remediation_jobs
+from jobs import stores as stores_jobs
 from ops_platform.inventory import LoadedInventory, load
 from ops_platform.resources import PlatformResource
 from schedules import ledger as ledger_schedules
 from schedules import postgres as postgres_schedules
+from schedules import stores as stores_schedules
 from sensors import postgres as postgres_sensors
 from sensors import remediation as remediation_sensors
+from sensors import stores as stores_sensors
 
 # Observable assets are beta and partitioned checks preview in Dagster 1.13; the pinned version is what is tested.
 warnings.filterwarnings("ignore", category=BetaWarning)
@@ -28,17 +32,21 @@ def build_defs(loaded: LoadedInventory | None = None) -> Definitions:
     found = loaded or load()
     inventory = found.inventory
     assets, checks = postgres_assets.build_assets(inventory)
+    store_assets, store_checks = stores_assets.build_assets(inventory)
     jobs = postgres_jobs.build_jobs() | remediation_jobs.build_jobs() | ledger_jobs.build_jobs()
+    jobs |= stores_jobs.build_jobs(inventory)
     return Definitions(
-        assets=[*assets, *remediation_assets.build_assets(inventory)],
-        asset_checks=checks,
+        assets=[*assets, *store_assets, *remediation_assets.build_assets(inventory)],
+        asset_checks=[*checks, *store_checks],
         jobs=list(jobs.values()),
         schedules=[
             *postgres_schedules.build_schedules(inventory, jobs),
+            *stores_schedules.build_schedules(inventory, jobs),
             *ledger_schedules.build_schedules(inventory, jobs),
         ],
         sensors=[
             *postgres_sensors.build_sensors(inventory, jobs),
+            *stores_sensors.build_sensors(inventory, jobs),
             *remediation_sensors.build_sensors(inventory, jobs),
         ],
         # Steps follow each other and share nothing but the store: a process for each would cost an import of Dagster each.

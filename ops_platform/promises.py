@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ops_platform.backup.engine import open_engine
+from ops_platform.backup.engine import infos_of, open_engine
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import OpsError
 from ops_platform.recovery import records
@@ -19,7 +19,7 @@ from ops_platform.recovery import records
 if TYPE_CHECKING:
     from ops_platform.backup.model import WalGap
     from ops_platform.clients.access import Access
-    from ops_platform.inventory import Target
+    from ops_platform.inventory.model import Backed
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Kept:
     known: bool = True
 
 
-Promise = Callable[["Access", "Target", datetime], Kept]
+Promise = Callable[["Access", "Backed", datetime], Kept]
 CLOCKS_APART = timedelta(minutes=5)
 
 
-def _young(target: Target, what: str, moment: datetime, allowed: timedelta, now: datetime, name: str) -> Kept:
+def _young(target: Backed, what: str, moment: datetime, allowed: timedelta, now: datetime, name: str) -> Kept:
     """Whether what happened at `moment` is young enough. From the future it comes by a wrong clock, and would stay young for ever."""
     age = now - moment
     numbers = {name: age.total_seconds()}
@@ -53,9 +53,9 @@ def _hours(time: timedelta) -> str:
     return f"{hours:.1f}".removesuffix(".0") + " h"
 
 
-def backup_fresh(access: Access, target: Target, now: datetime) -> Kept:
+def backup_fresh(access: Access, target: Backed, now: datetime) -> Kept:
     """The newest backup is not older than `backup.max_age`."""
-    backups = [b for b in open_engine(access, target).list() if b.error is None]
+    backups = [b for b in infos_of(access, target) if b.error is None]
     if not backups:
         return Kept(target.id, False, "there is no backup")
     newest = backups[-1]
@@ -65,11 +65,11 @@ def backup_fresh(access: Access, target: Target, now: datetime) -> Kept:
     return replace(kept, numbers=kept.numbers | {"backups": float(len(backups))})
 
 
-def wal_continuous(access: Access, target: Target, now: datetime) -> Kept:
+def wal_continuous(access: Access, target: Any, now: datetime) -> Kept:
     """Every moment from now on can be restored, and the archive is not further behind than `wal.max_lag`.
 
     A gap behind which a backup stands is named for as long as the archive shows it, because the moments in it cannot be restored;
-    it keeps no later backup from its proof.
+    it keeps no later backup from its proof. Of PostgreSQL alone: see `promises_of`.
     """
     from ops_platform.backup.archive import archive_status, open_gaps
 
@@ -117,7 +117,7 @@ def _mended(gaps: Sequence[WalGap]) -> str:
     )
 
 
-def proven(access: Access, target: Target, now: datetime) -> Kept:
+def proven(access: Access, target: Backed, now: datetime) -> Kept:
     """A backup was restored and its data checked within `verification.proven_within`."""
     repository = records.repository_of(access, target)
     if repository is None:
@@ -129,12 +129,12 @@ def proven(access: Access, target: Target, now: datetime) -> Kept:
     return _young(target, f"{last.backup_id} was proven", last.verified_at, allowed, now, "proof_age_seconds")
 
 
-def rpo_met(access: Access, target: Target, now: datetime) -> Kept:
+def rpo_met(access: Access, target: Backed, now: datetime) -> Kept:
     """The newest verification measured less loss than the objective."""
     return _objective(access, target, "rpo", target.objectives.rpo.total_seconds())
 
 
-def rto_met(access: Access, target: Target, now: datetime) -> Kept:
+def rto_met(access: Access, target: Backed, now: datetime) -> Kept:
     """The newest verification was faster than the objective, and so is the estimate for the worst moment."""
     measured = _objective(access, target, "rto", target.objectives.rto.total_seconds())
     estimated = _objective(access, target, "rto-full", target.objectives.rto.total_seconds(), needed=False)
@@ -144,7 +144,7 @@ def rto_met(access: Access, target: Target, now: datetime) -> Kept:
     )  # fmt: skip
 
 
-def _objective(access: Access, target: Target, name: str, allowed: float, *, needed: bool = True) -> Kept:
+def _objective(access: Access, target: Backed, name: str, allowed: float, *, needed: bool = True) -> Kept:
     repository = records.repository_of(access, target)
     cards = records.scorecards(repository, newest=1) if repository is not None else []
     if not cards:
@@ -164,7 +164,15 @@ PROMISES: dict[str, Promise] = {
 }
 
 
-def judge(name: str, access: Access, target: Target, clock: Clock = SYSTEM_CLOCK) -> Kept:
+STORE_PROMISES = ("backup_fresh", "proven", "rpo_met", "rto_met")
+"""What is promised of a store that is not PostgreSQL: it has no archive between its backups that could have a gap."""
+
+
+def promises_of(target: Backed) -> tuple[str, ...]:
+    return tuple(PROMISES) if target.kind == "postgresql" else STORE_PROMISES
+
+
+def judge(name: str, access: Access, target: Backed, clock: Clock = SYSTEM_CLOCK) -> Kept:
     """Never raises for what could not be asked: that is a promise of which nothing is known."""
     try:
         return PROMISES[name](access, target, clock.now())

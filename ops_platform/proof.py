@@ -9,17 +9,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ops_platform.backup.engine import open_engine
-from ops_platform.backup.model import Manifest, Progress, RecoveryWindow, no_progress
+from ops_platform.backup.engine import catalog
+from ops_platform.backup.model import AnyManifest, Manifest, Progress, RecoveryWindow, no_progress
 from ops_platform.clock import SYSTEM_CLOCK, Clock
-from ops_platform.errors import CouldNotVerifyError, OpsError
+from ops_platform.errors import CouldNotVerifyError, OpsError, UsageError
 from ops_platform.recovery import records
 from ops_platform.recovery.model import Scorecard, Verdict
 from ops_platform.recovery.verify import Pick, verify
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
-    from ops_platform.inventory import Target
+    from ops_platform.inventory.model import Backed
 
 HISTORY = 400  # scorecards that a report looks back on
 
@@ -35,7 +35,7 @@ class Proven:
 
 def prove(
     access: Access,
-    target: Target,
+    target: Backed,
     *,
     pick: Pick | None = None,
     at: datetime | None = None,
@@ -50,11 +50,18 @@ def prove(
 
     Raises what `verify` raises, and OpsError where the record cannot be written: CouldNotVerifyError where nothing was proven either.
     """
+    from ops_platform.inventory.model import Target
+
     directory = reports_directory(access)
-    card = verify(
-        access, target, pick=pick, at=at, backup_id=backup_id, full=full, data_docs=directory / target.id / "data-docs" if report else None,
-        progress=progress, clock=clock,
-    )  # fmt: skip
+    if isinstance(target, Target):
+        card = verify(
+            access, target, pick=pick, at=at, backup_id=backup_id, full=full, data_docs=directory / target.id / "data-docs" if report else None,
+            progress=progress, clock=clock,
+        )  # fmt: skip
+    else:
+        from ops_platform.stores.verify import verify as verify_store
+
+        card = verify_store(access, target, pick=pick, at=at, backup_id=backup_id, progress=progress, clock=clock)
     proven = card.verdict is not Verdict.COULD_NOT_VERIFY
     try:
         record(access, card, actor)
@@ -101,35 +108,51 @@ def record(access: Access, card: Scorecard, actor: str) -> None:
 
 def back_up(
     access: Access,
-    target: Target,
+    target: Backed,
     *,
     kind: Literal["auto", "full", "incremental"] = "auto",
     actor: str,
     progress: Progress = no_progress,
-) -> Manifest:
-    """Take a base backup, and say so in the ledger where the platform has one. It counts when it was proven.
+) -> AnyManifest:
+    """Take a backup, and say so in the ledger where the platform has one. It counts when it was proven.
 
     Raises what `run_backup` raises, and OpsError where the record cannot be written; the backup exists then all the same.
     """
-    from ops_platform.backup.basebackup import run_backup
     from ops_platform.ledger import Ledger
 
-    manifest = run_backup(access, target, kind=kind, progress=progress)
+    manifest = _take(access, target, kind, progress)
     if access.inventory.platform.database is None:
         return manifest
-    body = {
+    body: dict[str, object] = {
         "backup_id": manifest.backup_id,
-        "kind": manifest.kind.value,
-        "why": manifest.why,
-        "source_role": manifest.source_role,
         "bytes": manifest.raw,
         "stored_bytes": manifest.stored,
-        "timeline": manifest.timeline,
         "ended_at": manifest.ended_at.isoformat(),
     }
+    if isinstance(manifest, Manifest):
+        more = {"kind": manifest.kind.value, "why": manifest.why, "source_role": manifest.source_role}
+        body |= {**more, "timeline": manifest.timeline}
+    else:
+        body |= {"kind": "full", "store": manifest.store, "parts": len(manifest.parts)}
     with Ledger(access.platform_db) as ledger:
         ledger.append("backup.taken", manifest.target_id, body, actor=actor)
     return manifest
+
+
+def _take(
+    access: Access, target: Backed, kind: Literal["auto", "full", "incremental"], progress: Progress
+) -> AnyManifest:
+    from ops_platform.inventory.model import Target
+
+    if isinstance(target, Target):
+        from ops_platform.backup.basebackup import run_backup
+
+        return run_backup(access, target, kind=kind, progress=progress)
+    from ops_platform.stores.dump import run_backup as run_dump
+
+    if kind == "incremental":
+        raise UsageError(f"there are no incremental backups of {target.kind}", remedy="leave --incremental away")
+    return run_dump(access, target, progress=progress)
 
 
 def reports_directory(access: Access) -> Path:
@@ -144,23 +167,22 @@ class Glance:
     window: RecoveryWindow
 
 
-def look_back(access: Access, target: Target) -> list[Scorecard]:
+def look_back(access: Access, target: Backed) -> list[Scorecard]:
     """The newest verifications of the target that the store keeps, oldest first."""
     repository = records.repository_of(access, target)
     return records.scorecards(repository, newest=HISTORY) if repository is not None else []
 
 
 def write_target_report(
-    access: Access, target: Target, cards: Sequence[Scorecard], *, clock: Clock = SYSTEM_CLOCK
+    access: Access, target: Backed, cards: Sequence[Scorecard], *, clock: Clock = SYSTEM_CLOCK
 ) -> Path:
     """The target's page over these verifications, and the page over all targets, of which the others are read as their pages were."""
     from pydantic import TypeAdapter
 
     from ops_platform.reports.html import target_report, write_report
 
-    engine = open_engine(access, target, clock=clock)
-    window = engine.window()
-    backups = records.with_proofs(engine.list(), records.repository_of(access, target))
+    infos, window = catalog(access, target, clock=clock)
+    backups = records.with_proofs(infos, records.repository_of(access, target))
     newest = cards[-1] if cards else None
     html = target_report(target, newest, cards, window, backups, generated_at=clock.now())
     page = write_report(reports_directory(access), target.id, html)
@@ -179,7 +201,7 @@ def write_index(access: Access, *, clock: Clock = SYSTEM_CLOCK) -> Path:
     from ops_platform.reports.html import Row, index_report, write_report
 
     rows: list[Row] = []
-    for target in access.inventory.targets:
+    for target in access.inventory.all_backed():
         try:
             seen = TypeAdapter(Glance).validate_json(_glance_file(access, target).read_bytes())
             rows.append(Row(target, seen.card, seen.window))
@@ -192,5 +214,5 @@ def write_index(access: Access, *, clock: Clock = SYSTEM_CLOCK) -> Path:
     return write_report(reports_directory(access), None, index_report(rows, clock.now()))
 
 
-def _glance_file(access: Access, target: Target) -> Path:
+def _glance_file(access: Access, target: Backed) -> Path:
     return reports_directory(access) / f".{target.id}.json"

@@ -5,15 +5,16 @@ One schedule asks every five minutes what is due, instead of one schedule for ea
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import dagster as dg
 from dagster._core.storage.tags import RUN_KEY_TAG
 
 from jobs.postgres import MOST_REQUESTS, TARGET_TAG
-from ops_platform.inventory.model import Inventory, Schedule, Target
+from ops_platform.inventory.model import Backed, Inventory, Schedule, Target
 from ops_platform.timing import due
 
+B = TypeVar("B", bound=Backed)
 EVERY = timedelta(minutes=5)
 _CRON = "*/5 * * * *"
 # A night that the daemon missed is caught up after an outage of some hours; a missed week is not seven backups at once.
@@ -30,8 +31,12 @@ def build_schedules(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.Sc
         return target.backup.verification.schedule
 
     return [
-        _by_target("nightly_backups", jobs["nightly_backup"], inventory, backups, "Backups, by backup.schedule."),
-        _by_target("verifications", jobs["verify_recovery"], inventory, proofs, "Proofs, by verification.schedule."),
+        by_target(
+            "nightly_backups", jobs["nightly_backup"], inventory.targets, backups, "Backups, by backup.schedule."
+        ),
+        by_target(
+            "verifications", jobs["verify_recovery"], inventory.targets, proofs, "Proofs, by verification.schedule."
+        ),
         dg.ScheduleDefinition(
             name="promises",
             job=jobs["check_promises"],
@@ -58,9 +63,11 @@ def build_schedules(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.Sc
     ]
 
 
-def _by_target(
-    name: str, job: Any, inventory: Inventory, of: Callable[[Target], Schedule | None], text: str
+def by_target(
+    name: str, job: Any, targets: Sequence[B], of: Callable[[B], Schedule | None], text: str
 ) -> dg.ScheduleDefinition:
+    """One schedule over all of them, which asks for a run of each that is due."""
+
     @dg.schedule(
         name=name,
         job=job,
@@ -71,7 +78,7 @@ def _by_target(
     )
     def schedule(context: dg.ScheduleEvaluationContext) -> dg.SkipReason | list[dg.RunRequest]:
         until = context.scheduled_execution_time
-        schedules = [(target.id, found) for target in inventory.targets if (found := of(target)) is not None]
+        schedules = [(target.id, found) for target in targets if (found := of(target)) is not None]
         asked = [request(name, item.target_id, item.key) for item in due(schedules, until - LOOK_BACK, until)]
         launched = _launched(context.instance, [str(wanted.run_key) for wanted in asked])
         # What is more than a tick may ask for is asked for by the next: it stays due until it has a run.

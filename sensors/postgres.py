@@ -4,16 +4,17 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import dagster as dg
 
 from assets.postgres import BASE_BACKUP, WAL_ARCHIVE, archive_metadata
 from jobs.postgres import MOST_REQUESTS, TARGET_TAG, op_name
 from ops_platform.errors import OpsError
-from ops_platform.inventory.model import Inventory, Target
+from ops_platform.inventory.model import Backed, Inventory
 from ops_platform.resources import PlatformResource
 
+B = TypeVar("B", bound=Backed)
 BUDGET = 20.0  # seconds of one tick; Dagster ends it at 60
 CAUSE_TAG = "ops/cause"  # what a run was asked for, whichever try it is
 TRY_AGAIN = timedelta(hours=1)  # after a try that did not mend its cause; its failure has been told meanwhile
@@ -36,11 +37,9 @@ def build_sensors(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.Sens
             if unknown:
                 context.log.warning(f"new in platform.yaml, reload the code location: {', '.join(sorted(unknown))}")
             known = [t for t in native if t.id not in unknown]
-            cursor = _Round(context.cursor)
+            cursor = Round(context.cursor)
             for target in cursor.turn(known):
-                if _has_no_backup(access, target) and (
-                    wanted := _asked(context.instance, f"first/{target.id}", target)
-                ):
+                if has_no_backup(access, target) and (wanted := asked(context.instance, f"first/{target.id}", target)):
                     requests.append(wanted)
                 if len(requests) == MOST_REQUESTS:
                     break
@@ -58,7 +57,7 @@ def build_sensors(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.Sens
         requests: list[dg.RunRequest] = []
         events: list[dg.AssetObservation] = []
         away: list[str] = []
-        cursor = _Round(context.cursor)
+        cursor = Round(context.cursor)
         with platform.access() as access:
             native = [t for t in access.inventory.targets if t.repository.engine == "native"]
             for target in cursor.turn(native):
@@ -74,7 +73,7 @@ def build_sensors(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.Sens
                 if found := open_gaps(status.gaps):
                     newest = max(found, key=lambda gap: (gap.timeline, gap.first))
                     cause = f"gap/{target.id}/{newest.first}"
-                    if wanted := _asked(context.instance, cause, target, _FULL):
+                    if wanted := asked(context.instance, cause, target, _FULL):
                         requests.append(wanted)
                 if len(requests) == MOST_REQUESTS:
                     break
@@ -116,8 +115,12 @@ def build_sensors(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.Sens
 _FULL = {"ops": {op_name(BASE_BACKUP): {"config": {"kind": "full"}}}}
 
 
-def _asked(
-    instance: dg.DagsterInstance, cause: str, target: Target, config: Mapping[str, Any] | None = None
+def asked(
+    instance: dg.DagsterInstance,
+    cause: str,
+    target: Backed,
+    config: Mapping[str, Any] | None = None,
+    job_name: str | None = None,
 ) -> dg.RunRequest | None:
     """A run for the cause; None while one is at work, and for a while after one that has ended and left the cause.
 
@@ -136,10 +139,11 @@ def _asked(
         partition_key=target.id,
         tags={TARGET_TAG: target.id, CAUSE_TAG: cause},
         run_config=dict(config or {}),
+        job_name=job_name,
     )
 
 
-def _has_no_backup(access: Any, target: Target) -> bool:
+def has_no_backup(access: Any, target: Backed) -> bool:
     """False where the store cannot be asked: an unreachable store is not an empty one."""
     from ops_platform.backup.archive import open_target_repository
 
@@ -155,7 +159,7 @@ def _reason(data: Any) -> str:
     return str(getattr(cause, "message", "") or "no reason was recorded").strip()
 
 
-class _Round:
+class Round:
     """Goes on with the targets where the last tick ended, so that each has its turn however many there are."""
 
     def __init__(self, cursor: str | None) -> None:
@@ -169,7 +173,7 @@ class _Round:
         """The cursor behind the target that had its turn last."""
         return json.dumps({"after": self._last})
 
-    def turn(self, targets: Sequence[Target]) -> Iterator[Target]:
+    def turn(self, targets: Sequence[B]) -> Iterator[B]:
         """Once around, or as far as the tick's time goes."""
         ids = sorted(targets, key=lambda target: target.id)
         after = self._last

@@ -44,6 +44,7 @@ from ops_platform.errors import CorruptionError, NotThereError, OpsError, Unreac
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
     from ops_platform.inventory import Target
+    from ops_platform.inventory.model import Backed
 
 _HEADERS_LOOKED_AT = 64
 
@@ -129,7 +130,7 @@ class Archive:
     notes: list[GapNote]
 
 
-def open_target_repository(access: Access, target: Target) -> Repository:
+def open_target_repository(access: Access, target: Backed) -> Repository:
     where = target.repository
     # Another engine's target may name store and keys, too: for its proofs.
     if where.engine != "native" or where.store is None or where.keys is None:

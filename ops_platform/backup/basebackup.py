@@ -22,6 +22,7 @@ from psycopg.pq import abc
 from ops_platform.backup.archive import open_target_repository, wait_durable
 from ops_platform.backup.blocks import BlockWriter
 from ops_platform.backup.model import (
+    AnyManifest,
     Archive,
     BackupKind,
     Block,
@@ -598,15 +599,14 @@ def _await_wal(
     )
 
 
-def compare_with_store(repository: Repository, manifest: Manifest, etags: Mapping[str, str]) -> None:
+def compare_with_store(repository: Repository, manifest: AnyManifest, etags: Mapping[str, str]) -> None:
     """Every object of the backup is listed by the store with the size that was sent and the etag that was confirmed.
 
     The MD5 of each was compared when it was put (the store refuses a body whose MD5 differs, and answers with its own); an etag that
     is another one now means that somebody wrote there since. Raises CorruptionError naming those that differ.
     """
     listed = {info.key: info for info in repository.objects_of(manifest.backup_id)}
-    expected = {block.key: block.stored for archive in manifest.archives for block in archive.blocks}
-    expected |= {part.key: part.stored for part in (manifest.index, manifest.pg_manifest) if part}
+    expected = manifest.objects
     wrong = [
         f"{key} ({'missing' if info is None else f'{info.size} bytes, etag {info.etag}'}; {size} bytes were sent)"
         for key, size in expected.items()

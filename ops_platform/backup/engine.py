@@ -40,6 +40,7 @@ from ops_platform.errors import CouldNotVerifyError, UsageError
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
     from ops_platform.inventory import Target
+    from ops_platform.inventory.model import Backed
 
 
 def open_engine(access: Access, target: Target, *, clock: Clock = SYSTEM_CLOCK) -> BackupEngine:
@@ -49,6 +50,28 @@ def open_engine(access: Access, target: Target, *, clock: Clock = SYSTEM_CLOCK) 
 
         return PgBackRestEngine(target, clock=clock)
     return NativeEngine(open_target_repository(access, target), target, clock=clock)
+
+
+def infos_of(access: Access, target: Backed) -> list[BackupInfo]:
+    """Every backup of a target or another store, oldest first. Raises where the store cannot be asked."""
+    from ops_platform.inventory.model import Target
+
+    if isinstance(target, Target):
+        return open_engine(access, target).list()
+    return open_target_repository(access, target).infos()
+
+
+def catalog(access: Access, target: Backed, *, clock: Clock = SYSTEM_CLOCK) -> tuple[list[BackupInfo], RecoveryWindow]:
+    """The same with the moments that can be restored: of a store that is not PostgreSQL those of its backups."""
+    from ops_platform.inventory.model import Target
+
+    infos = infos_of(access, target)
+    if isinstance(target, Target):
+        return infos, open_engine(access, target, clock=clock).window()
+    moments = [info.started_at for info in infos if info.error is None]
+    if not moments:
+        return infos, RecoveryWindow(None, None, [], [])
+    return infos, RecoveryWindow(moments[0], moments[-1], [(moment, moment) for moment in moments], [])
 
 
 def span(moments: tuple[datetime, datetime]) -> str:

@@ -45,12 +45,12 @@ from ops_platform.backup.expiry_rules import (
     restorable_moments,
     wal_needs,
 )
-from ops_platform.backup.model import BackupInfo, BackupKind, Manifest, Proof, segment_name, segment_start
+from ops_platform.backup.model import AnyManifest, BackupInfo, BackupKind, Proof, segment_name, segment_start
 from ops_platform.backup.repository import Repository, WalObject, info_of
 from ops_platform.clients.objectstore import DeleteOutcome, ObjectInfo
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import CorruptionError, OpsError, RefusedError, UnreachableError, UsageError
-from ops_platform.inventory.model import Mode, Target
+from ops_platform.inventory.model import Backed, Mode, Target
 from ops_platform.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ _CHUNK = 64
 
 def expire(
     access: Access,
-    target: Target,
+    target: Backed,
     *,
     mode: Literal["observe", "enforce"] | Mode | None = None,
     approve: str | None = None,
@@ -105,9 +105,13 @@ def expire(
 _LOCK_SPACE = 0x6F7073  # the advisory lock of `basebackup`: one backup of a target at a time
 
 
-def backup_running(access: Access, target: Target) -> str | None:
+def backup_running(access: Access, target: Backed) -> str | None:
     """Who takes a backup of the target now; None where nobody does. Raises where a member cannot be asked: then nobody knows."""
     from ops_platform.clients.postgres import asking
+
+    if not isinstance(target, Target):
+        with Ledger(access.platform_db) as ledger, ledger.claim(claim_of(target)) as ours:
+            return None if ours else "another session has its claim"
 
     for member in access.members(target):
         if member.error is not None:
@@ -123,6 +127,11 @@ def backup_running(access: Access, target: Target) -> str | None:
         if row is not None:
             return f"pid {row[0]} on {member.host}:{member.port}"
     return None
+
+
+def claim_of(target: Backed) -> str:
+    """What whoever backs up a store claims in the platform's database: of PostgreSQL it is a lock in the server itself."""
+    return f"backup/{target.id}"
 
 
 @dataclass
@@ -150,7 +159,7 @@ class ExpiryAction:
     def __init__(
         self,
         repository: Repository,
-        target: Target,
+        target: Backed,
         *,
         clock: Clock = SYSTEM_CLOCK,
         running: Callable[[], str | None] | None = None,
@@ -344,7 +353,7 @@ class ExpiryAction:
         """Manifests are written once, so one that was read need not be read again."""
         known = self._need_seen().infos
         if backup_id not in known:
-            known[backup_id] = info_of(self._repository.manifest(backup_id), None)
+            known[backup_id] = info_of(self._repository.any_manifest(backup_id), None)
         return known[backup_id]
 
     def _need_seen(self) -> _Seen:
@@ -450,7 +459,7 @@ class ExpiryAction:
         for backup_id in sorted(self._finished()):
             kept = backup_id in seen.decision.keep
             try:
-                manifest = self._repository.manifest(backup_id)
+                manifest = self._repository.any_manifest(backup_id)
             except CorruptionError as error:
                 if kept and seen.infos[backup_id].error is None:
                     wrong.append(str(error))
@@ -469,9 +478,9 @@ class ExpiryAction:
                 wrong.append(f"{backup_id}: {parent}, on which it builds, is gone")
         return infos, wrong
 
-    def _missing_objects(self, manifest: Manifest) -> list[str]:
+    def _missing_objects(self, manifest: AnyManifest) -> list[str]:
         listed = {info.key: info.size for info in self._repository.objects_of(manifest.backup_id)}
-        wrong = [key for key, size in _objects(manifest).items() if listed.get(key) != size]
+        wrong = [key for key, size in manifest.objects.items() if listed.get(key) != size]
         if not wrong:
             return []
         return [f"{manifest.backup_id}: {len(wrong)} objects are not there as they were written, the first: {wrong[0]}"]
@@ -489,7 +498,7 @@ class ExpiryAction:
         return Check("redundancy", after >= min(wanted, before), said)
 
 
-def _backup_change(info: BackupInfo, target: Target) -> Change:
+def _backup_change(info: BackupInfo, target: Backed) -> Change:
     before = {
         "kind": info.kind.value,
         "parent": info.parent_id,
@@ -537,11 +546,6 @@ def _needs_below(cut: Cut, needs: Mapping[int, int]) -> bool:
 
 def _counts(done: Counter[DeleteOutcome]) -> dict[str, int]:
     return {outcome.value: count for outcome, count in sorted(done.items())}
-
-
-def _objects(manifest: Manifest) -> dict[str, int]:
-    found = {block.key: block.stored for archive in manifest.archives for block in archive.blocks}
-    return found | {part.key: part.stored for part in (manifest.index, manifest.pg_manifest) if part}
 
 
 def _fulls(infos: Iterable[BackupInfo]) -> int:

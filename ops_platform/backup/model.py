@@ -129,6 +129,12 @@ class Manifest(Frozen):
     mac: str = ""
 
     @property
+    def objects(self) -> dict[str, int]:
+        """Every stored object that it names, with its size."""
+        found = {block.key: block.stored for archive in self.archives for block in archive.blocks}
+        return found | {part.key: part.stored for part in (self.index, self.pg_manifest) if part}
+
+    @property
     def start(self) -> Lsn:
         return Lsn.parse(self.start_lsn)
 
@@ -139,6 +145,53 @@ class Manifest(Frozen):
     @property
     def major(self) -> int:
         return self.server_version // 10000
+
+
+class StoredStream(Frozen):
+    """A named part of a store's backup: a snapshot, a shard, a topic. `sha256` is of all its raw bytes."""
+
+    name: str
+    raw: int
+    sha256: str
+    blocks: list[Block]
+
+
+class StoreManifest(Frozen):
+    """The manifest of a backup of any store but PostgreSQL, with the same meaning, place and code as `Manifest`.
+
+    `store`: the kind of system; `moment`: what was acknowledged before it is in the backup; `server`: product and version; `facts`:
+    what was seen at the source meanwhile, sealed, because it may name what is in the store.
+    """
+
+    format: Literal[1]
+    store: str
+    backup_id: str
+    target_id: str
+    source: str
+    server: str
+    moment: datetime
+    started_at: datetime
+    ended_at: datetime
+    compression: Literal["zstd", "lz4", "none"]
+    block_size: int
+    parts: list[StoredStream]
+    facts: StoredPart
+    raw: int
+    stored: int
+    seconds: float
+    key: str
+    written_by: str
+    mac: str = ""
+
+    @property
+    def objects(self) -> dict[str, int]:
+        """Every stored object that it names, with its size."""
+        return {block.key: block.stored for part in self.parts for block in part.blocks} | {
+            self.facts.key: self.facts.stored
+        }
+
+
+AnyManifest = Manifest | StoreManifest
 
 
 class Proof(Frozen):
@@ -174,6 +227,8 @@ class BackupInfo:
     raw: int
     stored: int
     proof: Proof | None = None
+    store: str = "postgresql"  # the kind of system; of others than PostgreSQL `server` says what was read, and the positions are 0
+    server: str = ""
     error: str | None = None  # set where the store holds something that cannot be read as a backup
 
 

@@ -14,16 +14,27 @@ import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from ops_platform.backup.model import BackupInfo, BackupKind, Lsn, Manifest, Proof, StoredPart
+from ops_platform.backup.model import (
+    AnyManifest,
+    BackupInfo,
+    BackupKind,
+    Block,
+    Lsn,
+    Manifest,
+    Proof,
+    StoredPart,
+    StoreManifest,
+)
 from ops_platform.backup.sealed import Compression, Sealed, seal, unseal
 from ops_platform.clients.keys import DataKey, KeyService
 from ops_platform.clients.objectstore import ObjectInfo, ObjectStore
 from ops_platform.errors import ConflictError, CorruptionError, NotThereError
 
+M = TypeVar("M", Manifest, StoreManifest)
 _BACKUP_ID = re.compile(r"\d{8}T\d{6}Z-[FI]-[0-9a-f]{8}")
 _WAL_KEY = re.compile(
     r"(?P<sysid>\d+)/(?P<timeline>[0-9A-F]{8})(/(?P<name>[0-9A-F]{24})(?P<partial>\.partial)?|\.history)"
@@ -81,7 +92,7 @@ class Repository:
     def part_key(self, backup_id: str, part: str) -> str:
         return f"{self.target_id}/backup/{backup_id}/{part}"
 
-    def put_manifest(self, manifest: Manifest, data_key: DataKey) -> Manifest:
+    def put_manifest(self, manifest: M, data_key: DataKey) -> M:
         """Write the manifest, authenticated: from this moment the backup exists. Returns it with its code."""
         body = manifest.model_dump(mode="json", exclude={"mac"})
         signed = manifest.model_copy(update={"mac": _mac(data_key.plain, "manifest", body)})
@@ -91,10 +102,23 @@ class Repository:
 
     def manifest(self, backup_id: str) -> Manifest:
         """Raises NotThereError, or CorruptionError where it is not what was written."""
+        return self._manifest(Manifest, backup_id, self.store.get(self.manifest_key(backup_id)))
+
+    def store_manifest(self, backup_id: str) -> StoreManifest:
+        """The same of a store that is not PostgreSQL."""
+        return self._manifest(StoreManifest, backup_id, self.store.get(self.manifest_key(backup_id)))
+
+    def any_manifest(self, backup_id: str) -> AnyManifest:
+        """Of whatever kind it says to be: a base backup's names no store."""
+        raw = self.store.get(self.manifest_key(backup_id))
+        if b'"store":' in raw:
+            return self._manifest(StoreManifest, backup_id, raw)
+        return self._manifest(Manifest, backup_id, raw)
+
+    def _manifest(self, kind: type[M], backup_id: str, raw: bytes) -> M:
         key = self.manifest_key(backup_id)
-        raw = self.store.get(key)
         try:
-            manifest = Manifest.model_validate_json(raw)
+            manifest = kind.model_validate_json(raw)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
@@ -124,7 +148,7 @@ class Repository:
         newest = {info.key[len(prefix) :].partition("/")[0]: info.key for info in self.store.list(prefix)}
         for backup_id in self._finished():
             try:
-                manifest, proof = self.manifest(backup_id), None
+                manifest, proof = self.any_manifest(backup_id), None
             except CorruptionError as error:
                 found.append(_unreadable(backup_id, self.target_id, str(error)))
                 continue
@@ -181,9 +205,11 @@ class Repository:
 
     def read_block(self, manifest: Manifest, archive: int, block: int) -> bytes:
         """One block's raw bytes, with size, digest and seal checked."""
-        place = manifest.archives[archive].blocks[block]
-        stored = self._get_checked(place.key, place.stored, place.sha256)
-        return unseal(stored, place=place.key, unwrap=self.keys.unwrap).plain
+        return self.open_block(manifest.archives[archive].blocks[block])
+
+    def open_block(self, block: Block) -> bytes:
+        stored = self._get_checked(block.key, block.stored, block.sha256)
+        return unseal(stored, place=block.key, unwrap=self.keys.unwrap).plain
 
     def pg_manifest(self, manifest: Manifest) -> bytes:
         """PostgreSQL's own backup_manifest, byte for byte."""
@@ -296,7 +322,27 @@ class Repository:
             raise CorruptionError("this proof cannot be read", where=key) from error
 
 
-def info_of(manifest: Manifest, proof: Proof | None) -> BackupInfo:
+def info_of(manifest: AnyManifest, proof: Proof | None) -> BackupInfo:
+    if isinstance(manifest, StoreManifest):
+        return BackupInfo(
+            backup_id=manifest.backup_id,
+            target_id=manifest.target_id,
+            engine="native",
+            kind=BackupKind.FULL,
+            parent_id=None,
+            started_at=manifest.started_at,
+            ended_at=manifest.ended_at,
+            timeline=0,
+            start=Lsn(0),
+            end=Lsn(0),
+            server_version=0,
+            system_identifier=0,
+            raw=manifest.raw,
+            stored=manifest.stored,
+            proof=proof,
+            store=manifest.store,
+            server=manifest.server,
+        )
     return BackupInfo(
         backup_id=manifest.backup_id,
         target_id=manifest.target_id,

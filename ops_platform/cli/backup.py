@@ -13,8 +13,8 @@ from ops_platform.cli.common import (
     action_exit_code,
     actor,
     ago,
-    chosen,
-    complete_targets,
+    chosen_backed,
+    complete_backed,
     console,
     emit,
     json_option,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ops_platform.actions import ActionResult
     from ops_platform.backup.model import BackupInfo, RecoveryWindow
     from ops_platform.clients.access import Access
-    from ops_platform.inventory.model import Target
+    from ops_platform.inventory.model import Backed
 
 _SHOWN = (
     "backup_id",
@@ -47,7 +47,8 @@ _SHOWN = (
     "compress_at",
     "written_by",
 )
-target_argument = click.argument("target", shell_complete=complete_targets)
+_SHOWN_OF_A_STORE = ("backup_id", "store", "source", "server", "compression", "written_by")
+target_argument = click.argument("target", shell_complete=complete_backed)
 
 
 @click.group(cls=Commands)
@@ -56,35 +57,40 @@ def backup() -> None:
 
 
 @backup.command()
-@click.argument("targets", nargs=-1, shell_complete=complete_targets)
-@click.option("--all", "everything", is_flag=True, help="Every target of the inventory.")
+@click.argument("targets", nargs=-1, shell_complete=complete_backed)
+@click.option("--all", "everything", is_flag=True, help="Every target and every other store of the inventory.")
 @click.option("--full", "kind", flag_value="full", help="A full backup, whatever the policy says.")
 @click.option("--incremental", "kind", flag_value="incremental", help="On top of the newest one (PostgreSQL 17+).")
 @json_option
 @click.pass_context
 def run(ctx: click.Context, targets: tuple[str, ...], everything: bool, kind: str | None, as_json: bool) -> None:
-    """Take a backup; full or incremental by the policy."""
-    from ops_platform.backup.model import Manifest
+    """Take a backup of a target or another store; of PostgreSQL full or incremental by the policy."""
+    from ops_platform.backup.model import AnyManifest, Manifest
     from ops_platform.proof import back_up
     from ops_platform.reports.terminal import progress_bar
 
-    taken: list[Manifest] = []
+    taken: list[AnyManifest] = []
     with opened() as access:
-        each = Each(chosen(access.inventory, targets, everything))
+        each = Each(chosen_backed(access.inventory, targets, everything))
         for target in each:
             with each.going_on(target), progress_bar(target.id) as progress:
                 manifest = back_up(access, target, kind=kind or "auto", actor=actor(), progress=progress)  # type: ignore[arg-type]
                 taken.append(manifest)
                 if not as_json:
                     amount = f"{size(manifest.raw)} as {size(manifest.stored)} in {span(manifest.seconds)}"
-                    click.echo(f"{target.id}: {manifest.backup_id}, {manifest.kind.value} ({manifest.why}), {amount}")
+                    what = (
+                        f"{manifest.kind.value} ({manifest.why})"
+                        if isinstance(manifest, Manifest)
+                        else f"{manifest.server}, {len(manifest.parts)} parts"
+                    )
+                    click.echo(f"{target.id}: {manifest.backup_id}, {what}, {amount}")
     if as_json:
-        emit(list[Manifest], taken)
+        emit(list[AnyManifest], taken)
     ctx.exit(each.code)
 
 
 @backup.command(name="list")
-@click.argument("targets", nargs=-1, shell_complete=complete_targets)
+@click.argument("targets", nargs=-1, shell_complete=complete_backed)
 @json_option
 @click.pass_context
 def list_(ctx: click.Context, targets: tuple[str, ...], as_json: bool) -> None:
@@ -93,7 +99,7 @@ def list_(ctx: click.Context, targets: tuple[str, ...], as_json: bool) -> None:
 
     found: list[BackupList] = []
     with opened() as access:
-        each = Each(chosen(access.inventory, targets, not targets))
+        each = Each(chosen_backed(access.inventory, targets, not targets))
         for target in each:
             with each.going_on(target):
                 infos, window = _catalog(access, target)
@@ -106,12 +112,12 @@ def list_(ctx: click.Context, targets: tuple[str, ...], as_json: bool) -> None:
     ctx.exit(each.code)
 
 
-def _catalog(access: Access, target: Target) -> tuple[list[BackupInfo], RecoveryWindow]:
-    from ops_platform.backup.engine import open_engine
+def _catalog(access: Access, target: Backed) -> tuple[list[BackupInfo], RecoveryWindow]:
+    from ops_platform.backup.engine import catalog
     from ops_platform.recovery import records
 
-    engine = open_engine(access, target)
-    return records.with_proofs(engine.list(), records.repository_of(access, target)), engine.window()
+    infos, window = catalog(access, target)
+    return records.with_proofs(infos, records.repository_of(access, target)), window
 
 
 def _show_list(target_id: str, infos: list[BackupInfo], window: RecoveryWindow) -> None:
@@ -123,16 +129,21 @@ def _show_list(target_id: str, infos: list[BackupInfo], window: RecoveryWindow) 
             stamp(info.ended_at),
             size(info.raw),
             size(info.stored),
-            str(info.server_version // 10000 or "-"),
+            info.server or str(info.server_version // 10000 or "-"),
             info.error or (f"{info.proof.verdict} {ago(info.proof.verified_at)}" if info.proof else "not yet proven"),
         ]
         for info in infos
     ]
     if rows:
-        table(rows, ["backup", "kind", "ended", "size", "stored", "major", "proof"])
+        table(rows, ["backup", "kind", "ended", "size", "stored", "server", "proof"])
     else:
         click.echo(f"no backups; take one: ops backup run {target_id}")
+    moments = [begin for begin, end in window.pieces if begin == end]
+    if moments:
+        click.echo(f"restorable: {len(moments)} moments, from {stamp(moments[0])} to {stamp(moments[-1])}")
     for begin, end in window.pieces:
+        if begin == end:
+            continue
         click.echo(f"restorable: every moment from {stamp(begin)} to {stamp(end)}")
     for gap in window.gaps:
         again = f"again from {gap.recovery_again_from}" if gap.recovery_again_from else "take a new backup"
@@ -148,31 +159,34 @@ def _show_list(target_id: str, infos: list[BackupInfo], window: RecoveryWindow) 
 def show(target: str, backup_id: str, as_json: bool) -> None:
     """One backup: its manifest, chain and proofs."""
     from ops_platform.backup.archive import open_target_repository
+    from ops_platform.backup.model import Manifest
     from ops_platform.cli.outputs import BackupDetail
 
     with opened() as access:
-        repository = open_target_repository(access, access.inventory.target(target))
+        repository = open_target_repository(access, access.inventory.backed(target))
         if backup_id not in repository.backup_ids():
             raise UsageError(f"there is no backup {backup_id} of {target}", remedy=f"ops backup list {target}")
-        chain = repository.chain(backup_id)
-        detail = BackupDetail(chain[-1], [part.backup_id for part in chain], repository.proofs(backup_id))
+        manifest = repository.any_manifest(backup_id)
+        chain = repository.chain(backup_id) if isinstance(manifest, Manifest) else [manifest]
+        detail = BackupDetail(manifest, [part.backup_id for part in chain], repository.proofs(backup_id))
     if as_json:
         emit(BackupDetail, detail)
         return
-    manifest = detail.manifest
-    for name in _SHOWN:
+    for name in _SHOWN if isinstance(manifest, Manifest) else _SHOWN_OF_A_STORE:
         click.echo(f"{name.replace('_', ' '):14} {getattr(manifest, name)}")
     click.echo(f"{'taken':14} {stamp(manifest.started_at)} to {stamp(manifest.ended_at)} ({span(manifest.seconds)})")
-    blocks = sum(len(archive.blocks) for archive in manifest.archives)
-    click.echo(f"{'size':14} {size(manifest.raw)}, stored {size(manifest.stored)} in {blocks} blocks")
-    click.echo(f"{'chain':14} {' > '.join(detail.chain)}")
+    click.echo(f"{'size':14} {size(manifest.raw)}, stored {size(manifest.stored)} in {len(manifest.objects)} objects")
+    if isinstance(manifest, Manifest):
+        click.echo(f"{'chain':14} {' > '.join(detail.chain)}")
+    else:
+        click.echo(f"{'parts':14} {', '.join(f'{part.name} ({size(part.raw)})' for part in manifest.parts)}")
     for proof in detail.proofs:
         click.echo(f"{'proof':14} {proof.verdict} at {stamp(proof.verified_at)}, restored to {proof.recovery_target}")
 
 
 @backup.command()
-@click.argument("targets", nargs=-1, shell_complete=complete_targets)
-@click.option("--all", "everything", is_flag=True, help="Every target of the inventory.")
+@click.argument("targets", nargs=-1, shell_complete=complete_backed)
+@click.option("--all", "everything", is_flag=True, help="Every target and every other store of the inventory.")
 @click.option(
     "--pick",
     type=click.Choice(["newest", "oldest", "chain", "random"]),
@@ -203,7 +217,7 @@ def verify(
     at: datetime | None = parse_moment(moment, option="--to") if moment else None
     cards: list[Scorecard] = []
     with opened() as access:
-        each = Each(chosen(access.inventory, targets, everything))
+        each = Each(chosen_backed(access.inventory, targets, everything))
         for target in each:
             with each.going_on(target), progress_bar(target.id) as progress:
                 proof = prove(
@@ -232,8 +246,8 @@ _VERDICT_CODES = {"PASS": 0, "FAIL": 1, "COULD_NOT_VERIFY": 3}
 
 
 @backup.command()
-@click.argument("targets", nargs=-1, shell_complete=complete_targets)
-@click.option("--all", "everything", is_flag=True, help="Every target of the inventory.")
+@click.argument("targets", nargs=-1, shell_complete=complete_backed)
+@click.option("--all", "everything", is_flag=True, help="Every target and every other store of the inventory.")
 @click.option(
     "--enforce",
     "mode",
@@ -255,7 +269,7 @@ def expire(
 
     results: list[ActionResult] = []
     with opened() as access:
-        each = Each(chosen(access.inventory, targets, everything))
+        each = Each(chosen_backed(access.inventory, targets, everything))
         for target in each:
             with each.going_on(target):
                 result = run_expiry(access, target, mode=mode, approve=approve, actor=actor())  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import click
 
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
     from ops_platform.actions import ActionResult
     from ops_platform.clients.access import Access
-    from ops_platform.inventory.model import Inventory, Target
+    from ops_platform.inventory.model import Backed, Inventory, Target
 
 F = TypeVar("F", bound=Callable[..., Any])
+B = TypeVar("B", bound="Backed")
 
 
 class Commands(click.Group):
@@ -61,21 +62,28 @@ def chosen(inventory: Inventory, ids: tuple[str, ...], everything: bool) -> list
     return list(inventory.targets) if everything else [inventory.target(name) for name in ids]
 
 
-class Each:
+def chosen_backed(inventory: Inventory, ids: tuple[str, ...], everything: bool) -> list[Backed]:
+    """The same of everything that has backups: targets, and the other stores."""
+    if bool(ids) == everything:
+        raise UsageError("name targets, or give --all", remedy="ops inventory show lists the targets")
+    return inventory.all_backed() if everything else [inventory.backed(name) for name in ids]
+
+
+class Each(Generic[B]):
     """Works on targets one after the other: one that fails is said at once, and does not keep the others from their turn.
 
     A single target's error is simply raised. `code` is the worst exit code so far: 1 before 2 before 3.
     """
 
-    def __init__(self, targets: Sequence[Target]) -> None:
+    def __init__(self, targets: Sequence[B]) -> None:
         self._targets = targets
         self._codes: set[int] = set()
 
-    def __iter__(self) -> Iterator[Target]:
+    def __iter__(self) -> Iterator[B]:
         return iter(self._targets)
 
     @contextmanager
-    def going_on(self, target: Target) -> Generator[None]:
+    def going_on(self, target: B) -> Generator[None]:
         try:
             yield
         except OpsError as error:
@@ -103,6 +111,17 @@ def console(*, err: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=err, highlight=False, soft_wrap=False)
+
+
+def complete_backed(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """The same of everything that has backups."""
+    from ops_platform.inventory import load
+
+    try:
+        inventory = load().inventory
+        return [t.id for t in inventory.all_backed() if t.id.startswith(incomplete)]
+    except OpsError:
+        return []
 
 
 def complete_targets(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Self
 
-from ops_platform.backup.model import BackupInfo, Manifest, Proof, RecoveryWindow
+from ops_platform.backup.model import AnyManifest, BackupInfo, Proof, RecoveryWindow
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +24,7 @@ class BackupList:
 
 @dataclass(frozen=True)
 class BackupDetail:
-    manifest: Manifest
+    manifest: AnyManifest
     chain: list[str]
     proofs: list[Proof]
 

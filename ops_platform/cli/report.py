@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
-from ops_platform.cli.common import Each, chosen, complete_targets, emit, json_option, opened
+from ops_platform.cli.common import Each, chosen_backed, complete_backed, emit, json_option, opened
 
 
 @click.command()
-@click.argument("targets", nargs=-1, shell_complete=complete_targets)
+@click.argument("targets", nargs=-1, shell_complete=complete_backed)
 @json_option
 @click.pass_context
 def report(ctx: click.Context, targets: tuple[str, ...], as_json: bool) -> None:
@@ -17,7 +17,7 @@ def report(ctx: click.Context, targets: tuple[str, ...], as_json: bool) -> None:
 
     pages: list[str] = []
     with opened() as access:
-        each = Each(chosen(access.inventory, targets, not targets))
+        each = Each(chosen_backed(access.inventory, targets, not targets))
         for target in each:
             with each.going_on(target):
                 pages.append(str(write_target_report(access, target, look_back(access, target))))

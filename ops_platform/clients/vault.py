@@ -46,14 +46,17 @@ class VaultSession:
         namespace: str | None = None,
         ca: str | None = None,
         timeout: float = 10.0,
+        socket: Path | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
+        """`socket`: a unix socket on which it listens, instead of the address."""
         self.url = url
         self._auth = auth
         self._resolve = resolve
         self._namespace = namespace
         self._ca = ca
         self._timeout = timeout
+        self._socket = socket
         self._clock = clock
         self._lock = threading.RLock()
         self._client: Any = None
@@ -197,7 +200,12 @@ class VaultSession:
         import hvac
 
         verify: bool | str = self._ca or True
-        client: Any = hvac.Client(url=self.url, namespace=self._namespace, verify=verify, timeout=self._timeout)  # pyright: ignore[reportArgumentType] - requests takes fractions
+        more: dict[str, Any] = {}
+        if self._socket is not None:
+            from ops_platform.clients.unix_http import unix_session
+
+            more = {"session": unix_session(self._socket, timeout=self._timeout)}
+        client: Any = hvac.Client(url=self.url, namespace=self._namespace, verify=verify, timeout=self._timeout, **more)  # pyright: ignore[reportArgumentType] - requests takes fractions
         client.token = None  # never one that happens to stand in the environment
         auth, where = self._auth, f"{self.url} ({self._auth.method} login)"
         try:

@@ -1,13 +1,13 @@
-"""What the parts of the inventory's model share: strictness, modes, classes of data, addresses, weekly windows."""
+"""What the parts of the inventory's model share: strictness, modes, classes of data, addresses, weekly windows, logins to Vault."""
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ops_platform.inventory.values import Host, PositiveDuration, Zone
+from ops_platform.inventory.values import Host, PositiveDuration, SecretRef, Zone
 
 
 class Strict(BaseModel):
@@ -63,3 +63,30 @@ class HostPort(Strict):
 
     host: Host = Field(description="Where it is reached.")
     port: Annotated[int, Field(ge=1, le=65535)] = Field(default=5432, description="Its port.")
+
+
+class VaultAuth(Strict):
+    """How we log in to Vault."""
+
+    method: Literal["approle", "kubernetes", "token"] = Field(
+        description="approle needs role_id and secret_id, kubernetes needs role, token needs token."
+    )
+    mount: str | None = Field(default=None, description="Path of the auth method; its name by default.")
+    role: str | None = Field(default=None, description="kubernetes: the role.")
+    role_id: SecretRef | None = Field(default=None, description="approle: its role id; not from Vault itself.")
+    secret_id: SecretRef | None = Field(default=None, description="approle: its secret id; not from Vault itself.")
+    token: SecretRef | None = Field(default=None, description="token: the token; not from Vault itself.")
+    jwt_path: str = Field(
+        default="/var/run/secrets/kubernetes.io/serviceaccount/token",
+        description="kubernetes: file of the service account's token.",
+    )
+
+    @model_validator(mode="after")
+    def _needs(self) -> Self:
+        need = {"approle": ("role_id", "secret_id"), "kubernetes": ("role",), "token": ("token",)}[self.method]
+        missing = [name for name in need if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"{self.method} needs {' and '.join(missing)}")
+        if any(ref and ref.scheme == "vault" for ref in (self.role_id, self.secret_id, self.token)):
+            raise ValueError("what opens Vault cannot stand in Vault: use file:// or env://")
+        return self

@@ -23,6 +23,8 @@ from ops_platform.inventory.remediation import A_LABEL, AN_ID
 from ops_platform.inventory.systems import AnySystem, System
 
 _SHOWN = 50
+# What a system takes of its environment's defaults beside what every system does, where it is backed up. Whether it is, it says itself.
+_OF_A_STORE = frozenset(("repository", "objectives", "sandbox"))
 
 
 @dataclass(frozen=True)
@@ -130,22 +132,27 @@ class _Written:
         environment = system.get("environment")
         if not isinstance(environment, str) or environment not in environments:
             self.without_defaults.add(at)
-            return system
+            return self._with_policy(system, at)
         defaults = _table(_table(environments[environment]).get("defaults"))
-        common = {key: value for key, value in defaults.items() if key in System.model_fields}
-        return self._merge(common, system, at, ("environments", environment, "defaults"))
+        taken = System.model_fields.keys() | (_OF_A_STORE if "backup" in system else frozenset[str]())
+        common = {key: value for key, value in defaults.items() if key in taken}
+        return self._with_policy(self._merge(common, system, at, ("environments", environment, "defaults")), at)
 
     def _target(self, target: Any, at: KeyPath) -> Any:
         if not isinstance(target, dict):
             return target
-        environments, policies = (_table(self.document.value.get(k)) for k in ("environments", "backup_policies"))
+        environments = _table(self.document.value.get("environments"))
         environment = target.get("environment")
         if not isinstance(environment, str) or environment not in environments:
             self.without_defaults.add(at)
         else:
             defaults = _table(_table(environments[environment]).get("defaults"))
             target = self._merge(defaults, target, at, ("environments", environment, "defaults"))
-        backup = target.get("backup")
+        return self._with_policy(target, at)
+
+    def _with_policy(self, target: dict[Any, Any], at: KeyPath) -> dict[Any, Any]:
+        """What `backup` names by its id, filled in."""
+        policies, backup = _table(self.document.value.get("backup_policies")), target.get("backup")
         name = policy_of(backup)
         if name is None:
             return target
@@ -325,6 +332,7 @@ def _broken_references(written: _Written) -> Iterator[Mistake]:
     yield from _broken_policies(written, [str(key) for key in policies])
     yield from _same_ids(written)
     yield from _useless_defaults(written)
+    yield from _locked_in_themselves(written)
     if not _table(written.value.get("vaults")):
         for path in _vault_references(written.document.value, ()):
             yield written.mistake(path, "this secret stands in a Vault, and none is declared", "add it under `vaults`")
@@ -344,6 +352,9 @@ def _references(raw: dict[Any, Any]) -> Iterator[tuple[KeyPath, Any, dict[Any, A
         yield (*here, "owner"), entry.get("owner"), owners, "owner"
         yield (*here, "environment"), entry.get("environment"), environments, "environment"
         yield (*here, "vault"), entry.get("vault"), vaults, "vault"
+        repository = _table(entry.get("repository"))
+        yield (*here, "repository", "store"), repository.get("store"), stores, "store"
+        yield (*here, "repository", "keys"), repository.get("keys"), services, "key service"
     yield from _remediation_references(raw)
     for number, target in enumerate(_list(raw.get("targets"))):
         here, entry = ("targets", number), _table(target)
@@ -395,6 +406,9 @@ def _broken_policies(written: _Written, known: list[str]) -> Iterator[Mistake]:
     places += [
         (("targets", number), target) for number, target in enumerate(targets if isinstance(targets, list) else [])
     ]
+    places += [
+        (("systems", number), system) for number, system in enumerate(_list(written.document.value.get("systems")))
+    ]
     for path, holder in places:
         backup = _table(holder).get("backup")
         name = policy_of(backup)
@@ -425,6 +439,21 @@ def _same_ids(written: _Written) -> Iterator[Mistake]:
             other = "rule" if kind == "rule" else first[0].removesuffix("s") if isinstance(first[0], str) else ""
             yield written.mistake(path, f"the id {name!r} belongs to the {other} in line {line} already")
         seen.setdefault((kind, name), path)
+
+
+def _locked_in_themselves(written: _Written) -> Iterator[Mistake]:
+    """The backup of a Vault whose data key only that Vault opens restores nothing once it is lost."""
+    services = _table(written.value.get("key_services"))
+    for number, system in enumerate(map(_table, _list(written.value.get("systems")))):
+        keys = _table(system.get("repository")).get("keys")
+        service = _table(services.get(keys)) if isinstance(keys, str) else {}
+        transit = service.get("kind") == "vault-transit" and service.get("vault") == system.get("vault")
+        if system.get("kind") == "vault" and "backup" in system and transit:
+            yield written.mistake(
+                ("systems", number, "repository", "keys"),
+                "its backup would be locked with a key that stands in this very Vault",
+                "name a key service of another Vault, or one of kind file",
+            )
 
 
 def _useless_defaults(written: _Written) -> Iterator[Mistake]:

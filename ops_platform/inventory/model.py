@@ -8,15 +8,58 @@ from __future__ import annotations
 
 from datetime import timedelta
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import Field, model_validator
 
-from ops_platform.inventory.base import AnyClassification, AnyMode, HostPort, Mode, Strict, Tls, Weekly
+from ops_platform.inventory.backups import (
+    BackupPolicy,
+    Expectations,
+    Expiry,
+    Incremental,
+    Objectives,
+    Repository,
+    Sandbox,
+    Schedule,
+    Transfer,
+    Verification,
+)
+from ops_platform.inventory.base import AnyClassification, HostPort, Mode, Strict, Tls, VaultAuth, Weekly
 from ops_platform.inventory.evidence import Control
 from ops_platform.inventory.remediation import Remediation
-from ops_platform.inventory.systems import AnySystem, HttpEndpoint, System
-from ops_platform.inventory.values import Cron, Duration, Host, Id, Origin, PositiveDuration, SecretRef, Size, Url, Zone
+from ops_platform.inventory.systems import AnySystem, HttpEndpoint, StoreSystem, StoreTarget, System
+from ops_platform.inventory.values import Duration, Host, Id, Origin, PositiveDuration, SecretRef, Size, Url
+
+__all__ = [
+    "Backed",
+    "BackupPolicy",
+    "Environment",
+    "Expectations",
+    "Expiry",
+    "Incremental",
+    "Inventory",
+    "KeyService",
+    "LedgerCheckpoints",
+    "LedgerConfig",
+    "Mode",
+    "ObjectLock",
+    "Objectives",
+    "Owner",
+    "Platform",
+    "PostgresConnection",
+    "Repository",
+    "Sandbox",
+    "Schedule",
+    "Store",
+    "Target",
+    "Tls",
+    "Transfer",
+    "Vault",
+    "VaultAuth",
+    "Verification",
+    "WalArchive",
+    "Weekly",
+]
 
 S = TypeVar("S", bound=System)
 
@@ -27,44 +70,6 @@ class Owner(Strict):
     name: str = Field(description="As reports and the Dagster UI show it.")
     email: str | None = Field(default=None, description="Where the owner is reached.")
     slack: str | None = Field(default=None, description="Channel that hears of failures, such as #platform-oncall.")
-
-
-class Objectives(Strict):
-    """What was promised; every verification measures against it."""
-
-    rto: Duration = Field(
-        default=timedelta(hours=4), description="Recovery time objective: the service is back within this time."
-    )
-    rpo: Duration = Field(
-        default=timedelta(hours=1), description="Recovery point objective: at most this much is lost."
-    )
-
-
-class VaultAuth(Strict):
-    """How we log in to Vault."""
-
-    method: Literal["approle", "kubernetes", "token"] = Field(
-        description="approle needs role_id and secret_id, kubernetes needs role, token needs token."
-    )
-    mount: str | None = Field(default=None, description="Path of the auth method; its name by default.")
-    role: str | None = Field(default=None, description="kubernetes: the role.")
-    role_id: SecretRef | None = Field(default=None, description="approle: its role id; not from Vault itself.")
-    secret_id: SecretRef | None = Field(default=None, description="approle: its secret id; not from Vault itself.")
-    token: SecretRef | None = Field(default=None, description="token: the token; not from Vault itself.")
-    jwt_path: str = Field(
-        default="/var/run/secrets/kubernetes.io/serviceaccount/token",
-        description="kubernetes: file of the service account's token.",
-    )
-
-    @model_validator(mode="after")
-    def _needs(self) -> Self:
-        need = {"approle": ("role_id", "secret_id"), "kubernetes": ("role",), "token": ("token",)}[self.method]
-        missing = [name for name in need if getattr(self, name) is None]
-        if missing:
-            raise ValueError(f"{self.method} needs {' and '.join(missing)}")
-        if any(ref and ref.scheme == "vault" for ref in (self.role_id, self.secret_id, self.token)):
-            raise ValueError("what opens Vault cannot stand in Vault: use file:// or env://")
-        return self
 
 
 class Vault(Strict):
@@ -129,115 +134,6 @@ class Store(Strict):
     )
 
 
-class Schedule(Strict):
-    """When something is due."""
-
-    cron: Cron = Field(description="When it is due, in local time of the zone.")
-    timezone: Zone = Field(default="UTC", description="The zone of the cron expression; daylight saving is followed.")
-    spread: Duration = Field(
-        default=timedelta(0),
-        description="Targets start spread over this time, each at its own fixed moment, so that they do not start at once.",
-    )
-
-
-class Incremental(Strict):
-    """Incremental backups: PostgreSQL 17 and later with summarize_wal; elsewhere a full one is taken, and says why."""
-
-    enabled: bool = Field(default=True, description="Take them where the server can.")
-    full_every: Duration = Field(default=timedelta(days=7), description="A full backup at least this often.")
-    max_chain: Annotated[int, Field(ge=1, le=100)] = Field(
-        default=7, description="Incrementals on top of one full at most."
-    )
-
-
-class Transfer(Strict):
-    """How bytes travel from the server to the store."""
-
-    compression: Literal["zstd", "lz4", "none"] = Field(default="zstd", description="Of each block.")
-    level: Annotated[int, Field(ge=1, le=19)] = Field(default=1, description="Of the compression.")
-    compress_at: Literal["client", "server"] = Field(
-        default="client", description="server: PostgreSQL 15+; for thin networks."
-    )
-    block_size: Size = Field(default=16 << 20, description="Bytes of one block; a multiple of 512.")
-    workers: Annotated[int, Field(ge=1, le=16)] = Field(
-        default=2, description="Blocks that are compressed, encrypted and sent at once."
-    )
-    rate_limit: Annotated[Size, Field(ge=1)] | None = Field(
-        default=None, description="Bytes a second read from the server, at most."
-    )
-    retries: Annotated[int, Field(ge=0, le=20)] = Field(
-        default=5, description="Further tries of a block that the store did not take."
-    )
-
-    @model_validator(mode="after")
-    def _block(self) -> Self:
-        if self.block_size % 512 or not 1 << 16 <= self.block_size <= 1 << 28:
-            raise ValueError(
-                "block_size is a multiple of 512 from 64KiB to 256MiB, so that no tar header straddles blocks"
-            )
-        return self
-
-
-class Expectations(Strict):
-    """What the owners expect of the restored data."""
-
-    suite: str = Field(description="YAML file with Great Expectations expectations, relative to platform.yaml.")
-
-
-class Verification(Strict):
-    """How backups of a target are proven."""
-
-    schedule: Schedule | None = Field(
-        default=None, description="When the store is proven, besides the proof that follows each scheduled backup."
-    )
-    proven_within: Duration = Field(default=timedelta(days=2), description="Older proof fails the check.")
-    pick: list[Literal["newest", "oldest", "chain", "random"]] = Field(
-        default=["newest"],
-        description="What is restored, by turns: newest backup, the oldest promised one, the newest incremental with its chain, a random moment.",
-    )
-    amcheck: Literal["sample", "full", "off"] = Field(
-        default="sample", description="Whether tables and indexes are checked page by page: some by chance, all, none."
-    )
-    full_every: Duration = Field(default=timedelta(days=7), description="Everything is checked at least this often.")
-    canary: bool = Field(
-        default=True, description="Write canary rows to the source; without, the proof is weaker and says so."
-    )
-    row_count_tolerance: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.02, description="Share by which the rows of a table may differ from what the source had."
-    )
-    expectations: Expectations | None = Field(default=None, description="What the owners expect of the data.")
-
-
-class Expiry(Strict):
-    """Deleting what no promise needs any more."""
-
-    mode: AnyMode = Field(default=Mode.OBSERVE, description="observe says what would be deleted; enforce deletes it.")
-    max_count: Annotated[int, Field(ge=1)] = Field(default=10, description="Backups that one run may delete at most.")
-    max_percent: Annotated[float, Field(gt=0, le=100)] = Field(
-        default=34, description="Share of the backups that one run may delete."
-    )
-
-
-class BackupPolicy(Strict):
-    """When backups are taken, how long they are kept, how they are proven."""
-
-    schedule: Schedule = Field(description="When backups are taken.")
-    recovery_window: Duration = Field(
-        default=timedelta(days=14), description="Every moment of this time stays restorable."
-    )
-    minimum_redundancy: Annotated[int, Field(ge=1)] = Field(
-        default=2, description="Full backups kept whatever their age."
-    )
-    max_age: Duration = Field(
-        default=timedelta(hours=26), description="An older newest backup fails the freshness check."
-    )
-    incremental: Incremental = Field(default=Incremental(), description="When a backup builds on an earlier one.")
-    transfer: Transfer = Field(default=Transfer(), description="How bytes travel from the server to the store.")
-    verification: Verification = Field(default=Verification(), description="How backups are proven.")
-    expiry: Expiry = Field(default=Expiry(), description="How backups are deleted.")
-    from_standby: bool = Field(default=False, description="Prefer a standby as the source of base backups.")
-
-
 class PostgresConnection(Strict):
     """How to reach a cluster: every member, any order; which one is the primary is asked, not declared."""
 
@@ -279,38 +175,6 @@ class WalArchive(Strict):
     )
 
 
-class Repository(Strict):
-    """Where the backups of a target are and which engine wrote them."""
-
-    engine: Literal["native", "pgbackrest"] = Field(
-        default="native",
-        description="native needs store and keys; pgbackrest, which is read and never written, stanza and config.",
-    )
-    store: Id | None = Field(default=None, description="The id under `stores`; pgbackrest: where its proofs are kept.")
-    keys: Id | None = Field(default=None, description="The id under `key_services`.")
-    stanza: str | None = Field(default=None, description="pgbackrest: the stanza.")
-    config: str | None = Field(default=None, description="pgbackrest: its configuration file.")
-
-    @model_validator(mode="after")
-    def _needs(self) -> Self:
-        need = ("store", "keys") if self.engine == "native" else ("stanza", "config")
-        missing = [name for name in need if getattr(self, name) is None]
-        if missing:
-            raise ValueError(f"engine {self.engine} needs {' and '.join(missing)}")
-        return self
-
-
-class Sandbox(Strict):
-    """Where restored servers run."""
-
-    directory: str | None = Field(
-        default=None, description="Parent of the restore directories; the system's temporary one by default."
-    )
-    postgres: dict[int, str] = Field(
-        default={}, description="Major version to bin directory, where none is found by itself."
-    )
-
-
 class Target(Strict):
     """One PostgreSQL cluster."""
 
@@ -336,6 +200,15 @@ class Target(Strict):
     sandbox: Sandbox = Field(default=Sandbox(), description="Where it is restored to be verified.")
     labels: dict[str, str] = Field(default={}, description="For people; nothing is derived from them.")
     legal_hold: bool = Field(default=False, description="Nothing of this target is deleted while it is true.")
+
+
+STORE_KINDS = tuple(
+    get_args(member.model_fields["kind"].annotation)[0]
+    for member in get_args(get_args(AnySystem)[0])
+    if issubclass(member, StoreSystem)
+)
+Backed = Target | StoreTarget
+"""Whatever has backups: what the store, the catalog, expiry and the promises need of it is the same."""
 
 
 class Environment(Strict):
@@ -458,6 +331,30 @@ class Inventory(Strict):
         near = get_close_matches(target_id, [t.id for t in self.targets], n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "ops inventory show lists the targets"
         raise UsageError(f"there is no target {target_id!r} in the inventory", remedy=hint)
+
+    def all_backed(self) -> list[Backed]:
+        """Everything that has backups: the targets, then the other stores."""
+        return [*self.targets, *self.store_targets()]
+
+    def store_targets(self) -> list[StoreTarget]:
+        """The systems that are backed up."""
+        found = (system.stored() for system in self.systems if isinstance(system, StoreSystem))
+        return [stored for stored in found if stored is not None]
+
+    def backed(self, subject_id: str) -> Backed:
+        """The target, or the system that is backed up, of that id. Raises UsageError."""
+        from ops_platform.errors import UsageError
+
+        subject = self.subject(subject_id)
+        if isinstance(subject, Target):
+            return subject
+        stored = subject.stored() if isinstance(subject, StoreSystem) else None
+        if stored is None:
+            raise UsageError(
+                f"{subject_id!r} is of kind {subject.kind}, and the inventory names no backup of it",
+                remedy=f"give it `backup` and `repository`; kinds that can be: {', '.join(STORE_KINDS)}",
+            )
+        return stored
 
     def subject(self, subject_id: str) -> Target | AnySystem:
         """What an action is about: the target or system of that id. Raises UsageError that names the nearest ids."""

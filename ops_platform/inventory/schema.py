@@ -22,10 +22,11 @@ def json_schema() -> dict[str, Any]:
     target = _partial("Target", definitions)
     policy = _partial("BackupPolicy", definitions)
     policy["properties"] = {"policy": {"type": "string", "description": "The id of a policy."}} | policy["properties"]
-    target["properties"]["backup"] = {
+    backup: dict[str, Any] = {
         "description": "The id of a policy, or {policy: id} with what differs from it.",
         "anyOf": [{"type": "string"}, {"$ref": f"{_REF}PartialBackupPolicy"}],
     }
+    target["properties"]["backup"] = backup
     # The defaults of an environment are a target without its own id; a target is the rest.
     defaults = copy.deepcopy(target)
     defaults["properties"] = {k: v for k, v in target["properties"].items() if k not in _BY_ENVIRONMENT}
@@ -35,6 +36,8 @@ def json_schema() -> dict[str, Any]:
     for system in get_args(get_args(AnySystem)[0]):
         # An environment may give it, as to a target.
         definitions[system.__name__]["required"].remove("owner")
+        if "backup" in definitions[system.__name__]["properties"]:
+            definitions[system.__name__]["properties"]["backup"] = backup
     for table in schema["properties"].values():
         if patterns := table.pop("patternProperties", None):
             # As pydantic says it a key that fits no pattern may hold anything.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ops_platform.inventory.base import AnyClassification, Classification, HostPort, Strict, Weekly
+from ops_platform.inventory.backups import BackupPolicy, Objectives, Repository, Sandbox
+from ops_platform.inventory.base import AnyClassification, Classification, HostPort, Strict, VaultAuth, Weekly
 from ops_platform.inventory.matchers import AlertMatcher
 from ops_platform.inventory.values import Id, PositiveDuration, SecretRef, Size, Url
 
@@ -57,6 +59,80 @@ class System(Strict):
     maintenance_windows: list[Weekly] = Field(default=[], description="When a rule with `maintenance: inside` may act.")
     legal_hold: bool = Field(default=False, description="Nothing of it is deleted while it is true.")
     labels: dict[str, str] = Field(default={}, description="For people; nothing is derived from them.")
+
+
+class StoreSystem(System):
+    """A system whose data can be backed up: it is, where `backup` says when, and `repository` where to."""
+
+    objectives: Objectives = Field(
+        default=Objectives(rpo=timedelta(hours=26)),
+        description="What was promised. The loss that is measured is the age of the newest backup: there is no archive of what came after it.",
+    )
+    repository: Repository | None = Field(default=None, description="Where its backups are; engine native.")
+    backup: BackupPolicy | None = Field(
+        default=None,
+        description="Its policy, as of a target; what concerns PostgreSQL alone (incremental, amcheck, canary rows) has no meaning here.",
+    )
+    sandbox: Sandbox = Field(default=Sandbox(), description="Where it is restored to be verified.")
+
+    @model_validator(mode="after")
+    def _backed(self) -> Self:
+        if self.backup is not None and self.repository is None:
+            raise ValueError("backup needs repository")
+        if self.repository is not None and self.repository.engine != "native":
+            raise ValueError("the repository's engine is native here")
+        return self
+
+    def stored(self) -> StoreTarget | None:
+        """None where it is not backed up."""
+        if self.backup is None or self.repository is None:
+            return None
+        return StoreTarget(self, self.repository, self.backup)
+
+
+@dataclass(frozen=True)
+class StoreTarget:
+    """A system that is backed up, with what a target has."""
+
+    system: StoreSystem
+    repository: Repository
+    backup: BackupPolicy
+
+    @property
+    def id(self) -> str:
+        return self.system.id
+
+    @property
+    def kind(self) -> str:
+        return str(getattr(self.system, "kind", ""))
+
+    @property
+    def description(self) -> str:
+        return self.system.description
+
+    @property
+    def environment(self) -> str:
+        return self.system.environment
+
+    @property
+    def owner(self) -> str:
+        return self.system.owner
+
+    @property
+    def classification(self) -> Classification:
+        return self.system.classification
+
+    @property
+    def objectives(self) -> Objectives:
+        return self.system.objectives
+
+    @property
+    def sandbox(self) -> Sandbox:
+        return self.system.sandbox
+
+    @property
+    def legal_hold(self) -> bool:
+        return self.system.legal_hold
 
 
 class KubernetesSystem(System):
@@ -130,11 +206,41 @@ class ElasticsearchSystem(System, HttpEndpoint):
     urls: Annotated[list[Url], Field(min_length=1)] = Field(description="Some of its nodes.")
 
 
-class VaultSystem(System):
-    """A Vault that playbooks act on."""
+class VaultRestore(Strict):
+    """How a restored copy of a Vault is opened, so that what is in it can be looked at. Nothing of it is kept."""
+
+    shares: list[SecretRef] = Field(
+        default=[], description="Key shares that unseal it, as many as its threshold. Not from Vault itself."
+    )
+    seal: SecretRef | None = Field(
+        default=None,
+        description="Auto-unseal: a `seal` stanza in JSON, as the server's own configuration has it. Not from Vault itself.",
+    )
+    auth: VaultAuth | None = Field(
+        default=None, description="How we log in to the copy; as to the original by default, whose logins it holds."
+    )
+    canary: SecretRef | None = Field(
+        default=None,
+        description="A secret, such as vault://secret/ops/canary#value, that has to read as in the original.",
+    )
+
+    @model_validator(mode="after")
+    def _can_be_read(self) -> Self:
+        if self.shares and self.seal is not None:
+            raise ValueError("give either shares or seal")
+        if any(ref.scheme == "vault" for ref in (*self.shares, *([self.seal] if self.seal else ()))):
+            raise ValueError("what opens Vault cannot stand in Vault: use file:// or env://")
+        if self.canary is not None and self.canary.scheme != "vault":
+            raise ValueError("the canary stands in Vault: vault://…")
+        return self
+
+
+class VaultSystem(StoreSystem):
+    """A Vault that playbooks act on, and that is backed up (raft storage)."""
 
     kind: Literal["vault"] = Field(description="What it is.")
     vault: Id = Field(description="The id under `vaults`.")
+    restore: VaultRestore = Field(default=VaultRestore(), description="How a restored copy is opened to be verified.")
 
 
 class PrometheusSystem(System, HttpEndpoint):

@@ -88,6 +88,7 @@ path "transit/keys/ops-backup" { capabilities = ["read"] }
 path "transit/sign/ops-ledger" { capabilities = ["update"] }
 path "transit/verify/ops-ledger" { capabilities = ["update"] }
 path "transit/keys/ops-ledger" { capabilities = ["read"] }
+path "sys/storage/raft/snapshot" { capabilities = ["read"] }
 path "secret/data/*" { capabilities = ["read"] }
 path "database/creds/ops-backup" { capabilities = ["read"] }
 path "sys/leases/renew" { capabilities = ["update"] }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ops_platform.errors import OpsError, UsageError
-from ops_platform.promises import PROMISES, judge
+from ops_platform.promises import judge, promises_of
 from ops_platform.remediation.model import State
 from ops_platform.remediation.store import Store
 
@@ -160,11 +160,11 @@ class LedgerReader:
 
 
 def read_promises(access: Access) -> Iterator[Sample]:
-    for target in access.inventory.targets:
+    for target in access.inventory.all_backed():
         yield "ops_objective_seconds", (target.id, "rpo"), target.objectives.rpo.total_seconds()
         yield "ops_objective_seconds", (target.id, "rto"), target.objectives.rto.total_seconds()
         numbers: dict[str, float] = {}
-        for name in PROMISES:
+        for name in promises_of(target):
             kept = judge(name, access, target, access.clock)
             yield "ops_promise_kept", (target.id, name), float(kept.kept)
             yield "ops_promise_known", (target.id, name), float(kept.known)

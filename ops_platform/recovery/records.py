@@ -12,10 +12,10 @@ from ops_platform.recovery.model import Scorecard, Verdict
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
-    from ops_platform.inventory import Target
+    from ops_platform.inventory.model import Backed
 
 
-def repository_of(access: Access, target: Target) -> Repository | None:
+def repository_of(access: Access, target: Backed) -> Repository | None:
     """Of a native target its repository; of another engine's the store and keys that the inventory names for its proofs, or None."""
     where = target.repository
     if where.store is None or where.keys is None:

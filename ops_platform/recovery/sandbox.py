@@ -25,7 +25,7 @@ from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import ConflictError, CouldNotVerifyError, OpsError
 
 if TYPE_CHECKING:
-    from ops_platform.inventory import Target
+    from ops_platform.inventory.model import Backed
 
 # Must not be smaller than on the primary, or recovery stops (PostgreSQL documentation, "Hot Standby").
 _NOT_SMALLER = (
@@ -85,7 +85,7 @@ def dies_with_us() -> tuple[str, ...]:
     return ("setpriv", "--pdeathsig", "INT", "--") if shutil.which("setpriv") else ()
 
 
-def temporary_home(target: Target, kind: Literal["verify", "tables"]) -> Path:
+def temporary_home(target: Backed, kind: Literal["verify", "tables"]) -> Path:
     """A new directory below `sandbox.directory` of the target. Those of programs that were killed go; their servers ended with them.
 
     Raises CouldNotVerifyError where it cannot be made.

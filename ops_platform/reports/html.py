@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 from ops_platform.backup.model import BackupInfo, RecoveryWindow
 from ops_platform.errors import OpsError, UsageError
-from ops_platform.inventory.model import Target
+from ops_platform.inventory.model import Backed
 from ops_platform.recovery.model import Gate, GateStatus, Objective, Scorecard, Verdict
 from ops_platform.reports import charts
 from ops_platform.reports.chains import listed
@@ -66,7 +66,7 @@ GATE_WORDS = {
 class Row:
     """A target on the index. `window` None: it could not be determined; `problem` says why."""
 
-    target: Target
+    target: Backed
     latest: Scorecard | None
     window: RecoveryWindow | None
     problem: str | None = None
@@ -87,7 +87,7 @@ class Figure:
 
 
 def target_report(
-    target: Target,
+    target: Backed,
     latest: Scorecard | None,
     history: Sequence[Scorecard],
     window: RecoveryWindow | None,
@@ -197,7 +197,7 @@ def _replace(path: Path, content: bytes) -> None:
 # What the templates are given
 
 
-def figures_of(target: Target, card: Scorecard | None) -> list[Figure]:
+def figures_of(target: Backed, card: Scorecard | None) -> list[Figure]:
     promises = target.objectives
     return [
         _figure(card, "rpo", "Data that would be lost", "RPO", promises.rpo),
@@ -224,7 +224,7 @@ def _kept(found: Objective) -> tuple[str, str]:
     return {True: ("good", "kept"), False: ("bad", "missed"), None: ("warn", "not judged")}[found.met]
 
 
-def plots_of(target: Target, cards: Sequence[Scorecard]) -> list[tuple[str, charts.Plot]]:
+def plots_of(target: Backed, cards: Sequence[Scorecard]) -> list[tuple[str, charts.Plot]]:
     promises = {"rpo": target.objectives.rpo.total_seconds(), "rto": target.objectives.rto.total_seconds()}
     # Both have the lane, or the two would stand at different heights.
     lane = any(measured(card, name) is None for card in cards for name in promises)
@@ -253,7 +253,7 @@ def _cut(items: list[T], most: int, sign: T) -> list[T]:
     return items if len(items) <= most else [*items[:most], sign]
 
 
-def data_docs(target: Target, gate: Gate) -> str | None:
+def data_docs(target: Backed, gate: Gate) -> str | None:
     """The Data Docs of the expectations beside this page, as `proof` places them."""
     path = str(gate.detail.get(DATA_DOCS) or "")
     at = path.find(f"/{target.id}/data-docs/")

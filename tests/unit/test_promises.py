@@ -44,9 +44,8 @@ def world(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             raise found
         return found
 
-    engine = SimpleNamespace(list=lambda: answer("backups"))
     repository = SimpleNamespace(proofs=lambda: answer("proofs"))
-    monkeypatch.setattr(promises, "open_engine", lambda access, target: engine)
+    monkeypatch.setattr(promises, "infos_of", lambda access, target: answer("backups"))
     monkeypatch.setattr(promises.records, "repository_of", lambda access, target: repository)
     monkeypatch.setattr(promises.records, "scorecards", lambda repository, newest: [c] if (c := answer("card")) else [])
     monkeypatch.setattr(archive, "archive_status", lambda access, target: answer("status"))

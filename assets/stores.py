@@ -1,0 +1,141 @@
+"""The other stores: for each kind that the inventory backs up its backups and their proofs, with the promises as blocking checks.
+
+One partition for each system of the kind, as for the targets of PostgreSQL.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import dagster as dg
+
+from assets.postgres import (
+    POOL,
+    NotProvenError,
+    backup_metadata,
+    log_steps,
+    longest,
+    materialize,
+    promise_check,
+    proof_metadata,
+)
+from ops_platform.clients.access import Access
+from ops_platform.inventory.model import Backed, Inventory
+from ops_platform.inventory.systems import StoreTarget
+from ops_platform.promises import STORE_PROMISES
+from ops_platform.resources import PlatformResource
+
+_TEXTS = {
+    "backup_fresh": "The newest backup is younger than backup.max_age, judged from the store.",
+    "proven": "A backup was restored and its data checked within verification.proven_within.",
+    "rpo_met": "The newest backup was young enough when it was proven: what came after it would be lost.",
+    "rto_met": "Its restore was within the objective.",
+}
+
+
+def kinds_of(inventory: Inventory) -> dict[str, list[StoreTarget]]:
+    """The systems that are backed up, by their kind."""
+    found: dict[str, list[StoreTarget]] = {}
+    for target in inventory.store_targets():
+        found.setdefault(target.kind, []).append(target)
+    return found
+
+
+def backup_key(kind: str) -> dg.AssetKey:
+    return dg.AssetKey([kind, "backup"])
+
+
+def verification_key(kind: str) -> dg.AssetKey:
+    return dg.AssetKey([kind, "verification"])
+
+
+class StoreVerificationConfig(dg.Config):
+    """`pick`: newest, oldest, random, or turns, which goes through the policy's list."""
+
+    pick: str = "newest"
+
+
+def build_assets(inventory: Inventory) -> tuple[list[Any], list[dg.AssetChecksDefinition]]:
+    """The assets of every kind that is backed up, and their checks."""
+    assets: list[Any] = []
+    checks: list[dg.AssetChecksDefinition] = []
+    for kind, targets in kinds_of(inventory).items():
+        made, promised = _of_kind(kind, targets)
+        assets += made
+        checks += promised
+    return assets, checks
+
+
+def _of_kind(kind: str, targets: list[StoreTarget]) -> tuple[list[Any], list[dg.AssetChecksDefinition]]:
+    partitions = dg.StaticPartitionsDefinition([target.id for target in targets])
+    owners = [f"team:{owner}" for owner in sorted({target.owner for target in targets})]
+
+    @dg.asset(
+        key=backup_key(kind),
+        description=f"Backups of {kind} over its own protocol, encrypted, in the store. It counts when it was restored.",
+        owners=owners,
+        kinds={kind, "s3"},
+        pool=POOL,
+        freshness_policy=dg.FreshnessPolicy.time_window(fail_window=longest(targets, lambda t: t.backup.max_age)),
+        partitions_def=partitions,
+        group_name=kind,
+    )
+    def backup(context: dg.AssetExecutionContext, platform: PlatformResource) -> dg.MaterializeResult[Any]:
+        def back_up(access: Access, target: Backed) -> dict[str, Any]:
+            from ops_platform import proof
+
+            actor = f"dagster run {context.run_id}"
+            return backup_metadata(proof.back_up(access, target, actor=actor, progress=log_steps(context)))
+
+        return materialize(context, platform, Inventory.backed, back_up)
+
+    @dg.asset(
+        key=verification_key(kind),
+        deps=[backup_key(kind)],
+        description=f"The proof: a backup of {kind} restored in a sandbox, and its data checked.",
+        owners=owners,
+        kinds={kind},
+        pool=POOL,
+        freshness_policy=dg.FreshnessPolicy.time_window(
+            fail_window=longest(targets, lambda t: t.backup.verification.proven_within)
+        ),
+        partitions_def=partitions,
+        group_name=kind,
+    )
+    def verification(
+        context: dg.AssetExecutionContext, config: StoreVerificationConfig, platform: PlatformResource
+    ) -> dg.MaterializeResult[Any]:
+        def prove_it(access: Access, target: Backed) -> dict[str, Any]:
+            from ops_platform.proof import prove
+            from ops_platform.recovery.model import Verdict
+
+            pick: Any = None if config.pick == "turns" else config.pick
+            actor = f"dagster run {context.run_id}"
+            proof = prove(access, target, pick=pick, actor=actor, progress=log_steps(context))
+            metadata = proof_metadata(proof)
+            if proof.scorecard.verdict is not Verdict.PASS:
+                seen = dg.AssetObservation(verification_key(kind), partition=target.id, metadata=metadata)
+                context.log_event(seen)
+                raise NotProvenError(f"{proof.scorecard.verdict.value}: {proof.scorecard.reason}")
+            return metadata
+
+        return materialize(context, platform, Inventory.backed, prove_it)
+
+    checks = [
+        promise_check(
+            name, backup_key(kind) if name == "backup_fresh" else verification_key(kind), _TEXTS[name], partitions,
+            _subjects(kind),
+        )
+        for name in STORE_PROMISES
+    ]  # fmt: skip
+    return [backup, verification], checks
+
+
+def _subjects(kind: str) -> Callable[[Any, Access], list[Backed]]:
+    """The run's partitions; without any, all systems of the kind."""
+
+    def find(context: Any, access: Access) -> list[Backed]:
+        if context.has_partition_key or context.has_partition_key_range:
+            return [access.inventory.backed(key) for key in context.partition_keys]
+        return list(kinds_of(access.inventory).get(kind, []))
+
+    return find

@@ -1,0 +1,323 @@
+"""Proves a store's backup: fetched, its own sums checked, restored into a sandbox that serves, looked at, and the sandbox gone.
+
+The same verdicts, scorecard and proof as of PostgreSQL (`recovery.verify`). Level 1 is what the bytes alone tell: digests, the store's
+own sums, age. Level 2 is reached when the restored store answered every check.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import secrets
+import shutil
+import time
+from collections.abc import Generator, Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ops_platform import __version__
+from ops_platform.backup.archive import open_target_repository
+from ops_platform.backup.model import BackupInfo, Progress, StoreManifest, no_progress
+from ops_platform.backup.repository import Repository
+from ops_platform.clock import SYSTEM_CLOCK, Clock
+from ops_platform.errors import CorruptionError, CouldNotVerifyError, OpsError, UsageError
+from ops_platform.recovery import records
+from ops_platform.recovery.gates import FAILED, PASSED, UNCHECKED, Finding, Record
+from ops_platform.recovery.model import Gate, GateStatus, Objective, Scorecard, Step
+from ops_platform.recovery.sandbox import temporary_home
+from ops_platform.recovery.verify import verdict_of
+from ops_platform.stores.fetch import fetch_backup
+from ops_platform.stores.kind import NOT_APPLICABLE, Check, Kind, Saved, open_kind
+
+if TYPE_CHECKING:
+    from ops_platform.clients.access import Access
+    from ops_platform.inventory.systems import StoreTarget
+
+Pick = Literal["newest", "oldest", "chain", "random"]
+LEVELS = {
+    0: "level 0: nothing of the backup could be read",
+    1: "level 1: the bytes, their sums and their age; the data itself was not looked at",
+    2: "level 2: restored, serving, and looked at",
+}
+
+
+class StoreVerification:
+    """One verification from beginning to end. Use `verify`."""
+
+    def __init__(
+        self,
+        access: Access,
+        target: StoreTarget,
+        kind: Kind,
+        *,
+        pick: Pick | None,
+        backup_id: str | None,
+        progress: Progress,
+        clock: Clock,
+    ) -> None:
+        self.access, self.target, self.kind, self.clock, self.progress = access, target, kind, clock, progress
+        self.pick, self.backup_id = pick, backup_id
+        self.repository: Repository = open_target_repository(access, target)
+        self.started_at = clock.now()
+        self._began = time.monotonic()
+        self.id = f"{self.started_at:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+        self.record = Record(lambda title: progress(title, 0, None))
+        self.steps: list[Step] = []
+        self.notes: list[str] = []
+        self.infos: list[BackupInfo] = []
+        self.manifest: StoreManifest | None = None
+        self.picked = "nothing"
+        self.turn: int | None = None
+        self.server = "none"
+        self.level = 0
+        self.rto_seconds: float | None = None
+
+    def run(self) -> Scorecard:
+        home: Path | None = None
+        try:
+            self.manifest = self._choose()
+            home = self._home(self.manifest)
+            self._prove(self.manifest, home)
+        except UsageError as error:
+            if self.backup_id is not None and self.manifest is None:
+                raise  # what was asked for does not exist: that is no verdict on anything
+            self._broken_off(UNCHECKED, error)
+        except CorruptionError as error:
+            self._broken_off(FAILED, error)
+        except OpsError as error:
+            self._broken_off(UNCHECKED, error)
+        finally:
+            if home is not None:
+                shutil.rmtree(home, ignore_errors=True)
+        if home is not None:
+            self.record.check("teardown", "The sandbox is gone", _GONE, lambda at=home: _gone(at))
+        return self._scorecard()
+
+    def _broken_off(self, status: GateStatus, error: OpsError) -> None:
+        self.record.gates.append(
+            Gate(
+                id="run", title="The verification ran to its end", status=status, query="", result=str(error), seconds=0
+            )
+        )
+
+    @contextlib.contextmanager
+    def _step(self, name: str, size: int | None = None) -> Generator[None]:
+        """Time a part; it is written down even where it fails."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            now = time.monotonic()
+            self.steps.append(
+                Step(name=name, started=round(began - self._began, 3), seconds=round(now - began, 3), bytes=size)
+            )
+
+    # The choice
+
+    def _choose(self) -> StoreManifest:
+        found = self.repository.infos()
+        self.notes += [f"{info.backup_id} cannot be read: {info.error}" for info in found if info.error]
+        self.infos = [info for info in found if info.error is None]
+        if self.backup_id is not None:
+            if all(info.backup_id != self.backup_id for info in found):
+                raise UsageError(f"there is no backup {self.backup_id}", remedy=f"ops backup list {self.target.id}")
+            self.picked = "asked for"
+            return self.repository.store_manifest(self.backup_id)
+        if not self.infos:
+            raise CouldNotVerifyError(
+                f"there is no backup of {self.target.id} that can be read", remedy=f"ops backup run {self.target.id}"
+            )
+        how = self.pick or self._turn()
+        if how == "oldest" and len(self.infos) > 1:
+            self.picked, chosen = "the oldest backup that is still promised", self.infos[0]
+        elif how == "random":
+            self.picked, chosen = "a backup by chance", random.Random(self.id).choice(self.infos)  # noqa: S311 - no secret
+        else:
+            self.picked, chosen = "the newest backup", self.infos[-1]
+        return self.repository.store_manifest(chosen.backup_id)
+
+    def _turn(self) -> Pick:
+        """The next of the policy's list, as for PostgreSQL: proofs that were asked for are no turns."""
+        last = records.last_turn(self.repository)
+        self.turn = 0 if last is None else last + 1
+        choices = self.target.backup.verification.pick
+        return choices[self.turn % len(choices)]
+
+    # The sandbox
+
+    def _home(self, manifest: StoreManifest) -> Path:
+        home = temporary_home(self.target, "verify")
+        home.chmod(0o700)
+        # The parts themselves, and the store that is made of them.
+        free, needed = shutil.disk_usage(home).free, manifest.raw * 2.5
+        if free < needed:
+            shutil.rmtree(home)
+            raise CouldNotVerifyError(
+                f"the sandbox needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
+                where=str(home.parent),
+                remedy="free space, or set sandbox.directory",
+            )
+        return home
+
+    def _prove(self, manifest: StoreManifest, home: Path) -> None:
+        began = time.monotonic()
+        saved = self._fetch(manifest, home)
+        self.record.check("age", "It is as young as the policy asks", "", lambda: self._age(manifest))
+        self._ask(self.kind.files(saved))
+        if any(gate.status is FAILED for gate in self.record.gates if gate.id != "age"):
+            self.notes.append("it was not restored: what stands in the backup is not whole")
+            return
+        self.level = 1
+        with contextlib.ExitStack() as stack:
+            with self._step("restore"):
+                restored = stack.enter_context(self.kind.restore(saved, home))
+            self.rto_seconds = round(time.monotonic() - began, 3)
+            self.server = restored.server
+            with self._step("checks"):
+                asked = len(self.record.gates)
+                self._ask(restored.checks())
+            found = self.record.gates[asked:]
+            if any(gate.status is PASSED for gate in found) and all(gate.status is not UNCHECKED for gate in found):
+                self.level = 2
+
+    def _fetch(self, manifest: StoreManifest, home: Path) -> Saved:
+        saved: list[Saved] = []
+
+        def ask() -> Finding:
+            saved.append(fetch_backup(self.repository, manifest, home / "parts", progress=self.progress))
+            blocks = sum(len(part.blocks) for part in manifest.parts)
+            return Finding(PASSED, f"{len(manifest.parts)} parts, {manifest.raw} bytes in {blocks} blocks")
+
+        with self._step("fetch", manifest.raw):
+            found = self.record.check(
+                "whole", "Every byte is as it was stored", "SHA-256 and seal of each block, SHA-256 of each part", ask
+            )
+        if not saved:
+            kind = CorruptionError if found.status is FAILED else CouldNotVerifyError
+            raise kind("the backup could not be fetched whole", where=manifest.backup_id)
+        return saved[0]
+
+    def _age(self, manifest: StoreManifest) -> Finding:
+        allowed = self.target.backup.max_age
+        age = self.clock.now() - manifest.moment
+        text = f"taken at {manifest.moment:%Y-%m-%d %H:%M:%SZ}, {age.total_seconds() / 3600:.1f} h old, {allowed.total_seconds() / 3600:.0f} h are allowed"
+        if not self.infos or manifest.backup_id != self.infos[-1].backup_id:
+            return Finding(NOT_APPLICABLE, f"it is not the newest one; {text}")
+        return Finding(PASSED if age <= allowed else FAILED, text)
+
+    def _ask(self, checks: Iterable[Check]) -> None:
+        for check in checks:
+            self.record.check(check.id, check.title, check.query, check.ask)
+
+    # The scorecard
+
+    def _scorecard(self) -> Scorecard:
+        verdict, reason = verdict_of(self.record.gates)
+        manifest, moments = self.manifest, [info.started_at for info in self.infos]
+        return Scorecard(
+            verification_id=self.id,
+            target_id=self.target.id,
+            environment=self.target.environment,
+            classification=self.target.classification.value,
+            engine=self.target.kind,
+            verdict=verdict,
+            reason=f"{reason} ({LEVELS[self.level].partition(':')[0]})",
+            started_at=self.started_at,
+            ended_at=self.clock.now(),
+            backup_id=manifest.backup_id if manifest else None,
+            backup_kind="full" if manifest else None,
+            backup_ended_at=manifest.ended_at if manifest else None,
+            chain=[],
+            picked=self.picked,
+            turn=self.turn,
+            recovery_target="the backup itself",
+            reached=f"what {manifest.source} held at {manifest.moment:%Y-%m-%d %H:%M:%SZ}" if manifest else None,
+            reached_lsn=None,
+            newest_commit=manifest.moment if manifest else None,
+            server=self.server,
+            strength=LEVELS[self.level],
+            objectives=self._objectives(moments[-1] if moments else None),
+            steps=self.steps,
+            gates=self.record.gates,
+            notes=list(dict.fromkeys(self.notes)),
+            backup_digest=self._digest(),
+            window_earliest=moments[0] if moments else None,
+            window_latest=moments[-1] if moments else None,
+            written_by=f"ops_platform {__version__}",
+        )
+
+    def _objectives(self, newest: datetime | None) -> list[Objective]:
+        promised = self.target.objectives
+        lost = None if newest is None else max(0.0, round((self.started_at - newest).total_seconds(), 3))
+        measured = [
+            ("rpo", promised.rpo, lost, "age of the newest backup: what came after it would be lost"),
+            ("rto", promised.rto, self.rto_seconds, "fetch and restore of this backup, until the store served"),
+        ]
+        return [
+            Objective(
+                name=name,
+                objective_seconds=allowed.total_seconds(),
+                measured_seconds=value,
+                met=None if value is None else value <= allowed.total_seconds(),
+                how=how,
+            )
+            for name, allowed, value, how in measured
+        ]
+
+    def _digest(self) -> str | None:
+        """SHA-256 of the manifest object, which names the digest of every block."""
+        if self.manifest is None:
+            return None
+        return hashlib.sha256(
+            self.repository.store.get(self.repository.manifest_key(self.manifest.backup_id))
+        ).hexdigest()
+
+
+_GONE = "processes that name the directory, the directory"
+
+
+def _gone(home: Path) -> Finding:
+    left = [str(home)] if home.exists() else []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().decode(errors="replace")
+            if entry.name != str(os.getpid()) and str(home) in words:
+                left.append(f"process {entry.name}: {words[:80]}")
+    return Finding(FAILED if left else PASSED, f"left behind: {'; '.join(left)}" if left else "nothing is left")
+
+
+def verify(
+    access: Access,
+    target: StoreTarget,
+    *,
+    pick: Pick | None = None,
+    at: datetime | None = None,
+    backup_id: str | None = None,
+    kind: Kind | None = None,
+    progress: Progress = no_progress,
+    clock: Clock = SYSTEM_CLOCK,
+) -> Scorecard:
+    """Prove a backup of a store: what the policy picks, or the one that is asked for.
+
+    Never raises for what is wrong with the backup, the repository or the store: that is the verdict. Raises UsageError for a backup that
+    does not exist and for a moment, which no backup of a store can be brought to, and OpsError where the scorecard cannot be stored.
+    """
+    if at is not None:
+        raise UsageError(
+            f"a backup of {target.kind} is restored as it is, not to a moment", remedy="name one with --backup instead"
+        )
+    running = StoreVerification(
+        access,
+        target,
+        kind or open_kind(access, target),
+        pick=pick,
+        backup_id=backup_id,
+        progress=progress,
+        clock=clock,
+    )
+    card = running.run()
+    records.keep(running.repository, card)
+    return card

@@ -1,0 +1,329 @@
+"""Vault's snapshots: taken from a real server, restored into another one, opened, and read."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import io
+import json
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from ops_platform.backup.archive import open_target_repository
+from ops_platform.backup.basebackup import run_backup as back_up_database
+from ops_platform.backup.expiry import ExpiryAction
+from ops_platform.backup.model import Proof
+from ops_platform.cli.main import cli
+from ops_platform.clients.postgres_binaries import free_port
+from ops_platform.errors import CorruptionError, InventoryError, UsageError
+from ops_platform.inventory.systems import StoreTarget
+from ops_platform.local.parts import program
+from ops_platform.promises import judge
+from ops_platform.recovery.model import Verdict
+from ops_platform.stores import servers, vault
+from ops_platform.stores.dump import run_backup
+from ops_platform.stores.kind import Check, Saved
+from ops_platform.stores.verify import verify
+from tests.rig import Cluster, Ground, Platform
+from tests.servers import Daemon, answers
+from tests.stores_rig import POLICY, MovedClock, dump, gate, gates, prove, store_platform, with_store
+
+CANARY = "vault://secret/ops/canary#value"
+
+
+@pytest.fixture(scope="session")
+def desk(ground: Ground) -> Any:
+    """Root's hands on the server of the tests."""
+    import hvac
+
+    ground.component("vault")
+    token = (ground.place.directory / "secrets" / "vault.root_token").read_text()
+    client = hvac.Client(url=f"http://127.0.0.1:{ground.place.port('vault')}", token=token, timeout=20)
+    client.secrets.kv.v2.create_or_update_secret(path="ops/canary", secret={"value": "a bird"})
+    return client
+
+
+def entry(ground: Ground, **restore: Any) -> dict[str, Any]:
+    shares = [f"file://{ground.place.directory}/secrets/vault.unseal_key"]
+    return {"id": "vault", "kind": "vault", "vault": "v", "restore": {"shares": shares, "canary": CANARY, **restore}}
+
+
+def test_a_snapshot_is_restored_unsealed_and_opens_the_newest_backup_of_a_database(
+    ground: Ground, desk: Any, new_platform: Callable[..., Platform], shared_cluster: Cluster
+) -> None:
+    """The snapshot that is older than the database's key does not open its backup; the next one does."""
+    platform = new_platform({"app-db": [shared_cluster]})
+    vault_target = with_store(platform, entry(ground))
+    first = run_backup(platform.access, vault_target)
+    late = f"ops-backup-{secrets.token_hex(4)}"
+    desk.secrets.transit.create_key(late, key_type="aes256-gcm96")
+    desk.sys.create_or_update_policy("late", _LATE.replace("KEY", late))
+    token = desk.auth.token.create(policies=["late", "ops-platform"], ttl="1h")["auth"]["client_token"]
+    (platform.home / "token").write_text(token)
+    (platform.home / "token").chmod(0o600)
+    # As in earnest the copy is logged in to by AppRole, which it holds; its policy is the one that it was backed up with.
+    platform.body["vaults"]["w"] = {
+        **platform.body["vaults"]["v"], "auth": {"method": "token", "token": f"file://{platform.home}/token"},
+    }  # fmt: skip
+    platform.body["key_services"]["late"] = {"kind": "vault-transit", "vault": "w", "key": late}
+    platform.body["targets"][0]["repository"]["keys"] = "late"
+    vault_target = with_store(platform, {**entry(ground), "vault": "w"})
+    back_up_database(platform.access, platform.target)
+
+    card = verify(platform.access, vault_target)
+    assert card.backup_id == first.backup_id
+    assert card.verdict is not Verdict.PASS
+    assert gates(card)["unseal"] == "passed"
+    assert gates(card).get("data-key-app-db", "failed") != "passed"
+
+    run_backup(platform.access, vault_target)
+    card = verify(platform.access, vault_target)
+    assert card.verdict is Verdict.PASS, card.reason
+    assert gates(card) == {
+        "whole": "passed", "age": "passed", "sums": "passed", "unseal": "passed", "login": "passed", "canary": "passed",
+        "data-key-app-db": "passed", "teardown": "passed",
+    }  # fmt: skip
+    assert card.strength.startswith("level 2")
+    assert {o.name for o in card.objectives if o.met} == {"rpo", "rto"}
+    assert [proof.verdict for proof in records_of(platform, vault_target)][-1] == "PASS"
+
+
+_LATE = """
+path "transit/datakey/plaintext/KEY" { capabilities = ["update"] }
+path "transit/decrypt/KEY" { capabilities = ["update"] }
+path "transit/keys/KEY" { capabilities = ["read"] }
+"""
+
+
+def records_of(platform: Platform, target: StoreTarget) -> list[Proof]:
+    return open_target_repository(platform.access, target).proofs()
+
+
+@pytest.fixture(scope="module")
+def taken(ground: Ground, desk: Any) -> Iterator[Platform]:
+    """A platform with one snapshot, for the tests that only look at it in other ways."""
+    platform = Platform(ground, {})
+    dump(platform, entry(ground))
+    yield platform
+    platform.close()
+
+
+def test_shares_that_do_not_open_it_are_a_failure_at_level_1(ground: Ground, taken: Platform) -> None:
+    wrong = taken.home / "wrong-share"
+    wrong.touch(mode=0o600)
+    wrong.write_text(base64.b64encode(secrets.token_bytes(32)).decode())
+    target = with_store(taken, entry(ground, shares=[f"file://{wrong}"]))
+    card = verify(taken.access, target)
+    assert card.verdict is Verdict.FAIL
+    assert gates(card)["unseal"] == "failed"
+    assert "do not open it" in gate(card, "unseal").result
+    assert gates(card)["teardown"] == "passed"
+    assert card.strength.startswith("level 1")
+    assert "canary" not in gates(card)
+    assert wrong.read_text() not in card.model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [([], "names no key shares"), (["file:///nowhere/share"], "cannot be read")],
+)
+def test_without_the_shares_nothing_is_proven_beyond_level_1(
+    ground: Ground, taken: Platform, shares: list[str], said: str
+) -> None:
+    card = prove(taken, entry(ground, shares=shares))
+    assert card.verdict is Verdict.COULD_NOT_VERIFY
+    assert said in card.reason
+    assert "(level 1)" in card.reason
+    assert gates(card)["teardown"] == "passed"
+
+
+def test_a_machine_that_gives_no_network_of_its_own_starts_no_copy(
+    ground: Ground, taken: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would revoke at the live databases what its leases say."""
+    monkeypatch.setattr(servers, "own_network", tuple)
+    card = prove(taken, entry(ground))
+    assert card.verdict is Verdict.COULD_NOT_VERIFY
+    assert "revoke at the live databases" in card.reason
+
+
+def test_a_canary_that_is_another_one_fails(ground: Ground, desk: Any, taken: Platform) -> None:
+    desk.secrets.kv.v2.create_or_update_secret(path="ops/other", secret={"value": "a stone"})
+    target = with_store(taken, entry(ground, canary="vault://secret/ops/other#value"))
+    run_backup(taken.access, target)
+    desk.secrets.kv.v2.delete_metadata_and_all_versions(path="ops/other")
+    dump(taken, entry(ground))  # after the first: it is the newest one, and holds no such secret
+
+    class Mixed(vault.VaultStore):
+        """The newest snapshot, and the canary of the one before."""
+
+        def files(self, saved: Saved) -> Iterator[Check]:
+            saved.facts["canary"] = {"salt": "s", "digest": "0" * 64}  # type: ignore[index]
+            return super().files(saved)
+
+    mixed = Mixed(taken.access, target, target.system)  # type: ignore[arg-type]
+    card = prove(taken, entry(ground), kind=mixed)
+    assert card.verdict is Verdict.FAIL
+    assert gates(card)["canary"] == "failed"
+
+
+def test_a_snapshot_of_a_newer_major_is_not_judged_by_an_older_server(ground: Ground, taken: Platform) -> None:
+    target = with_store(taken, entry(ground))
+
+    class Newer(vault.VaultStore):
+        def restore(self, saved: Saved, home: Path) -> Any:
+            return super().restore(replace(saved, server="Vault-compatible server 99.0.0"), home)
+
+    card = verify(taken.access, target, kind=Newer(taken.access, target, target.system))  # type: ignore[arg-type]
+    assert card.verdict is Verdict.COULD_NOT_VERIFY
+    assert "99.0.0" in card.reason
+
+
+def test_a_changed_byte_in_the_repository_fails_before_anything_is_started(ground: Ground, taken: Platform) -> None:
+    target = with_store(taken, entry(ground))
+    manifest = run_backup(taken.access, target)
+    repository = open_target_repository(taken.access, target)
+    block = manifest.parts[0].blocks[0]
+    body = bytearray(repository.store.get(block.key))
+    body[-1] ^= 1
+    repository.store.put(block.key, bytes(body))
+    card = verify(taken.access, target, backup_id=manifest.backup_id)
+    assert card.verdict is Verdict.FAIL
+    assert gates(card)["whole"] == "failed"
+    assert card.strength.startswith("level 0")
+    assert block.key in card.reason
+
+
+def snapshot(ground: Ground, desk: Any) -> bytes:
+    response = desk.sys.take_raft_snapshot()
+    return b"".join(response.iter_content(1 << 20))
+
+
+def test_a_snapshot_that_is_cut_off_anywhere_is_noticed(ground: Ground, desk: Any) -> None:
+    whole = snapshot(ground, desk)
+    found = vault._read_snapshot(io.BytesIO(whole), "here")
+    assert found["index"] > 0
+    for cut in [0, 1, 10, 1000, *range(len(whole) // 2, len(whole) - 1024, max(1, len(whole) // 20))]:
+        with pytest.raises(CorruptionError, match="cut off"):
+            vault._read_snapshot(io.BytesIO(whole[:cut]), "here")
+
+
+def test_a_snapshot_whose_contents_are_not_what_its_sums_say_is_noticed(ground: Ground, desk: Any) -> None:
+    plain = bytearray(gzip.decompress(snapshot(ground, desk)))
+    at = plain.index(b'"Index":') + 8
+    plain[at : at + 1] = b"9" if plain[at : at + 1] != b"9" else b"8"
+    with pytest.raises(CorruptionError, match=r"meta\.json in the snapshot"):
+        vault._read_snapshot(io.BytesIO(gzip.compress(bytes(plain))), "here")
+
+
+def test_a_dump_that_breaks_off_leaves_nothing_that_counts(
+    ground: Ground, taken: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = with_store(taken, entry(ground))
+    repository = open_target_repository(taken.access, target)
+    before = [info.backup_id for info in repository.infos()]
+    whole = vault._stream
+
+    def cut(response: Any) -> Iterator[bytes]:
+        yield b"".join(whole(response))[:20_000]
+
+    monkeypatch.setattr(vault, "_stream", cut)
+    with pytest.raises(CorruptionError, match="cut off"):
+        run_backup(taken.access, target)
+    assert [info.backup_id for info in repository.infos()] == before
+
+
+def test_a_server_without_raft_is_told_what_to_do(
+    ground: Ground, new_platform: Callable[..., Platform], tmp_path: Path
+) -> None:
+    port = free_port()
+    command = [
+        program("bao", "openbao"),
+        "server",
+        "-dev",
+        "-dev-root-token-id=root",
+        f"-dev-listen-address=127.0.0.1:{port}",
+    ]
+    daemon = Daemon("bao", [str(word) for word in command], lambda: answers(f"http://127.0.0.1:{port}/v1/sys/health"),
+                    log=tmp_path / "log", env={"HOME": str(tmp_path)})  # fmt: skip
+    daemon.start()
+    try:
+        platform = new_platform({})
+        (platform.home / "token").touch(mode=0o600)
+        (platform.home / "token").write_text("root")
+        login = {"method": "token", "token": f"file://{platform.home}/token"}
+        platform.body["vaults"]["dev"] = {"url": f"http://127.0.0.1:{port}", "auth": login}
+        with pytest.raises(UsageError, match="only raft storage has snapshots"):
+            dump(platform, {**entry(ground), "vault": "dev"})
+    finally:
+        daemon.stop()
+
+
+def test_a_backup_that_only_its_own_vault_could_open_is_refused_by_the_inventory(
+    ground: Ground, new_platform: Callable[..., Platform]
+) -> None:
+    with pytest.raises(InventoryError, match="a key that stands in this very Vault"):
+        store_platform(new_platform, {**entry(ground), "repository": {"store": "s", "keys": "k"}})
+
+
+# What is the same for every kind: the commands, the catalog, the promises, expiry
+
+
+def test_the_commands_take_list_show_prove_and_expire_a_store(ground: Ground, desk: Any, taken: Platform) -> None:
+    with_store(taken, entry(ground))
+
+    def ops(*words: str, code: int = 0) -> Any:
+        done = CliRunner().invoke(cli, ["--inventory", str(taken.file), *words, "--json"])
+        assert done.exit_code == code, done.output
+        return json.loads(done.stdout)
+
+    (made,) = ops("backup", "run", "vault")
+    assert made["store"] == "vault"
+    (listed,) = ops("backup", "list", "vault")
+    assert listed["backups"][-1]["backup_id"] == made["backup_id"]
+    assert listed["window"]["latest"] is not None
+    assert ops("backup", "show", "vault", made["backup_id"])["manifest"]["mac"] == made["mac"]
+    (card,) = ops("backup", "verify", "vault", "--no-report")
+    assert (card["verdict"], card["backup_id"]) == ("PASS", made["backup_id"])
+    (expired,) = ops("backup", "expire", "vault")
+    assert expired["status"] == "nothing to do"
+    done = CliRunner().invoke(cli, ["--inventory", str(taken.file), "backup", "list"])
+    assert "moments, from" in done.output
+    done = CliRunner().invoke(cli, ["--inventory", str(taken.file), "backup", "run", "vault", "--incremental"])
+    assert isinstance(done.exception, UsageError)
+    done = CliRunner().invoke(
+        cli, ["--inventory", str(taken.file), "backup", "verify", "vault", "--to", "2026-01-01T00:00Z"]
+    )
+    assert isinstance(done.exception, UsageError)
+    done = CliRunner().invoke(cli, ["--inventory", str(taken.file), "report", "vault"])
+    assert done.exit_code == 0, done.output
+    assert "level 2" in (taken.home / "reports" / "vault.html").read_text()
+
+
+def test_the_promises_are_judged_from_the_store(ground: Ground, taken: Platform) -> None:
+    target = with_store(taken, entry(ground))
+    run_backup(taken.access, target)
+    assert judge("backup_fresh", taken.access, target).kept
+    late = with_store(taken, {**entry(ground), "backup": {**POLICY, "max_age": "1s"}})
+    clock = MovedClock(timedelta(days=1))
+    assert not judge("backup_fresh", taken.access, late, clock).kept
+
+
+def test_expiry_keeps_the_window_and_the_proven_one(ground: Ground, taken: Platform) -> None:
+    target = with_store(taken, entry(ground))
+    repository = open_target_repository(taken.access, target)
+    while len(repository.infos()) < 4:
+        run_backup(taken.access, target)
+    action = ExpiryAction(repository, target, clock=MovedClock(timedelta(days=30)))
+    plan = action.plan()
+    kept = {item["backup"] for item in plan.facts["kept"]}
+    assert {info.backup_id for info in repository.infos()[-2:]} <= kept
+    assert {change.object for change in plan.changes} == {info.backup_id for info in repository.infos()} - kept
+    assert plan.changes
