@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import socket
+import ssl
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -50,15 +52,37 @@ class RedisSession:
         self._client = client
         self._user = user
 
-    def call(self, *words: str | int) -> Any:
+    def call(self, *words: str | int | bytes) -> Any:
         """The server's answer, texts decoded. Raises the OpsError that fits."""
+        return self._ask(*words)
+
+    def raw(self, *words: str | int | bytes) -> Any:
+        """The same, with texts as the bytes that they are."""
+        return self._ask(*words, NEVER_DECODE=True)
+
+    def _ask(self, *words: str | int | bytes, **options: Any) -> Any:
         try:
-            return self._client.execute_command(*words)
+            return self._client.execute_command(*words, **options)
         except Exception as error:  # noqa: BLE001 - redis and socket raise many kinds; `redis_error` names them
             raise redis_error(error, self.address, self._user) from None
 
     def info(self, section: str) -> dict[str, str]:
         return {name: str(value) for name, value in self.call("INFO", section).items()}
+
+    def keyspace(self) -> dict[int, dict[str, int]]:
+        """Of each database that has any: its keys, and those of them with a time to live (`expires`)."""
+        return {
+            int(name.removeprefix("db")): {"keys": int(found["keys"]), "expires": int(found["expires"])}
+            for name, found in self.call("INFO", "keyspace").items()
+        }
+
+    def config(self, setting: str) -> str:
+        """One setting. Raises NotThereError for one that this server does not have."""
+        flat = self.call("CONFIG", "GET", setting)
+        found = dict(zip(flat[::2], flat[1::2], strict=True))
+        if setting not in found:
+            raise NotThereError(f"this Redis has no setting {setting}", where=self.address)
+        return str(found[setting])
 
     def replication(self) -> Replication:
         found = self.info("replication")
@@ -135,6 +159,10 @@ class Redis:
         """CLUSTER INFO of the first node that answers."""
         return self._of_any(lambda session: session.cluster())
 
+    def seen(self, *words: str | int) -> Any:
+        """What the first node that answers says."""
+        return self._of_any(lambda session: session.call(*words))
+
     def sentinel(self, *words: str | int) -> Any:
         """What the first sentinel that answers says."""
         return self._of_any(lambda session: session.call("SENTINEL", *words))
@@ -148,6 +176,33 @@ class Redis:
                 f"this sentinel watches no {self.master!r}", where=sentinel, remedy="correct `master` in the inventory"
             )
         return f"{found[0]}:{found[1]}"
+
+    @contextlib.contextmanager
+    def rdb(self, address: str) -> Generator[RdbStream]:
+        """The data of one server as a replica gets it, and nothing after it."""
+        with self._socket(address) as raw:
+            yield RdbStream(raw, address)
+
+    @contextlib.contextmanager
+    def _socket(self, address: str) -> Generator[socket.socket]:
+        """Logged in, and without a client library between: the stream is no answer that one could parse."""
+        host, _, port = address.rpartition(":")
+        password = self._password().reveal() if self._password is not None else None
+        try:
+            raw = socket.create_connection((host.strip("[]"), int(port)), timeout=self._timeout)
+        except OSError as error:
+            raise redis_error(error, address, self._user or "default") from None
+        with contextlib.closing(raw):
+            if self._tls:
+                try:
+                    raw = ssl.create_default_context(cafile=self._ca).wrap_socket(raw, server_hostname=host.strip("[]"))
+                except (OSError, ssl.SSLError) as error:
+                    raise redis_error(error, address, self._user or "default") from None
+            with contextlib.closing(raw):
+                if password is not None:
+                    words = ("AUTH", self._user, password) if self._user else ("AUTH", password)
+                    _say(raw, address, *words)
+                yield raw
 
     def _of_any(self, ask: Callable[[RedisSession], Any]) -> Any:
         failures: list[OpsError] = []
@@ -216,6 +271,118 @@ class Redis:
         )
 
 
+_QUIET = 120.0  # seconds; while it forks, a server says at least a newline every ten
+_PIECE = 1 << 20
+
+
+class RdbStream:
+    """PSYNC with `rdb-only`: a server's data as of one position of its replication stream.
+
+    Protocol: the server answers `+FULLRESYNC ID OFFSET`, then newlines while it prepares, then `$LENGTH` or, diskless, `$EOF:` and a mark of
+    40 bytes that also ends the data (replication.c of Redis 7). `rdb-only` (7.0) keeps it from queueing what is written meanwhile.
+    """
+
+    def __init__(self, raw: socket.socket, address: str) -> None:
+        self._raw, self._where = raw, address
+        self._left = b""
+        self.replication_id = ""
+        self.offset = -1
+
+    def pieces(self) -> Generator[bytes]:
+        """The RDB, byte for byte. Raises UnreachableError where it does not come to its end."""
+        for words in (("REPLCONF", "capa", "eof", "capa", "psync2"), ("REPLCONF", "rdb-only", "1")):
+            _say(self._raw, self._where, *words)
+        self._raw.settimeout(_QUIET)
+        self._raw.sendall(_command("PSYNC", "?", "-1"))
+        head = self._line()
+        if not head.startswith("+FULLRESYNC ") or len(head.split()) != 3:
+            raise _refusal(head, self._where)
+        _, self.replication_id, offset = head.split()
+        self.offset = int(offset)
+        while not (head := self._line()):
+            continue  # it is alive, and prepares
+        if head.startswith("$EOF:"):
+            yield from self._until(head[5:].encode())
+        elif head.startswith("$") and head[1:].isdigit():
+            yield from self._length(int(head[1:]))
+        else:
+            raise _refusal(head, self._where)
+
+    def _length(self, size: int) -> Generator[bytes]:
+        while size:
+            piece = (self._left or self._more())[:size]
+            self._left = self._left[len(piece) :]
+            size -= len(piece)
+            yield piece
+
+    def _until(self, mark: bytes) -> Generator[bytes]:
+        if len(mark) != 40:
+            raise self._broken("its end mark is not 40 bytes")
+        # The mark is random, and the last that comes: behind it there is nothing.
+        while not self._left.endswith(mark):
+            yield self._left[: -len(mark)]
+            self._left = self._left[-len(mark) :] + self._more()
+        yield self._left[: -len(mark)]
+
+    def _line(self) -> str:
+        while b"\n" not in self._left:
+            self._left += self._more()
+            if len(self._left) > 1 << 16:
+                raise self._broken("it sends what is no answer")
+        line, _, self._left = self._left.partition(b"\n")
+        return line.rstrip(b"\r").decode("utf-8", "replace")
+
+    def _more(self) -> bytes:
+        try:
+            piece = self._raw.recv(_PIECE)
+        except OSError as error:
+            raise self._broken(type(error).__name__) from None
+        if not piece:
+            raise self._broken("it closed the connection")
+        return piece
+
+    def _broken(self, why: str) -> UnreachableError:
+        return UnreachableError(
+            f"the data did not come to its end: {why}",
+            where=self._where,
+            remedy="look at the server's own log (memory for the fork, client-output-buffer-limit replica); take it again",
+        )
+
+
+def _command(*words: str) -> bytes:
+    parts = [word.encode() for word in words]
+    return b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
+
+
+def _say(raw: socket.socket, where: str, *words: str) -> None:
+    """One command that is answered with `+…`. Raises what the refusal means; it shows the command's name alone."""
+    answer = b""
+    try:
+        raw.sendall(_command(*words))
+        while not answer.endswith(b"\n"):
+            piece = raw.recv(1)
+            if not piece:
+                raise ConnectionError
+            answer += piece
+    except OSError as error:
+        raise redis_error(error, where, "default") from None
+    if not answer.startswith(b"+"):
+        raise _refusal(answer.decode("utf-8", "replace").strip(), where, words[0])
+
+
+def _refusal(answer: str, where: str, command: str = "PSYNC") -> OpsError:
+    said = answer.removeprefix("-")[:200]
+    if said.startswith(("NOAUTH", "NOPERM", "WRONGPASS", "ERR invalid username")):
+        return AccessDeniedError(
+            f"Redis refuses {command}: {said}",
+            where=where,
+            remedy="the user needs +psync +replconf +ping and its password",
+        )
+    if said.startswith(("LOADING", "MASTERDOWN", "NOMASTERLINK", "BUSY")):
+        return UnreachableError(f"Redis cannot be copied now: {said}", where=where, remedy="look at its own log")
+    return OpsError(f"Redis answers {command} with {said!r}", where=where, remedy="its version must be 7.0 or later")
+
+
 def cluster_members(text: str, *, names: bool) -> list[Member]:
     """CLUSTER NODES: `ID IP:PORT@BUS[,NAME] FLAGS MASTER PING PONG EPOCH LINK SLOT…`. `names`: prefer announced names, as TLS needs."""
     lines = [line.split() for line in text.splitlines() if line.strip()]
@@ -229,6 +396,24 @@ def cluster_members(text: str, *, names: bool) -> list[Member]:
         role: Role = "master" if "master" in flags else "replica"
         of = addresses.get(master) if role == "replica" else None
         found.append(Member(addresses[node_id], role, of, node_id, sum(map(_slots, slots)), down))
+    return found
+
+
+def slot_ranges(text: str) -> dict[str, list[tuple[int, int]]]:
+    """CLUSTER NODES: the slots of each master, first and last. Raises ConflictError while a slot is on its way to another one."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for words in (line.split() for line in text.splitlines() if line.strip()):
+        if "master" not in words[2].split(",") or "fail" in words[2].split(","):
+            continue
+        for word in words[8:]:
+            if word.startswith("["):
+                raise ConflictError(
+                    f"the slot {word.strip('[]').partition('-')[0]} is being moved",
+                    where=words[1],
+                    remedy="wait until the resharding is over: its keys are in two places",
+                )
+            first, _, last = word.partition("-")
+            found.setdefault(words[0], []).append((int(first), int(last or first)))
     return found
 
 

@@ -177,7 +177,7 @@ class KafkaSystem(System):
     timeout: PositiveDuration = Field(default=timedelta(seconds=15), description="One request takes at most this long.")
 
 
-class RedisSystem(System):
+class RedisSystem(StoreSystem):
     """Redis: one server with its replicas, under Sentinel, or a cluster."""
 
     kind: Literal["redis"] = Field(description="What it is.")
@@ -191,6 +191,10 @@ class RedisSystem(System):
     tls: bool = Field(default=True, description="Whether connections are encrypted.")
     ca: str | None = Field(default=None, description="PEM file of its certificate authority.")
     timeout: PositiveDuration = Field(default=timedelta(seconds=5), description="One command takes at most this long.")
+
+    persistence: Literal["aof", "rdb", "any"] = Field(
+        default="any", description="What its servers have to keep their data by; looked at with each verified backup."
+    )
 
     @model_validator(mode="after")
     def _needs(self) -> Self:

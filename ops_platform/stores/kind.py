@@ -119,6 +119,7 @@ class Kind(Protocol):
 
 
 KINDS: Mapping[str, str] = {
+    "redis": "ops_platform.stores.redis",
     "vault": "ops_platform.stores.vault",
 }
 """The kind of the system in the inventory, and the module that knows it."""

@@ -1,0 +1,423 @@
+"""Redis 7: an RDB of each shard over the replication protocol, loaded into servers that are alone, and looked at.
+
+A shard's RDB is its state at one position of its replication stream. Between shards there is no common moment, as there is none in Redis
+itself. What is not in an RDB is not in the backup: ACL users, the server's configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import secrets
+import subprocess
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ops_platform.clients.redis import SLOTS, Member, Redis, RedisSession, redis_error, slot_ranges
+from ops_platform.errors import ConflictError, CorruptionError, CouldNotVerifyError, OpsError
+from ops_platform.stores.kind import FAILED, NOT_APPLICABLE, PASSED, UNCHECKED, Check, Dumped, Finding, Parts, Saved
+from ops_platform.stores.servers import Server, find_program, socket_path
+
+if TYPE_CHECKING:
+    from ops_platform.clients.access import Access
+    from ops_platform.inventory.systems import RedisSystem, StoreTarget
+
+_SAMPLE = 200  # keys of each shard
+_ELEMENTS = 1000  # of a sampled key whose whole value is compared; of a larger one its length is
+_SMALLEST_WRITE = 14  # bytes of the replication stream: more changes than its growth by this there were not
+
+
+def open_store(access: Access, target: StoreTarget) -> RedisStore:
+    return RedisStore(access, target, cast("RedisSystem", target.system))
+
+
+@dataclass(frozen=True)
+class RedisStore:
+    """`stores.kind.Kind` over one deployment."""
+
+    access: Access
+    target: StoreTarget
+    system: RedisSystem
+
+    # Dump
+
+    def dump(self, parts: Parts) -> Dumped:
+        redis = self.access.redis(self.system)
+        before = self._shards(redis)
+        salt = secrets.token_hex(16)
+        shards = [self._dump_shard(redis, parts, shard, number, salt) for number, shard in enumerate(before)]
+        if (after := self._shards(redis)) != before:
+            raise ConflictError(
+                f"the servers changed during the dump: {_said(before)}; now {_said(after)}",
+                where=self.system.id,
+                remedy="a failover, or slots that move: take it again when it is over",
+            )
+        return Dumped(
+            source=", ".join(shard.address for shard in before),
+            server=f"Redis {shards[0]['version']}",
+            facts={"mode": self.system.mode, "salt": salt, "shards": shards},
+        )
+
+    def _shards(self, redis: Redis) -> list[Shard]:
+        """The masters with what they hold. Raises ConflictError where a slot is served by nobody, or on its way."""
+        masters = [member for member in redis.members() if member.role == "master"]
+        if self.system.mode != "cluster":
+            # A single server that follows another one is copied as it is: the inventory says so.
+            found = masters or redis.members()
+            return [self._shard(redis, found[0], ())]
+        slots = slot_ranges(str(redis.seen("CLUSTER", "NODES")))
+        serving = [member for member in masters if slots.get(member.node_id)]
+        held = [range_ for member in serving for range_ in slots[member.node_id]]
+        if missing := missing_slots(held):
+            raise ConflictError(
+                f"nobody serves {_ranges(missing)} of the {SLOTS} slots: a backup without them is none",
+                where=self.system.id,
+                remedy="redis-cli --cluster check names the node that is away; bring it back first",
+            )
+        return [self._shard(redis, member, tuple(slots[member.node_id])) for member in serving]
+
+    def _shard(self, redis: Redis, member: Member, slots: tuple[tuple[int, int], ...]) -> Shard:
+        with redis.at(member.address) as session:
+            found = session.info("replication")
+            return Shard(member.address, session.info("server")["run_id"], found["role"], slots)
+
+    def _dump_shard(self, redis: Redis, parts: Parts, shard: Shard, number: int, salt: str) -> dict[str, Any]:
+        with redis.at(shard.address) as session:
+            before, sampled = _state(session), _sample(session, salt)
+        with redis.rdb(shard.address) as stream, parts.part(f"shard-{number}") as write:
+            begun = b""
+            for piece in stream.pieces():
+                begun = begun or piece[:9]
+                write(piece)
+            if not begun.startswith(b"REDIS"):
+                raise CorruptionError("what the server sent is no RDB", where=shard.address)
+        with redis.at(shard.address) as session:
+            after, again = _state(session), {key: _describe(session, *_named(key), salt) for key in sampled}
+            server = session.info("server")
+            policy = _persistence(session)
+        return {
+            "address": shard.address,
+            "slots": [list(range_) for range_ in shard.slots],
+            "replication_id": stream.replication_id,
+            "offset": stream.offset,
+            "version": server["redis_version"],
+            "databases": _databases(session=policy),
+            "keys": [before["keys"], after["keys"]],
+            "written": max(0, after["offset"] - before["offset"]),
+            # What changed while it was dumped may be there in either form.
+            "sample": {key: value for key, value in sampled.items() if value == again[key]},
+            "changed": sum(1 for key, value in sampled.items() if value != again[key]),
+            "persistence": policy,
+        }
+
+    # Level 1
+
+    def files(self, saved: Saved) -> Iterator[Check]:
+        program = None
+        with contextlib.suppress(CouldNotVerifyError):
+            program = find_program("redis-check-rdb", self.target.sandbox.programs, "redis-tools")
+        for name in saved.parts:
+            yield Check(
+                f"rdb-{name}", f"The RDB of {name} is whole", "redis-check-rdb FILE (its CRC-64, every object)",
+                lambda name=name: _check_rdb(program, saved.part(name)),
+            )  # fmt: skip
+        if saved.facts["mode"] == "cluster":
+            held = [(first, last) for shard in saved.facts["shards"] for first, last in shard["slots"]]
+            missing = missing_slots(held)
+            text = (
+                f"{_ranges(missing)} are missing" if missing else f"all {SLOTS} in {len(saved.facts['shards'])} shards"
+            )
+            found = Finding(FAILED if missing else PASSED, text)
+            yield Check("slots", "Every slot is in a shard", "CLUSTER NODES at the time of the dump", lambda: found)
+        yield Check(
+            "persistence", "The source keeps what it acknowledged", "INFO persistence, CONFIG GET appendfsync",
+            lambda: self._persistence(saved),
+        )  # fmt: skip
+
+    def _persistence(self, saved: Saved) -> Finding:
+        wanted = self.system.persistence
+        wrong: list[str] = []
+        said: list[str] = []
+        for shard in saved.facts["shards"]:
+            found, at = shard["persistence"], shard["address"]
+            aof = found["aof_enabled"] == "1"
+            said.append(f"{at}: {'AOF, fsync ' + found['appendfsync'] if aof else 'no AOF'}")
+            wrong += [f"{at}: {name} is {found[name]}" for name in _STATUSES if found.get(name, "ok") != "ok"]
+            if wanted == "aof" and not aof:
+                wrong.append(f"{at}: appendonly is no")
+            if wanted == "aof" and aof and found["appendfsync"] == "no":
+                wrong.append(f"{at}: appendfsync is no")
+            if wanted == "rdb" and not found["save"]:
+                wrong.append(f"{at}: save is empty")
+        return Finding(FAILED if wrong else PASSED, "; ".join(wrong or said))
+
+    # Level 2
+
+    @contextmanager
+    def restore(self, saved: Saved, home: Path) -> Generator[RestoredRedis]:
+        program = find_program("redis-server", self.target.sandbox.programs, "redis-server")
+        with ExitStack() as stack:
+            loaded = [
+                stack.enter_context(self._serve(program, saved, home, name, shard))
+                for name, shard in zip(saved.parts, saved.facts["shards"], strict=True)
+            ]
+            yield RestoredRedis(saved, loaded)
+
+    @contextmanager
+    def _serve(
+        self, program: str, saved: Saved, home: Path, name: str, shard: Mapping[str, Any]
+    ) -> Generator[RedisSession]:
+        place = home / name
+        place.mkdir(mode=0o700)
+        (place / "dump.rdb").symlink_to(saved.part(name))
+        listening = socket_path(place, "s")
+        settings = {
+            "port": "0",
+            "unixsocket": str(listening),
+            "unixsocketperm": "700",
+            "dir": str(place),
+            "dbfilename": "dump.rdb",
+            "save": '""',
+            "appendonly": "no",
+            "databases": str(shard["databases"]),
+        }
+        file = place / "redis.conf"
+        file.write_text("".join(f"{key} {value}\n" for key, value in settings.items()))
+        server = Server(name, [program, file], place, lambda: _loaded(listening), clock=self.access.clock)
+        try:
+            stack = ExitStack()
+            stack.enter_context(server)
+        except CouldNotVerifyError:
+            raise
+        except OpsError as error:
+            if "RDB format version" in (tail := server.tail(20)):
+                raise CouldNotVerifyError(
+                    f"the sandbox's Redis is older than the source ({saved.server}): {tail}",
+                    remedy="name a program of the same version under sandbox.programs",
+                ) from None
+            if "RDB" in tail:
+                raise CorruptionError(f"the RDB does not load: {tail}", where=saved.backup_id) from None
+            raise CouldNotVerifyError(error.what, where=error.where) from None
+        with stack, _session(listening) as session:
+            yield session
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One server that is dumped: who it is, and what it serves. Two that differ in anything are not the same.
+
+    The id of its replication history is no part of it: a server takes a new one when it meets its first replica, which may be us.
+    """
+
+    address: str
+    run_id: str
+    role: str
+    slots: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class RestoredRedis:
+    saved: Saved
+    sessions: Sequence[RedisSession]
+
+    @property
+    def server(self) -> str:
+        return f"Redis {self.sessions[0].info('server')['redis_version']}, {len(self.sessions)} servers"
+
+    def checks(self) -> Iterator[Check]:
+        for name, session, shard in zip(self.saved.parts, self.sessions, self.saved.facts["shards"], strict=True):
+            yield Check(
+                f"keys-{name}", f"The keys of {name} are the source's", "INFO keyspace, against the source's before and after",
+                lambda session=session, shard=shard, name=name: self._keys(session, shard, name),
+            )  # fmt: skip
+            yield Check(
+                f"sample-{name}", f"Sampled keys of {name} are the source's",
+                "TYPE, PEXPIRETIME and a salted SHA-256 of the value, of keys that did not change during the dump",
+                lambda session=session, shard=shard: self._sample(session, shard),
+            )  # fmt: skip
+
+    def _keys(self, session: RedisSession, shard: Mapping[str, Any], name: str) -> Finding:
+        before, after = shard["keys"]
+        here = _state(session)["keys"]
+        low, high = min(before["keys"], after["keys"]), max(before["keys"], after["keys"])
+        changes = shard["written"] // _SMALLEST_WRITE
+        # A key whose time has come is not loaded any more.
+        lost = max(before["expires"], after["expires"])
+        good = low - changes - lost <= here["keys"] <= high + changes
+        text = f"{here['keys']} keys; the source had {before['keys']} before and {after['keys']} after, {changes} changes at most between"
+        return Finding(PASSED if good else FAILED, text + (f", {lost} of them with a time to live" if lost else ""))
+
+    def _sample(self, session: RedisSession, shard: Mapping[str, Any]) -> Finding:
+        sampled, salt = shard["sample"], self.saved.facts["salt"]
+        now = int(session.call("TIME")[0]) * 1000
+        wrong: list[str] = []
+        gone = 0
+        for key, known in sampled.items():
+            if 0 < known["expires"] <= now:
+                gone += 1
+                continue
+            here = _describe(session, *_named(key), salt)
+            if here != known:
+                differs = [name for name in known if here.get(name) != known[name]]
+                wrong.append(f"{hashlib.sha256(key.encode()).hexdigest()[:12]}: {', '.join(differs)}")
+        if wrong:
+            return Finding(
+                FAILED, f"{len(wrong)} of {len(sampled)} differ (by the SHA-256 of the key): {'; '.join(wrong[:10])}"
+            )
+        compared = len(sampled) - gone
+        if not compared:
+            empty = shard["keys"][0]["keys"] == 0
+            reason = "the source is empty" if empty else f"all {shard['changed'] + gone} changed or ended since"
+            return Finding(NOT_APPLICABLE if empty else UNCHECKED, reason)
+        types = sorted({known["type"] for known in sampled.values()})
+        return Finding(
+            PASSED, f"{compared} keys ({', '.join(types)}) are the same; {shard['changed']} changed during the dump"
+        )
+
+
+# What is asked of a server
+
+
+def _state(session: RedisSession) -> dict[str, Any]:
+    """Keys over all databases, those with a time to live among them, and the position of the replication stream."""
+    keys = expires = 0
+    for counted in session.keyspace().values():
+        keys, expires = keys + counted["keys"], expires + counted["expires"]
+    replication = session.info("replication")
+    offset = int(replication.get("master_repl_offset", 0))
+    return {"keys": {"keys": keys, "expires": expires}, "offset": offset}
+
+
+def _sample(session: RedisSession, salt: str) -> dict[str, dict[str, Any]]:
+    """By chance, shared out over the databases by their size."""
+    spaces = session.keyspace()
+    whole = sum(counted["keys"] for counted in spaces.values())
+    found: dict[str, dict[str, Any]] = {}
+    for number, counted in spaces.items():
+        session.call("SELECT", number)
+        for _ in range(max(1, _SAMPLE * counted["keys"] // max(1, whole))):
+            key = session.raw("RANDOMKEY")
+            if key is not None:
+                name = f"{number}:{key.hex()}"
+                if name not in found:
+                    found[name] = _describe(session, number, key, salt)
+    return found
+
+
+def _named(name: str) -> tuple[int, bytes]:
+    number, _, key = name.partition(":")
+    return int(number), bytes.fromhex(key)
+
+
+_LENGTHS = {"string": "STRLEN", "list": "LLEN", "set": "SCARD", "hash": "HLEN", "zset": "ZCARD", "stream": "XLEN"}
+_VALUES: Mapping[str, tuple[str, tuple[str | int, ...]]] = {
+    "string": ("GET", ()),
+    "list": ("LRANGE", (0, -1)),
+    "set": ("SMEMBERS", ()),
+    "hash": ("HGETALL", ()),
+    "zset": ("ZRANGE", (0, -1, "WITHSCORES")),
+    "stream": ("XRANGE", ("-", "+")),
+}
+
+
+def _describe(session: RedisSession, number: int, key: bytes, salt: str) -> dict[str, Any]:
+    """Type, length, moment at which it ends (ms since 1970; -1 never, -2 not there), and a digest of the value that no order matters to."""
+    session.call("SELECT", number)
+    kind = str(session.call("TYPE", key))
+    found: dict[str, Any] = {"type": kind, "expires": int(session.call("PEXPIRETIME", key))}
+    if kind not in _LENGTHS:
+        return found  # not there, or of a module
+    found["length"] = int(session.call(_LENGTHS[kind], key))
+    if found["length"] > (_ELEMENTS if kind != "string" else 1 << 20):
+        return found
+    command, more = _VALUES[kind]
+    value = session.raw(command, key, *more)
+    if kind == "set":
+        value = sorted(value)
+    if kind == "hash":
+        value = sorted(zip(value[::2], value[1::2], strict=True)) if isinstance(value, list) else sorted(value.items())
+    found["digest"] = hashlib.sha256(salt.encode() + repr(value).encode()).hexdigest()
+    return found
+
+
+_STATUSES = ("aof_last_write_status", "aof_last_bgrewrite_status", "rdb_last_bgsave_status")
+
+
+def _persistence(session: RedisSession) -> dict[str, str]:
+    """What the server says of its own persistence; "unknown" where CONFIG is not allowed."""
+    found = session.info("persistence")
+    out = {name: found[name] for name in ("aof_enabled", *_STATUSES) if name in found}
+    for setting in ("appendfsync", "save", "databases"):
+        try:
+            out[setting] = str(session.config(setting))
+        except OpsError:
+            out[setting] = "unknown"
+    return out
+
+
+def _databases(session: Mapping[str, str]) -> int:
+    return int(session["databases"]) if session["databases"].isdigit() else 16
+
+
+# Slots
+
+
+def missing_slots(held: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The ranges (both ends included) that none of the given ones covers."""
+    missing: list[tuple[int, int]] = []
+    reached = 0
+    for first, last in sorted(held):
+        if first > reached:
+            missing.append((reached, first - 1))
+        reached = max(reached, last + 1)
+    return [*missing, (reached, SLOTS - 1)] if reached < SLOTS else missing
+
+
+def _ranges(found: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{first}-{last}" for first, last in found)
+
+
+def _said(shards: Sequence[Shard]) -> str:
+    return "; ".join(f"{shard.address} {shard.role} {_ranges(shard.slots)}".strip() for shard in shards)
+
+
+# The sandbox
+
+
+def _check_rdb(program: str | None, file: Path) -> Finding:
+    if program is None:
+        return Finding(UNCHECKED, "redis-check-rdb is not here; install redis-tools, or name it under sandbox.programs")
+    done = subprocess.run(
+        [program, file], capture_output=True, text=True, errors="replace", check=False, timeout=24 * 3600
+    )
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    told = [line.partition("] ")[2] or line for line in lines if "keys read" in line or "expires" in line]
+    if done.returncode == 0 and any("RDB looks OK" in line for line in lines):
+        return Finding(PASSED, ", ".join(told) or "it looks OK")
+    return Finding(FAILED, " | ".join(lines[-4:])[-500:] or f"exit code {done.returncode}")
+
+
+@contextmanager
+def _session(listening: Path) -> Generator[RedisSession]:
+    import redis
+
+    client = redis.Redis(
+        unix_socket_path=str(listening), decode_responses=True, encoding_errors="replace", protocol=2,
+        socket_timeout=600, single_connection_client=True,
+    )  # fmt: skip
+    try:
+        yield RedisSession(client, str(listening), "default")
+    finally:
+        client.close()
+
+
+def _loaded(listening: Path) -> bool:
+    try:
+        with _session(listening) as session:
+            return session.call("PING") is True
+    except Exception as error:  # noqa: BLE001 - no socket yet, or it is loading
+        redis_error(error, str(listening), "default")
+        return False

@@ -1,0 +1,289 @@
+"""Redis, single, under Sentinel and as a cluster: dumped over the replication protocol, restored, and compared."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ops_platform.backup.archive import open_target_repository
+from ops_platform.clients.redis import SLOTS, RdbStream, slot_ranges
+from ops_platform.errors import AccessDeniedError, ConflictError, UnreachableError
+from ops_platform.recovery.model import Verdict
+from ops_platform.stores import redis as stores_redis
+from ops_platform.stores.kind import Check, Saved
+from ops_platform.stores.redis import missing_slots
+from tests import redis_rig
+from tests.rig import Ground, Platform, eventually
+from tests.stores_rig import dump, gate, gates, prove, with_store
+
+PASSWORD = 'a "quoted" word'
+
+
+@pytest.fixture(scope="module")
+def platform(ground: Ground) -> Iterator[Platform]:
+    made = Platform(ground, {})
+    (made.home / "redis-password").touch(mode=0o600)
+    (made.home / "redis-password").write_text(PASSWORD)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def single() -> Iterator[redis_rig.Redis]:
+    with redis_rig.replicated(replicas=0, password=PASSWORD) as made:
+        fill(made.master)
+        yield made.master
+
+
+def fill(server: redis_rig.Redis, *, prefix: str = "", many: int = 300) -> None:
+    """Keys of every type, some that end, one large."""
+    server.run("EVAL", f"for i=1,{many} do redis.call('SET', KEYS[1]..i, i) end", 1, f"{prefix}n:")
+    server.run("SET", f"{prefix}ending", "soon", "EX", 100_000)
+    server.run("RPUSH", f"{prefix}list", *range(50))
+    server.run("SADD", f"{prefix}set", *(f"m{i}" for i in range(600)))
+    server.run("HSET", f"{prefix}hash", *(word for i in range(200) for word in (f"f{i}", f"v{i}")))
+    server.run("ZADD", f"{prefix}zset", *(word for i in range(200) for word in (i / 3, f"m{i}")))
+    server.run("XADD", f"{prefix}stream", "*", "field", "value")
+    server.run("SET", f"{prefix}large", "x" * 50_000)
+
+
+def entry(port: int, platform: Platform, **more: Any) -> dict[str, Any]:
+    return {
+        "id": "cache", "kind": "redis", "tls": False, "hosts": [{"host": "127.0.0.1", "port": port}],
+        "password": f"file://{platform.home}/redis-password", **more,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("diskless", ["yes", "no"])
+def test_a_single_server_is_dumped_and_restored_key_by_key(
+    platform: Platform, single: redis_rig.Redis, diskless: str
+) -> None:
+    single.run("CONFIG", "SET", "repl-diskless-sync", diskless)
+    manifest = dump(platform, entry(single.port, platform))
+    assert [part.name for part in manifest.parts] == ["shard-0"]
+    card = prove(platform, entry(single.port, platform))
+    assert card.verdict is Verdict.PASS, card.reason
+    assert gates(card) == {
+        "whole": "passed", "age": "passed", "rdb-shard-0": "passed", "persistence": "passed", "keys-shard-0": "passed",
+        "sample-shard-0": "passed", "teardown": "passed",
+    }  # fmt: skip
+    assert card.strength.startswith("level 2")
+    assert PASSWORD not in card.model_dump_json()
+
+
+def test_a_dump_beside_a_writer_is_compared_within_what_changed(platform: Platform, single: redis_rig.Redis) -> None:
+    ended = threading.Event()
+
+    def write() -> None:
+        number = 0
+        while not ended.is_set():
+            number += 1
+            single.run("SET", f"n:{number % 300}", f"changed {number}")
+            single.run("SET", f"new:{number}", number)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        dump(platform, entry(single.port, platform))
+    finally:
+        ended.set()
+        writer.join()
+    card = prove(platform, entry(single.port, platform))
+    assert card.verdict is Verdict.PASS, card.reason
+
+
+class Altered(stores_redis.RedisStore):
+    """The facts of the dump with a change, as if the restored data were another."""
+
+    change: Any = None
+
+    def files(self, saved: Saved) -> Iterator[Check]:
+        type(self).change(saved.facts)
+        return super().files(saved)
+
+
+def _more_keys(facts: Any) -> None:
+    for counted in facts["shards"][0]["keys"]:
+        counted["keys"] += 100_000
+
+
+def _other_value(facts: Any) -> None:
+    next(found for found in facts["shards"][0]["sample"].values() if "digest" in found)["digest"] = "0"
+
+
+def _other_end(facts: Any) -> None:
+    next(iter(facts["shards"][0]["sample"].values()))["expires"] = 4_102_444_800_000
+
+
+@pytest.mark.parametrize(
+    ("change", "failing"),
+    [(_more_keys, "keys-shard-0"), (_other_value, "sample-shard-0"), (_other_end, "sample-shard-0")],
+)
+def test_restored_data_that_is_not_the_sources_fails(
+    platform: Platform, single: redis_rig.Redis, change: Any, failing: str
+) -> None:
+    repository_has_one(platform, single)
+    target = with_store(platform, entry(single.port, platform))
+    kind = type("Changed", (Altered,), {"change": staticmethod(change)})(platform.access, target, target.system)
+    card = prove(platform, entry(single.port, platform), kind=kind)
+    assert card.verdict is Verdict.FAIL
+    assert [name for name, status in gates(card).items() if status == "failed"] == [failing]
+
+
+def repository_has_one(platform: Platform, single: redis_rig.Redis) -> None:
+    target = with_store(platform, entry(single.port, platform))
+    if not open_target_repository(platform.access, target).infos():
+        dump(platform, entry(single.port, platform))
+
+
+def test_a_source_that_keeps_nothing_fails_where_it_should(platform: Platform, single: redis_rig.Redis) -> None:
+    repository_has_one(platform, single)
+    card = prove(platform, entry(single.port, platform, persistence="aof"))
+    assert card.verdict is Verdict.FAIL
+    assert "appendonly is no" in gate(card, "persistence").result
+
+
+def test_a_wrong_password_says_so_and_shows_nothing(platform: Platform, single: redis_rig.Redis) -> None:
+    (platform.home / "wrong").touch(mode=0o600)
+    (platform.home / "wrong").write_text("not the password")
+    with pytest.raises(AccessDeniedError) as caught:
+        dump(platform, entry(single.port, platform, password=f"file://{platform.home}/wrong"))
+    assert "not the password" not in str(caught.value)
+
+
+# Sentinel, and a failover in the middle
+
+
+def test_under_sentinel_the_master_is_dumped_and_a_failover_meanwhile_is_a_failure(platform: Platform) -> None:
+    with redis_rig.replicated(replicas=1, sentinels=3, password=PASSWORD) as made:
+        fill(made.master, many=50)
+        system = entry(0, platform, id="sentinel", mode="sentinel", master="main",
+                       hosts=[{"host": "127.0.0.1", "port": one.port} for one in made.sentinels])  # fmt: skip
+        dump(platform, system)
+        card = prove(platform, system)
+        assert card.verdict is Verdict.PASS, card.reason
+
+        class FailsOver(stores_redis.RedisStore):
+            def _dump_shard(self, *args: Any) -> Any:
+                found = super()._dump_shard(*args)
+                old = made.master.port
+                made.sentinels[0].run("SENTINEL", "FAILOVER", "main")
+                eventually(lambda: all(made.seen_master(one) != old for one in made.sentinels), why="no failover")
+                return found
+
+        target = with_store(platform, system)
+        from ops_platform.stores.dump import run_backup
+
+        before = open_target_repository(platform.access, target).infos()
+        with pytest.raises(ConflictError, match="changed during the dump"):
+            run_backup(platform.access, target, kind=FailsOver(platform.access, target, target.system))  # type: ignore[arg-type]
+        assert open_target_repository(platform.access, target).infos() == before
+
+
+# A cluster
+
+
+def test_a_cluster_is_dumped_shard_by_shard_and_one_without_all_slots_is_refused(
+    platform: Platform, new_redis_cluster: Callable[..., redis_rig.RedisCluster]
+) -> None:
+    made = new_redis_cluster(password=PASSWORD)
+    for number, tag in enumerate(("{a}", "{b}", "{c}", "{d}")):
+        node = owner_of(made, tag)
+        fill(node, prefix=tag, many=20 + number)
+    system = entry(made.nodes[0].port, platform, id="cluster", mode="cluster",
+                   hosts=[{"host": "127.0.0.1", "port": node.port} for node in made.nodes])  # fmt: skip
+    manifest = dump(platform, system)
+    assert [part.name for part in manifest.parts] == ["shard-0", "shard-1", "shard-2"]
+    card = prove(platform, system)
+    assert card.verdict is Verdict.PASS, card.reason
+    assert gates(card)["slots"] == "passed"
+
+    made.nodes[0].run("CLUSTER", "DELSLOTS", 0)
+    for node in made.nodes[1:]:
+        node.run("CLUSTER", "DELSLOTS", 0)
+    with pytest.raises(ConflictError, match="nobody serves 0-0 of the 16384 slots"):
+        dump(platform, system)
+
+
+def owner_of(made: redis_rig.RedisCluster, tag: str) -> redis_rig.Redis:
+    slot = int(made.nodes[0].run("CLUSTER", "KEYSLOT", tag))
+    return made.nodes[slot * redis_rig.SHARDS // SLOTS]
+
+
+# The protocol, byte for byte
+
+
+def stream_of(answer: bytes, *, piece: int = 1 << 16) -> bytes:
+    """What `RdbStream` makes of a server that says this after PSYNC, in pieces of that size."""
+    ours, theirs = socket.socketpair()
+
+    def serve() -> None:
+        for _ in range(2):
+            theirs.recv(1 << 16)
+            theirs.sendall(b"+OK\r\n")
+        theirs.recv(1 << 16)
+        for at in range(0, len(answer), piece):
+            theirs.sendall(answer[at : at + piece])
+        theirs.close()
+
+    server = threading.Thread(target=serve)
+    server.start()
+    try:
+        return b"".join(RdbStream(ours, "here").pieces())
+    finally:
+        ours.close()
+        server.join()
+
+
+HEAD = b"+FULLRESYNC " + b"f" * 40 + b" 123\r\n\n\n\n"
+MARK = b"m" * 39 + b"k"
+
+
+@given(body=st.binary(max_size=300), piece=st.integers(1, 90), diskless=st.booleans())
+def test_the_data_arrives_whole_however_it_is_cut(body: bytes, piece: int, diskless: bool) -> None:
+    sent = b"$EOF:" + MARK + b"\r\n" + body + MARK if diskless else b"$%d\r\n" % len(body) + body
+    assert stream_of(HEAD + sent, piece=piece) == body
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        HEAD, HEAD + b"$100\r\nshort", HEAD + b"$EOF:" + MARK + b"\r\nno end mark", HEAD + b"$EOF:short\r\nbody", b"",
+    ],
+)  # fmt: skip
+def test_data_that_does_not_come_to_its_end_is_an_error(answer: bytes) -> None:
+    with pytest.raises(UnreachableError, match="did not come to its end"):
+        stream_of(answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [(b"-NOPERM no right\r\n", AccessDeniedError), (b"-LOADING it loads\r\n", UnreachableError)],
+)
+def test_a_refusal_is_told_apart(answer: bytes, kind: type[Exception]) -> None:
+    with pytest.raises(kind):
+        stream_of(answer)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, SLOTS - 1), st.integers(0, SLOTS - 1)).map(lambda p: (min(p), max(p))), max_size=6
+    )
+)
+def test_missing_slots_are_exactly_those_that_nobody_holds(held: list[tuple[int, int]]) -> None:
+    covered = {slot for first, last in held for slot in range(first, last + 1)}
+    missing = {slot for first, last in missing_slots(held) for slot in range(first, last + 1)}
+    assert missing == set(range(SLOTS)) - covered
+
+
+def test_slots_that_move_are_refused() -> None:
+    line = "a 127.0.0.1:1@2 myself,master - 0 0 1 connected 0-5460 [77->-b]\n"
+    with pytest.raises(ConflictError, match="slot 77 is being moved"):
+        slot_ranges(line)
+    assert slot_ranges(line.replace(" [77->-b]", " 9000")) == {"a": [(0, 5460), (9000, 9000)]}
