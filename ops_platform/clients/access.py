@@ -22,6 +22,7 @@ from ops_platform.errors import (
 )
 from ops_platform.inventory.loader import LoadedInventory
 from ops_platform.inventory.model import LedgerCheckpoints, ObjectLock, PostgresConnection, Target, Tls
+from ops_platform.inventory.systems import HttpAuth, HttpEndpoint
 from ops_platform.inventory.values import Secret, SecretRef
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from ops_platform.inventory.systems import (
         AlertmanagerSystem,
         ElasticsearchSystem,
-        HttpEndpoint,
+        GitSystem,
         KafkaSystem,
         KubernetesSystem,
         PrometheusSystem,
@@ -323,6 +324,11 @@ class Access:
             )
         return self._http("dagster", "Dagster", web, web.url)
 
+    def github(self, system: GitSystem) -> HttpApi:
+        """GitHub's REST API, for the repositories of that system."""
+        endpoint = HttpEndpoint(auth=HttpAuth(token=system.token), ca=system.ca, timeout=system.timeout)
+        return self._http(f"{system.id} github", "GitHub", endpoint, system.api)
+
     def alertmanager(self, system: AlertmanagerSystem) -> Alertmanager:
         from ops_platform.clients.alertmanager import Alertmanager
 
@@ -347,7 +353,6 @@ class Access:
         """The bot; None where the inventory has none."""
         from ops_platform.clients.http import HttpApi, Login
         from ops_platform.clients.slack import Slack
-        from ops_platform.inventory.systems import HttpAuth
 
         chat = self.inventory.remediation.slack if self.inventory.remediation else None
         if chat is None:

@@ -247,6 +247,39 @@ class VaultSystem(StoreSystem):
     restore: VaultRestore = Field(default=VaultRestore(), description="How a restored copy is opened to be verified.")
 
 
+class GitRepository(Strict):
+    """One repository."""
+
+    name: Id = Field(description="Its name in checks and reports.")
+    url: str = Field(
+        pattern=r"^(https://[^@\s]+|ssh://\S+|file:///\S+)$",
+        description="Where it is cloned from; no credentials in it.",
+    )
+    github: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$",
+        description="OWNER/NAME at GitHub, whose branch protection, rulesets and workflow settings are kept too.",
+    )
+
+
+class GitSystem(StoreSystem):
+    """Configuration in Git repositories."""
+
+    kind: Literal["git"] = Field(description="What it is.")
+    repositories: Annotated[list[GitRepository], Field(min_length=1)] = Field(description="Which ones.")
+    token: SecretRef | None = Field(default=None, description="Of GitHub, or whoever serves them over HTTPS.")
+    api: Url = Field(default="https://api.github.com", description="Address of GitHub's REST API.")
+    ca: str | None = Field(default=None, description="PEM file of the API's certificate authority.")
+    timeout: PositiveDuration = Field(default=timedelta(seconds=30), description="One request takes at most this long.")
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        names = [repository.name for repository in self.repositories]
+        if len(set(names)) != len(names):
+            raise ValueError("two repositories have the same name")
+        return self
+
+
 class PrometheusSystem(System, HttpEndpoint):
     """A Prometheus (or what speaks its HTTP API), asked by rules that verify by metric."""
 
@@ -284,6 +317,7 @@ AnySystem = Annotated[
     | RedisSystem
     | ElasticsearchSystem
     | VaultSystem
+    | GitSystem
     | PrometheusSystem
     | AlertmanagerSystem,
     Field(discriminator="kind"),

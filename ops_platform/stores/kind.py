@@ -119,6 +119,7 @@ class Kind(Protocol):
 
 
 KINDS: Mapping[str, str] = {
+    "git": "ops_platform.stores.git",
     "redis": "ops_platform.stores.redis",
     "vault": "ops_platform.stores.vault",
 }

@@ -7,14 +7,17 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import dagster as dg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ops_platform.backup.archive import open_target_repository
 from ops_platform.clients.redis import SLOTS, RdbStream, slot_ranges
+from ops_platform.definitions import build_defs
 from ops_platform.errors import AccessDeniedError, ConflictError, UnreachableError
 from ops_platform.recovery.model import Verdict
+from ops_platform.resources import PlatformResource
 from ops_platform.stores import redis as stores_redis
 from ops_platform.stores.kind import Check, Saved
 from ops_platform.stores.redis import missing_slots
@@ -287,3 +290,37 @@ def test_slots_that_move_are_refused() -> None:
     with pytest.raises(ConflictError, match="slot 77 is being moved"):
         slot_ranges(line)
     assert slot_ranges(line.replace(" [77->-b]", " 9000")) == {"a": [(0, 5460), (9000, 9000)]}
+
+
+# Dagster: the same shape as of PostgreSQL
+
+
+def test_dagster_backs_up_proves_and_judges_each_store_as_a_partition_of_its_kind(
+    platform: Platform, single: redis_rig.Redis
+) -> None:
+    with_store(platform, entry(single.port, platform, id="other-cache"))
+    with_store(platform, entry(single.port, platform))
+    repository = build_defs(platform.access.loaded).get_repository_def()
+    assert {"backup_redis", "verify_redis", "check_redis"} <= set(repository.job_names)
+    assert {"backups_redis", "verifications_redis", "promises_redis"} <= {s.name for s in repository.schedule_defs}
+    node = repository.asset_graph.get(dg.AssetKey(["redis", "backup"]))
+    assert node.partitions_def is not None
+    assert set(node.partitions_def.get_partition_keys()) >= {"cache", "other-cache"}
+    with dg.DagsterInstance.ephemeral() as instance:
+        sensor = repository.get_sensor_def("new_stores")
+        path = str(platform.file)
+        context = dg.build_sensor_context(instance=instance, repository_def=repository,
+                                          resources={"platform": PlatformResource(inventory_path=path)})  # fmt: skip
+        asked = {request.partition_key: request.job_name for request in sensor(context).run_requests}  # type: ignore[union-attr]
+        assert asked["other-cache"] == "backup_redis"
+
+        done = repository.get_job("backup_redis").execute_in_process(
+            instance=instance, partition_key="cache", resources={"platform": PlatformResource(inventory_path=path)}
+        )
+        assert done.success
+        made = {
+            event.asset_key.to_user_string() for event in done.get_asset_materialization_events() if event.asset_key
+        }
+        assert made == {"redis/backup", "redis/verification"}
+        judged = {found.check_name: found.passed for found in done.get_asset_check_evaluations()}
+        assert judged == {"backup_fresh": True, "proven": True, "rpo_met": True, "rto_met": True}
