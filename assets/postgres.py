@@ -341,7 +341,7 @@ def backup_metadata(manifest: AnyManifest) -> dict[str, Any]:
     }
 
 
-def proof_metadata(target: Target, proof: Any) -> dict[str, Any]:
+def proof_metadata(target: Backed, proof: Any) -> dict[str, Any]:
     from ops_platform.reports.pictures import as_markdown, history_picture, proof_picture
 
     card = proof.scorecard

@@ -111,7 +111,7 @@ def _of_kind(kind: str, targets: list[StoreTarget]) -> tuple[list[Any], list[dg.
             pick: Any = None if config.pick == "turns" else config.pick
             actor = f"dagster run {context.run_id}"
             proof = prove(access, target, pick=pick, actor=actor, progress=log_steps(context))
-            metadata = proof_metadata(proof)
+            metadata = proof_metadata(target, proof)
             if proof.scorecard.verdict is not Verdict.PASS:
                 seen = dg.AssetObservation(verification_key(kind), partition=target.id, metadata=metadata)
                 context.log_event(seen)

@@ -44,6 +44,7 @@ from ops_platform.recovery.sandbox import Sandbox, network_namespace, temporary_
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
     from ops_platform.inventory import Target
+    from ops_platform.inventory.model import Backed
 
 Pick = Literal["newest", "oldest", "chain", "random"]
 REPLAY_TIMEOUT = 24 * 3600.0
@@ -629,7 +630,11 @@ def verify(
     running = Verification(
         access, target, pick=pick, at=at, backup_id=backup_id, full=full, data_docs=data_docs, progress=progress, clock=clock
     )  # fmt: skip
-    card = running.run()
+    return stored(access, target, running.run())
+
+
+def stored(access: Access, target: Backed, card: Scorecard) -> Scorecard:
+    """The scorecard, kept in the target's repository; one that could not be kept says so, and proves nothing."""
     try:
         repository = records.repository_of(access, target)
         if repository is not None:

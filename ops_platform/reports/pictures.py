@@ -6,7 +6,7 @@ import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ops_platform.inventory import Target
+from ops_platform.inventory.model import Backed
 from ops_platform.recovery.model import Scorecard
 from ops_platform.reports import charts
 from ops_platform.reports.html import figures_of, plots_of, render
@@ -32,7 +32,7 @@ class _Row:
     ticks: Sequence[charts.Tick] = ()
 
 
-def proof_picture(target: Target, card: Scorecard) -> str:
+def proof_picture(target: Backed, card: Scorecard) -> str:
     """How the restore went, step by step, and how much of each promise it used up. SVG."""
     timeline = charts.gantt(card.steps)
     rows = [
@@ -54,7 +54,7 @@ def _took(bar: charts.Bar) -> str:
     return duration(bar.seconds) + (f", {bar.note}" if bar.note else "")
 
 
-def history_picture(target: Target, cards: Sequence[Scorecard]) -> str:
+def history_picture(target: Backed, cards: Sequence[Scorecard]) -> str:
     """RPO and RTO of past verifications against their objectives. SVG. `cards`: at least one, in any order."""
     plots: list[tuple[str, float, charts.Plot]] = []
     y = _MARGIN

@@ -13,7 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ops_platform.recovery.gates import FAILED, NOT_APPLICABLE, PASSED, UNCHECKED, Finding
+from ops_platform.recovery.findings import FAILED, PASSED, UNCHECKED, Finding
+from ops_platform.recovery.model import GateStatus
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
@@ -34,6 +35,9 @@ __all__ = [
     "Saved",
     "open_kind",
 ]
+
+
+NOT_APPLICABLE = GateStatus.NOT_APPLICABLE
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from ops_platform.backup.repository import Repository
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import CorruptionError, CouldNotVerifyError, OpsError, UsageError
 from ops_platform.recovery import records
-from ops_platform.recovery.gates import FAILED, PASSED, UNCHECKED, Finding, Record
+from ops_platform.recovery.findings import FAILED, PASSED, UNCHECKED, Finding, Record
 from ops_platform.recovery.model import Gate, GateStatus, Objective, Scorecard, Step
 from ops_platform.recovery.sandbox import temporary_home
-from ops_platform.recovery.verify import verdict_of
+from ops_platform.recovery.verify import stored, verdict_of
 from ops_platform.stores.fetch import fetch_backup
 from ops_platform.stores.kind import NOT_APPLICABLE, Check, Kind, Saved, open_kind
 
@@ -60,7 +60,7 @@ class StoreVerification:
     ) -> None:
         self.access, self.target, self.kind, self.clock, self.progress = access, target, kind, clock, progress
         self.pick, self.backup_id = pick, backup_id
-        self.repository: Repository = open_target_repository(access, target)
+        self._repository: Repository | None = None
         self.started_at = clock.now()
         self._began = time.monotonic()
         self.id = f"{self.started_at:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
@@ -114,6 +114,13 @@ class StoreVerification:
             self.steps.append(
                 Step(name=name, started=round(began - self._began, 3), seconds=round(now - began, 3), bytes=size)
             )
+
+    @property
+    def repository(self) -> Repository:
+        """Opened when it is needed: a key service that is away is a verdict."""
+        if self._repository is None:
+            self._repository = open_target_repository(self.access, self.target)
+        return self._repository
 
     # The choice
 
@@ -271,9 +278,10 @@ class StoreVerification:
         """SHA-256 of the manifest object, which names the digest of every block."""
         if self.manifest is None:
             return None
-        return hashlib.sha256(
-            self.repository.store.get(self.repository.manifest_key(self.manifest.backup_id))
-        ).hexdigest()
+        with contextlib.suppress(OpsError):  # the store is away: the verdict says so
+            key = self.repository.manifest_key(self.manifest.backup_id)
+            return hashlib.sha256(self.repository.store.get(key)).hexdigest()
+        return None
 
 
 _GONE = "processes that name the directory, the directory"
@@ -303,7 +311,7 @@ def verify(
     """Prove a backup of a store: what the policy picks, or the one that is asked for.
 
     Never raises for what is wrong with the backup, the repository or the store: that is the verdict. Raises UsageError for a backup that
-    does not exist and for a moment, which no backup of a store can be brought to, and OpsError where the scorecard cannot be stored.
+    does not exist, and for a moment, which no backup of a store can be brought to.
     """
     if at is not None:
         raise UsageError(
@@ -318,6 +326,4 @@ def verify(
         progress=progress,
         clock=clock,
     )
-    card = running.run()
-    records.keep(running.repository, card)
-    return card
+    return stored(access, target, running.run())
