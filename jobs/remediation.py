@@ -1,6 +1,7 @@
 """The job that works on one incident. Its run shows what was seen, planned, ruled, done and verified, with links."""
 
 from typing import Any
+from urllib.parse import quote
 
 import dagster as dg
 
@@ -34,9 +35,9 @@ def work_on_incident(context: dg.OpExecutionContext, config: IncidentConfig, pla
         except ConflictError as error:
             context.log.info(f"left alone: {error}")
             return
-        metadata = incident_metadata(incident, store.history_of(incident.id))
+        record = store.record_of(incident)
+        metadata = incident_metadata(incident, store.history_of(incident.id), record)
         context.log_event(dg.AssetObservation(INCIDENTS, metadata=metadata))
-        context.add_output_metadata(metadata)
     if incident.state is State.ESCALATED:
         # A red run is what people find first; it is not tried again: the incident itself says what comes next.
         raise dg.Failure(f"{incident.id} is escalated: {incident.reason}", metadata=metadata, allow_retries=False)
@@ -51,10 +52,12 @@ def build_jobs() -> dict[str, Any]:
     return {"remediate": remediate}
 
 
-def incident_metadata(incident: Any, history: Any) -> dict[str, Any]:
-    """What a person wants to see of it."""
+def incident_metadata(incident: Any, history: Any, record: Any = ()) -> dict[str, Any]:
+    """What a person wants to see of it, with where to look on. `record`: its entries in the ledger, and those of its actions."""
     from ops_platform.remediation.words import plan_lines
 
+    plans = [entry for entry in record if entry.kind == "action.plan"]
+    rulings = incident.rulings or (plans[-1].body["rulings"] if plans else [])
     metadata: dict[str, Any] = {
         "incident": incident.id,
         "state": incident.state.value,
@@ -65,17 +68,27 @@ def incident_metadata(incident: Any, history: Any) -> dict[str, Any]:
         "signal": incident.signal.name,
         "began": dg.MetadataValue.timestamp(incident.signal.starts_at),
         "attempts": incident.attempts,
-        "plan": dg.MetadataValue.md("```\n" + ("\n".join(plan_lines(incident)) or "none") + "\n```"),
-        "guards": dg.MetadataValue.md(rulings_table(incident.rulings)),
+        "plan": dg.MetadataValue.md("\n".join(f"- {_cell(line)}" for line in plan_lines(incident)) or "none"),
+        "guards": dg.MetadataValue.md(rulings_table(rulings) if rulings else "none were asked"),
         "timeline": dg.MetadataValue.md(timeline(history)),
+        "record": dg.MetadataValue.md(record_table(record)),
+        "look on": dg.MetadataValue.md(
+            f"[its runs]({runs_of(incident.id)}) · `ops incidents show {incident.id}`"
+            f" · `ops ledger list --target {incident.subject}`"
+        ),
     }
     if incident.ending is not None:
         metadata["ending"] = incident.ending.value
     if incident.signal.link:
         metadata["alert"] = dg.MetadataValue.url(incident.signal.link)
     if incident.closed_at is not None:
-        metadata["seconds to the end"] = (incident.closed_at - incident.opened_at).total_seconds()
+        metadata["seconds to the end"] = round((incident.closed_at - incident.opened_at).total_seconds(), 3)
     return metadata
+
+
+def runs_of(incident: str) -> str:
+    """Where the web UI lists the runs that worked on it."""
+    return f"/runs?q%5B0%5D=tag%3A{quote(f'{INCIDENT_TAG}={incident}', safe='')}"
 
 
 def rulings_table(rulings: Any) -> str:
@@ -85,18 +98,30 @@ def rulings_table(rulings: Any) -> str:
     return f"| guard | | why |\n|---|---|---|\n{rows}"
 
 
+def record_table(record: Any) -> str:
+    """The entries of the ledger, by number: `ops ledger prove NUMBER` proves each."""
+    rows = "\n".join(
+        f"| {entry.seq} | {entry.at:%H:%M:%S} | {entry.kind} | {_cell(str(entry.body.get('reason') or ''))} | `{entry.sha256[:12]}` |"
+        for entry in record
+    )
+    return f"| entry | UTC | what | | SHA-256 |\n|---|---|---|---|---|\n{rows}" if rows else "no entry"
+
+
+_WIDTH = 30
+
+
 def timeline(history: Any) -> str:
-    """How long it stood in each state: one character is a fiftieth of the whole."""
+    """How long it stood in each state, drawn to scale."""
     if not history:
         return "no record"
     first, last = history[0][0], history[-1][0]
     whole = max((last - first).total_seconds(), 0.001)
     lines: list[str] = []
-    for number, (at, state, reason) in enumerate(history):
+    for number, (at, state, _) in enumerate(history):
         end = history[number + 1][0] if number + 1 < len(history) else last
-        begin = int((at - first).total_seconds() / whole * 50)
-        length = max(1, int((end - at).total_seconds() / whole * 50))
-        lines.append(f"{state:10} {' ' * begin}{'█' * length} +{(at - first).total_seconds():.1f} s  {reason[:80]}")
+        begin = min(int((at - first).total_seconds() / whole * _WIDTH), _WIDTH - 1)
+        length = max(1, int((end - at).total_seconds() / whole * _WIDTH))
+        lines.append(f"{state:10} {' ' * begin + '█' * length:{_WIDTH}} +{(at - first).total_seconds():.1f} s")
     return "```\n" + "\n".join(lines) + "\n```"
 
 

@@ -74,6 +74,7 @@ def _blocked(access: Access, place: Place) -> None:
         event = blocked.report(place)
         _say(f"event {event[:8]}… of type {blocked.EVENT} is in Kafka; Dagster's daemon reads it (half a minute)")
         incident = blocked.await_end(store, event, _say, place)
+        blocked.await_run(place)
         for line in lines(incident, [], None):
             _say(line)
         if incident.ending is None or incident.ending.value != "helped":

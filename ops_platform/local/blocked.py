@@ -128,6 +128,19 @@ def await_end(store: Any, event_id: str, tell: Callable[[str], None], place: Pla
     )  # fmt: skip
 
 
+def await_run(place: Place) -> None:
+    """Until Dagster has written down how the run ended, so that whoever looks at it finds no run that was broken off."""
+    until = SYSTEM_CLOCK.monotonic() + 60
+    with admin(place, "platform-db", "dagster") as connection:
+        while SYSTEM_CLOCK.monotonic() < until:
+            row = connection.execute(
+                "select count(*) from runs where pipeline_name = 'remediate' and status in ('STARTING', 'STARTED')"
+            ).fetchone()
+            if row is not None and row[0] == 0:
+                return
+            SYSTEM_CLOCK.sleep(0.5)
+
+
 def orders_wait(place: Place) -> int:
     """Sessions of the shop that wait for a lock."""
     with admin(place, TARGET, "shop") as connection:

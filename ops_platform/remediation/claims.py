@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 
 from ops_platform.actions import Ruling
 from ops_platform.inventory.remediation import Budget, CircuitBreaker
+from ops_platform.inventory.values import format_duration
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def _cooldown(wanted: Claim, others: Sequence[Claim], cooldown: timedelta, now: 
 
 def _budget(name: str, claims: Sequence[Claim], budget: Budget, now: datetime) -> Ruling:
     used = sum(now - c.at < budget.per for c in claims)
-    return Ruling(name, used < budget.count, f"{used} of {budget.count} used within {budget.per}")
+    return Ruling(name, used < budget.count, f"{used} of {budget.count} used within {format_duration(budget.per)}")
 
 
 def _breaker(claims: Sequence[Claim], breaker: CircuitBreaker, now: datetime) -> Ruling:

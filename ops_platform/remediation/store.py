@@ -18,7 +18,7 @@ from psycopg.types.json import Jsonb
 from ops_platform.actions import Ruling
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import ConflictError, NotThereError
-from ops_platform.ledger import Ledger, LedgerTransaction
+from ops_platform.ledger import Entry, Ledger, LedgerTransaction
 from ops_platform.remediation.claims import Claim
 from ops_platform.remediation.machine import ending_without_signal, need_allowed
 from ops_platform.remediation.model import Ending, Incident, Signal, State, incident_id
@@ -450,6 +450,17 @@ class Store:
                 "select at, state, reason from ops_remediation.messages where incident = %s order by id", [incident_id]
             ).fetchall()
         return [(row[0], State(row[1]), row[2]) for row in rows]
+
+    def record_of(self, incident: Incident) -> list[Entry]:
+        """The ledger's entries of an incident and of the actions that its plan led to, oldest first."""
+        found: list[Entry] = []
+        runs: set[str] = set()
+        for entry in self.ledger.entries(subject=incident.subject, since=incident.opened_at):
+            if entry.kind == "action.plan" and entry.body["plan"].get("digest") == incident.digest:
+                runs.add(entry.body["run"])
+            if entry.body.get("incident") == incident.id or entry.body.get("run") in runs:
+                found.append(entry)
+        return found
 
     # What is to be worked on
 

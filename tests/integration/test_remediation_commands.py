@@ -231,3 +231,21 @@ def test_what_was_recorded_is_replayed_through_other_rules(new_desk: NewDesk) ->
     assert (changed.unmatched, changed.incidents) == (2, ())
     assert "--to lies before --from" in ops(desk, "rules", "replay", "--from", span[3], "--to", span[1], code=2).stderr
     assert desk.store.claims(now - timedelta(days=1)) == [], "nothing is claimed for what is only played"
+
+
+def test_the_run_of_an_incident_shows_its_guards_record_and_where_to_look_on(new_desk: NewDesk) -> None:
+    from jobs.remediation import incident_metadata
+
+    desk = new_desk([a_rule()])
+    (incident,) = desk.fire("a")
+    (other,) = desk.fire("b")
+    done = desk.work(incident)
+    record = desk.store.record_of(done)
+    assert {"action.plan", "action.outcome", "action.verification", "incident.applying"} <= {e.kind for e in record}
+    assert other.id not in {entry.body.get("incident") for entry in record}
+    shown = incident_metadata(done, desk.store.history_of(done.id), record)
+    text = {name: str(getattr(value, "value", value)) for name, value in shown.items()}
+    assert "| mode | allows |" in text["guards"]
+    assert all(f"| {entry.seq} |" in text["record"] and entry.sha256[:12] in text["record"] for entry in record)
+    assert f"/runs?q%5B0%5D=tag%3Aops%2Fincident%3D{done.id}" in text["look on"]
+    assert max(map(len, text["timeline"].splitlines())) < 60
