@@ -1,6 +1,7 @@
 """The bounded pool that turns a stream of bytes into stored blocks: compress, encrypt, put, with a retry for each block.
 
-Memory is constant: there are `workers + 2` buffers, and the reader waits for a free one. The store client repeats what may be
+Memory is constant: there are `workers + 1` buffers, and the reader waits for a free one; beside them each worker holds one block's copy
+at most, compressed or encrypted. The store client repeats what may be
 repeated within seconds; here a whole block is tried again for minutes, so that a store which restarts does not cost a backup.
 """
 
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 from ops_platform.backup.model import Block
 from ops_platform.backup.repository import Repository
-from ops_platform.backup.sealed import Compression, seal
+from ops_platform.backup.sealed import HEADER_PREFIX, Compression, seal
 from ops_platform.clients.keys import DataKey
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import UnreachableError
@@ -57,8 +58,8 @@ class BlockWriter:
         self._stored = stored
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="block")
         self._free: queue.Queue[bytearray] = queue.Queue()
-        for _ in range(workers + 2):
-            self._free.put(bytearray(block_size))
+        for _ in range(workers + 1):
+            self._free.put(bytearray(block_size + HEADER_PREFIX))
         self._buffer: bytearray | None = None
         self._filled = 0
         self._archive: _Writing | None = None
@@ -127,13 +128,19 @@ class BlockWriter:
             data_key=self._key,
             compression=self._compression,
             level=self._level,
+            into=buffer,
         )
-        self._free.put(buffer)
+        there = isinstance(sealed, memoryview)  # in the buffer, which is free when it is stored
+        if not there:
+            self._free.put(buffer)
         self._put(key, sealed)
+        digest = hashlib.sha256(sealed).hexdigest()
+        if there:
+            self._free.put(buffer)
         self._stored(len(sealed))
-        return Block(key=key, raw=size, stored=len(sealed), sha256=hashlib.sha256(sealed).hexdigest())
+        return Block(key=key, raw=size, stored=len(sealed), sha256=digest)
 
-    def _put(self, key: str, sealed: bytes) -> None:
+    def _put(self, key: str, sealed: bytearray | memoryview) -> None:
         for attempt in range(self._retries + 1):
             try:
                 self.etags[key] = self._repository.store.put(key, sealed, retain=True).etag

@@ -24,9 +24,10 @@ _MAX_HEADER = 1 << 16
 # A ranged read of this many bytes holds every header that `seal` writes.
 HEADER_PREFIX = 4096
 _MAX_RAW = 1 << 30
-_NONCE = 12
+_NONCE, _TAG = 12, 16
 
 Compression = Literal["zstd", "lz4", "none"]
+Bytes = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,20 @@ class Sealed:
 
 
 def seal(
-    plain: bytes | bytearray | memoryview,
+    plain: Bytes,
     *,
     place: str,
     data_key: DataKey,
     compression: Compression = "zstd",
     level: int = 1,
     meta: Mapping[str, Any] | None = None,
-) -> bytes:
-    """The stored form of `plain` (any length up to 1 GiB) for the object key `place`."""
+    into: bytearray | None = None,
+) -> bytearray | memoryview:
+    """The stored form of `plain` (any length up to 1 GiB) for the object key `place`.
+
+    `into`: a buffer for it, such as the one that `plain` is a view of, which is not needed any more when it is compressed. It is used, and
+    a view of it returned, where that saves a copy worth speaking of: where it has room, and hardly anything was won by compressing.
+    """
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
     if len(plain) > _MAX_RAW:
@@ -76,10 +82,17 @@ def seal(
     if len(text) > _MAX_HEADER:
         raise ValueError("the header of a sealed object is limited to 64 KiB")
     head = MAGIC + _LENGTH.pack(len(text)) + text
-    return head + AESGCM(data_key.plain).encrypt(nonce, compress(plain, compression, level), head)
+    packed = compress(plain, compression, level)
+    size = len(head) + len(packed) + _TAG
+    reused = into is not None and packed is not plain and len(packed) > len(plain) / 2 and size <= len(into)
+    # Encrypted into its place: each copy of a block would be another 16 MiB for each worker of the pool.
+    stored = memoryview(into)[:size] if reused and into is not None else bytearray(size)
+    stored[: len(head)] = head
+    AESGCM(data_key.plain).encrypt_into(nonce, packed, head, memoryview(stored)[len(head) :])
+    return stored
 
 
-def read_header(stored: bytes, *, place: str) -> Header:
+def read_header(stored: bytes | bytearray, *, place: str) -> Header:
     """The header of a sealed object from its first bytes. Not authenticated until the whole is unsealed."""
     try:
         if stored[:8] != MAGIC:
@@ -115,7 +128,7 @@ def _header(fields: Any, size: int) -> Header:
             raise ValueError("its header has unknown values")
 
 
-def unseal(stored: bytes, *, place: str, unwrap: Callable[[str], bytes]) -> Sealed:
+def unseal(stored: bytes | bytearray, *, place: str, unwrap: Callable[[str], bytes]) -> Sealed:
     """Open what `seal` wrote. Raises CorruptionError naming the place for anything that is not exactly what was written."""
     from cryptography.exceptions import InvalidTag
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -140,7 +153,8 @@ def unseal(stored: bytes, *, place: str, unwrap: Callable[[str], bytes]) -> Seal
     return Sealed(plain, header)
 
 
-def compress(plain: bytes | bytearray | memoryview, compression: Compression, level: int) -> bytes:
+def compress(plain: Bytes, compression: Compression, level: int) -> Bytes:
+    """`plain` itself where nothing is to be compressed."""
     if compression == "zstd":
         import zstandard
 
@@ -149,7 +163,7 @@ def compress(plain: bytes | bytearray | memoryview, compression: Compression, le
         import lz4.frame
 
         return lz4.frame.compress(plain, compression_level=level, content_checksum=False)
-    return bytes(plain)
+    return plain
 
 
 def decompress(packed: bytes, compression: Compression, raw: int) -> bytes:

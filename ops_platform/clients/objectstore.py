@@ -43,7 +43,9 @@ class ObjectStore(Protocol):
         """For messages: `s3://bucket/prefix at host:port`."""
         ...
 
-    def put(self, key: str, body: bytes | memoryview, *, if_absent: bool = False, retain: bool = False) -> ObjectInfo:
+    def put(
+        self, key: str, body: bytes | bytearray | memoryview, *, if_absent: bool = False, retain: bool = False
+    ) -> ObjectInfo:
         """Store and confirm. `if_absent` raises ConflictError where the key exists. `retain` applies the store's Object Lock."""
         ...
 

@@ -107,7 +107,9 @@ class S3Store:
 
     # Objects
 
-    def put(self, key: str, body: bytes | memoryview, *, if_absent: bool = False, retain: bool = False) -> ObjectInfo:
+    def put(
+        self, key: str, body: bytes | bytearray | memoryview, *, if_absent: bool = False, retain: bool = False
+    ) -> ObjectInfo:
         digest = hashlib.md5(body, usedforsecurity=False)
         headers = {
             "content-md5": base64.b64encode(digest.digest()).decode(),
@@ -319,7 +321,7 @@ class S3Store:
         *,
         query: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
-        body: bytes | memoryview = b"",
+        body: bytes | bytearray | memoryview = b"",
     ) -> _Answer:
         """One request with retries. The last answer is returned whatever its status; no answer at all raises."""
         path = "/" + "/".join(quote(part, safe=_SAFE) for part in self._path(key).split("/"))
@@ -362,7 +364,7 @@ class S3Store:
         path: str,
         query: Mapping[str, str],
         headers: dict[str, str],
-        body: bytes | memoryview,
+        body: bytes | bytearray | memoryview,
         attempt: int,
     ) -> _Answer:
         payload = "UNSIGNED-PAYLOAD" if self._tls and body else hashlib.sha256(body).hexdigest() if body else _EMPTY_SHA

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import struct
 from typing import Any
 
@@ -30,7 +31,7 @@ def unwrap(wrapped: str) -> bytes:
 
 
 def sealed(plain: bytes = b"pages of WAL " * 40, *, place: str = PLACE, compression: Compression = "zstd") -> bytes:
-    return seal(plain, place=place, data_key=KEY, compression=compression, meta={"end_lsn": "0/2000000"})
+    return bytes(seal(plain, place=place, data_key=KEY, compression=compression, meta={"end_lsn": "0/2000000"}))
 
 
 def header_of(stored: bytes) -> dict[str, Any]:
@@ -229,3 +230,16 @@ def test_more_than_the_header_says_never_comes_out() -> None:
             body = AESGCM(KEY.plain).encrypt(nonce, compress(plain, compression, 1), head)
             with pytest.raises(CorruptionError):
                 unseal(head + body, place=PLACE, unwrap=unwrap)
+
+
+@pytest.mark.parametrize(("compression", "reused"), [("zstd", True), ("lz4", True), ("none", False)])
+def test_a_block_that_hardly_compresses_is_sealed_in_its_own_buffer(compression: Any, reused: bool) -> None:
+    """Not where it is the very bytes that are encrypted, and not where there is no room."""
+    content = random.Random(5).randbytes(1 << 16)
+    for room in (HEADER_PREFIX, 0):
+        buffer = bytearray(content + bytes(room))
+        stored = seal(memoryview(buffer)[: 1 << 16], place=PLACE, data_key=KEY, compression=compression, into=buffer)
+        assert isinstance(stored, memoryview) is (reused and room > 0)
+        assert unseal(bytes(stored), place=PLACE, unwrap=unwrap).plain == content
+    small = seal(bytes(1 << 16), place=PLACE, data_key=KEY, compression="zstd", into=bytearray(1 << 17))
+    assert isinstance(small, bytearray), "the reader gets its buffer back at once"
