@@ -73,6 +73,17 @@ class Resource:
         return "/" + "/".join(quote(part, safe="") for part in parts)
 
 
+@dataclass(frozen=True)
+class _Address(Resource):
+    """What is asked of the server itself, by its path."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("", "", path.rpartition("/")[2], path)
+
+    def path(self, namespace: str | None = None, name: str | None = None, sub: str | None = None) -> str:
+        return self.kind
+
+
 PODS = Resource("", "v1", "pods", "Pod")
 NODES = Resource("", "v1", "nodes", "Node", namespaced=False)
 SECRETS = Resource("", "v1", "secrets", "Secret")
@@ -233,6 +244,27 @@ class Kubernetes:
             token = page["metadata"].get("continue") or ""
             if not token:
                 return
+
+    def resources(self) -> list[Resource]:
+        """Every kind of object that can be listed and created, each in the version that the server prefers.
+
+        Raises UnreachableError where a group does not say what it has, such as that of an aggregated server that is away.
+        """
+        found = self._resources_of("", "v1")
+        for group in self._call("get", "GET", _Address("/apis"))["groups"]:
+            found += self._resources_of(*group["preferredVersion"]["groupVersion"].split("/"))
+        return found
+
+    def _resources_of(self, group: str, version: str) -> list[Resource]:
+        listed = self._call("get", "GET", _Address(f"/apis/{group}/{version}" if group else f"/api/{version}"))
+        return [
+            Resource(group, version, one["name"], one["kind"], one["namespaced"])
+            for one in listed["resources"]
+            if "/" not in one["name"] and {"list", "create"} <= set(one["verbs"])
+        ]
+
+    def version(self) -> str:
+        return str(self._call("get", "GET", _Address("/version"))["gitVersion"])
 
     def count(self, resource: Resource, namespace: str | None = None) -> int:
         """How many there are, at the price of one of them."""

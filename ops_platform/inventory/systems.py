@@ -135,7 +135,7 @@ class StoreTarget:
         return self.system.legal_hold
 
 
-class KubernetesSystem(System):
+class KubernetesSystem(StoreSystem):
     """A Kubernetes cluster."""
 
     kind: Literal["kubernetes"] = Field(description="What it is.")

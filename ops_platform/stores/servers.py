@@ -7,6 +7,7 @@ peers. In a network namespace of its own it reaches nobody.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import signal
@@ -135,3 +136,29 @@ def socket_path(home: Path, name: str) -> Path:
         where=str(home),
         remedy="set a shorter sandbox.directory",
     )
+
+
+def handed_out(
+    name: str,
+    commands: Sequence[Sequence[str | Path]],
+    home: Path,
+    listening: Path,
+    ready: Callable[[], bool],
+    *,
+    port: int,
+    tls: bool,
+    clock: Clock = SYSTEM_CLOCK,
+) -> Server:
+    """Servers that know TCP alone, together in a network of their own; `port` in there is reached over the socket `listening`."""
+    need_own_network("what is restored there could reach the world")
+    spec = home / "inside.json"
+    ends = ("setpriv", "--pdeathsig", "KILL", "--") if shutil.which("setpriv") else ()
+    body = {
+        "commands": [[str(word) for word in (*ends, *command)] for command in commands],
+        "port": port,
+        "tls": tls,
+        "socket": str(listening),
+    }
+    spec.write_text(json.dumps(body))
+    inside = Path(__file__).with_name("inside.py")
+    return Server(name, [sys.executable, "-I", "-S", inside, spec], home, ready, clock=clock)

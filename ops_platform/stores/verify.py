@@ -284,17 +284,25 @@ class StoreVerification:
         return None
 
 
+_ENDING = 10.0  # seconds
 _GONE = "processes that name the directory, the directory"
 
 
 def _gone(home: Path) -> Finding:
+    deadline = time.monotonic() + _ENDING
+    while (left := _left(home)) and time.monotonic() < deadline:
+        time.sleep(0.05)  # a server that was killed takes its children with it, a moment later
+    return Finding(FAILED if left else PASSED, f"left behind: {'; '.join(left)}" if left else "nothing is left")
+
+
+def _left(home: Path) -> list[str]:
     left = [str(home)] if home.exists() else []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (entry / "cmdline").read_bytes().decode(errors="replace")
             if entry.name != str(os.getpid()) and str(home) in words:
                 left.append(f"process {entry.name}: {words[:80]}")
-    return Finding(FAILED if left else PASSED, f"left behind: {'; '.join(left)}" if left else "nothing is left")
+    return left
 
 
 def verify(
