@@ -392,7 +392,9 @@ class _Api:
         try:
             answer = self._session.request(method, f"http://localhost{path}", json=body)
             if "json" not in answer.headers.get("content-type", ""):
-                return answer.status_code, {"message": answer.text}  # of a kind that it does not know it says so in text
+                return answer.status_code, {
+                    "message": answer.text
+                }  # of a kind that it does not know it says so in text
             return answer.status_code, answer.json()
         except (requests.RequestException, OSError) as error:
             raise CouldNotVerifyError(f"the sandbox's API server does not answer: {type(error).__name__}") from None
