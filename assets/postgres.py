@@ -23,6 +23,7 @@ WAL_ARCHIVE = dg.AssetKey(["postgres", "wal_archive"])
 BASE_BACKUP = dg.AssetKey(["postgres", "base_backup"])
 PITR_VERIFICATION = dg.AssetKey(["postgres", "pitr_verification"])
 B = TypeVar("B", bound=Backed)
+COPY = dg.AssetKey(["postgres", "copy"])
 POOL = "backup_store"  # bounds how many runs press on the store at once; its limit stands in dagster.yaml
 CHECKED = {
     "backup_fresh": (BASE_BACKUP, "The newest backup is younger than backup.max_age, judged from the store."),
@@ -30,6 +31,7 @@ CHECKED = {
     "proven": (PITR_VERIFICATION, "A backup was restored and its data checked within verification.proven_within."),
     "rpo_met": (PITR_VERIFICATION, "The loss that the newest verification measured is within the objective."),
     "rto_met": (PITR_VERIFICATION, "Its restore, and the estimate for the worst moment, are within the objective."),
+    "copied": (COPY, "What each copy can restore is not older than its max_lag, judged from the copy alone."),
 }
 
 
@@ -137,8 +139,46 @@ def build_assets(inventory: Inventory) -> tuple[list[Any], list[dg.AssetChecksDe
 
         return materialize(context, platform, Inventory.target, prove_it)
 
+    @dg.asset(
+        key=COPY,
+        deps=[BASE_BACKUP, WAL_ARCHIVE],
+        description="Backups and WAL once more at a second site, openable with its own keys alone.",
+        owners=owners,
+        kinds={"s3"},
+        pool=POOL,
+        partitions_def=partitions,
+        group_name=group,
+    )
+    def copy(context: dg.AssetExecutionContext, platform: PlatformResource) -> dg.MaterializeResult[Any]:
+        return materialize(
+            context, platform, Inventory.target, lambda access, target: copy_over(context, access, target)
+        )
+
     checks = [promise_check(name, key, text, partitions, targets_of) for name, (key, text) in CHECKED.items()]
-    return [database, wal_archive, base_backup, pitr_verification], checks
+    return [database, wal_archive, base_backup, pitr_verification, copy], checks
+
+
+def copy_over(context: dg.AssetExecutionContext, access: Access, target: Backed) -> dict[str, Any]:
+    """Every copy gets its turn; one that fails, or has an object that is wrong, fails the run at the end."""
+    from ops_platform import proof
+
+    bad: list[str] = []
+    metadata: dict[str, Any] = {"copies": len(target.repository.copies)}
+    for copy in target.repository.copies:
+        try:
+            done = proof.copy_over(
+                access, target, copy.id, actor=f"dagster run {context.run_id}", progress=log_steps(context)
+            )
+        except OpsError as error:
+            bad.append(f"{copy.id}: {error}")
+            continue
+        bad += [f"{copy.id}: {line}" for line in done.wrong]
+        metadata |= {f"{copy.id}: objects": done.objects, f"{copy.id}: bytes": done.bytes}
+        if done.until is not None:
+            metadata[f"{copy.id}: whole until"] = dg.MetadataValue.timestamp(done.until)
+    if bad:
+        raise OpsError("; ".join(bad[:20]))
+    return metadata
 
 
 def _pick(context: dg.AssetExecutionContext, config: VerificationConfig) -> str | None:

@@ -12,6 +12,7 @@ from assets.postgres import (
     POOL,
     NotProvenError,
     backup_metadata,
+    copy_over,
     log_steps,
     longest,
     materialize,
@@ -29,6 +30,7 @@ _TEXTS = {
     "proven": "A backup was restored and its data checked within verification.proven_within.",
     "rpo_met": "The newest backup was young enough when it was proven: what came after it would be lost.",
     "rto_met": "Its restore was within the objective.",
+    "copied": "The newest backup is at each copy, judged from the copy alone.",
 }
 
 
@@ -46,6 +48,15 @@ def backup_key(kind: str) -> dg.AssetKey:
 
 def verification_key(kind: str) -> dg.AssetKey:
     return dg.AssetKey([kind, "verification"])
+
+
+def copy_key(kind: str) -> dg.AssetKey:
+    return dg.AssetKey([kind, "copy"])
+
+
+def promise_key(kind: str, promise: str) -> dg.AssetKey:
+    """The asset that a promise is about."""
+    return {"backup_fresh": backup_key(kind), "copied": copy_key(kind)}.get(promise, verification_key(kind))
 
 
 class StoreVerificationConfig(dg.Config):
@@ -120,14 +131,26 @@ def _of_kind(kind: str, targets: list[StoreTarget]) -> tuple[list[Any], list[dg.
 
         return materialize(context, platform, Inventory.backed, prove_it)
 
-    checks = [
-        promise_check(
-            name, backup_key(kind) if name == "backup_fresh" else verification_key(kind), _TEXTS[name], partitions,
-            _subjects(kind),
+    @dg.asset(
+        key=copy_key(kind),
+        deps=[backup_key(kind)],
+        description=f"Backups of {kind} once more at a second site, openable with its own keys alone.",
+        owners=owners,
+        kinds={kind, "s3"},
+        pool=POOL,
+        partitions_def=partitions,
+        group_name=kind,
+    )
+    def copy(context: dg.AssetExecutionContext, platform: PlatformResource) -> dg.MaterializeResult[Any]:
+        return materialize(
+            context, platform, Inventory.backed, lambda access, target: copy_over(context, access, target)
         )
+
+    checks = [
+        promise_check(name, promise_key(kind, name), _TEXTS[name], partitions, _subjects(kind))
         for name in STORE_PROMISES
-    ]  # fmt: skip
-    return [backup, verification], checks
+    ]
+    return [backup, verification, copy], checks
 
 
 def _subjects(kind: str) -> Callable[[Any, Access], list[Backed]]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import dagster as dg
 
-from assets.postgres import BASE_BACKUP, DATABASE, PITR_VERIFICATION, POOL, WAL_ARCHIVE, check_keys
+from assets.postgres import BASE_BACKUP, COPY, DATABASE, PITR_VERIFICATION, POOL, WAL_ARCHIVE, check_keys
 from jobs.each_target import each_target
 from ops_platform.clients.access import Access
 from ops_platform.errors import OpsError
@@ -80,6 +80,13 @@ def build_jobs() -> dict[str, Any]:
             "verify_recovery",
             selection=proof,
             description="Prove what is in the store: the newest, the oldest, a chain, a moment by chance, by turns.",
+            executor_def=each_target,
+            tags=tags,
+        ),
+        "replicate_backups": dg.define_asset_job(
+            "replicate_backups",
+            selection=dg.AssetSelection.assets(COPY),
+            description="Bring the copies at other sites up to date.",
             executor_def=each_target,
             tags=tags,
         ),

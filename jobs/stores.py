@@ -4,7 +4,7 @@ from typing import Any
 
 import dagster as dg
 
-from assets.stores import backup_key, kinds_of, verification_key
+from assets.stores import backup_key, copy_key, kinds_of, promise_key, verification_key
 from jobs.each_target import each_target
 from ops_platform.inventory.model import Inventory
 from ops_platform.promises import STORE_PROMISES
@@ -15,7 +15,7 @@ def build_jobs(inventory: Inventory) -> dict[str, Any]:
     tags = {"ops/domain": "backup"}
     for kind in kinds_of(inventory):
         backup, proof = backup_key(kind), verification_key(kind)
-        checks = [dg.AssetCheckKey(backup if n == "backup_fresh" else proof, n) for n in STORE_PROMISES]
+        checks = [dg.AssetCheckKey(promise_key(kind, name), name) for name in STORE_PROMISES]
         made = [
             dg.define_asset_job(
                 f"backup_{kind}",
@@ -32,9 +32,16 @@ def build_jobs(inventory: Inventory) -> dict[str, Any]:
                 tags=tags,
             ),
             dg.define_asset_job(
+                f"replicate_{kind}",
+                selection=dg.AssetSelection.assets(copy_key(kind)),
+                description=f"Bring the copies of {kind} at other sites up to date.",
+                executor_def=each_target,
+                tags=tags,
+            ),
+            dg.define_asset_job(
                 f"check_{kind}",
                 selection=dg.AssetSelection.checks(*checks),
-                description=f"Judge every promise for {kind} from the store: fresh, proven, RPO, RTO.",
+                description=f"Judge every promise for {kind} from the store: fresh, proven, RPO, RTO, copied.",
                 tags=tags,
             ),
         ]

@@ -1,4 +1,4 @@
-"""What was promised for a target, judged from the store: fresh, continuous, proven, RPO, RTO.
+"""What was promised for a target, judged from the store: fresh, continuous, proven, RPO, RTO, copied.
 
 Never from what the scheduler believes: a backup that a scheduler calls done and that is not in the store does not exist. An
 answer that cannot be had is no kept promise.
@@ -155,16 +155,39 @@ def _objective(access: Access, target: Backed, name: str, allowed: float, *, nee
     return Kept(target.id, value <= allowed, f"{value:.1f} s, {allowed:.0f} s are allowed", {f"{name}_seconds": value})
 
 
+def copied(access: Access, target: Backed, now: datetime) -> Kept:
+    """What each copy can restore is not older than its `max_lag`, judged from the copy alone.
+
+    Without an archive that goes on between backups there is nothing younger than the newest backup, whose age is another promise.
+    """
+    from ops_platform.backup.replicate import standing
+
+    found: list[Kept] = []
+    between = timedelta() if target.kind == "postgresql" else target.backup.max_age
+    for copy in target.repository.copies:
+        until = standing(access, target, copy.id)
+        if until is None:
+            found.append(Kept(target.id, False, f"nothing can be restored from {copy.id}"))
+        else:
+            found.append(
+                _young(target, f"{copy.id} holds all", until, copy.max_lag + between, now, f"{copy.id}_age_seconds")
+            )
+    numbers = {name: value for kept in found for name, value in kept.numbers.items()}
+    text = "; ".join(kept.text for kept in found) or "no copy is declared"
+    return Kept(target.id, all(kept.kept for kept in found), text, numbers, all(kept.known for kept in found))
+
+
 PROMISES: dict[str, Promise] = {
     "backup_fresh": backup_fresh,
     "wal_continuous": wal_continuous,
     "proven": proven,
     "rpo_met": rpo_met,
     "rto_met": rto_met,
+    "copied": copied,
 }
 
 
-STORE_PROMISES = ("backup_fresh", "proven", "rpo_met", "rto_met")
+STORE_PROMISES = ("backup_fresh", "proven", "rpo_met", "rto_met", "copied")
 """What is promised of a store that is not PostgreSQL: it has no archive between its backups that could have a gap."""
 
 

@@ -18,6 +18,7 @@ from ops_platform.recovery.model import Scorecard, Verdict
 from ops_platform.recovery.verify import Pick, verify
 
 if TYPE_CHECKING:
+    from ops_platform.backup.replicate import Replicated
     from ops_platform.clients.access import Access
     from ops_platform.inventory.model import Backed
 
@@ -41,6 +42,7 @@ def prove(
     at: datetime | None = None,
     backup_id: str | None = None,
     full: bool = False,
+    alone: bool = False,
     report: bool = True,
     actor: str,
     progress: Progress = no_progress,
@@ -55,8 +57,8 @@ def prove(
     directory = reports_directory(access)
     if isinstance(target, Target):
         card = verify(
-            access, target, pick=pick, at=at, backup_id=backup_id, full=full, data_docs=directory / target.id / "data-docs" if report else None,
-            progress=progress, clock=clock,
+            access, target, pick=pick, at=at, backup_id=backup_id, full=full, alone=alone,
+            data_docs=directory / target.id / "data-docs" if report else None, progress=progress, clock=clock,
         )  # fmt: skip
     else:
         from ops_platform.stores.verify import verify as verify_store
@@ -153,6 +155,34 @@ def _take(
     if kind == "incremental":
         raise UsageError(f"there are no incremental backups of {target.kind}", remedy="leave --incremental away")
     return run_dump(access, target, progress=progress)
+
+
+def copy_over(
+    access: Access, target: Backed, copy_id: str, *, actor: str, progress: Progress = no_progress
+) -> Replicated:
+    """Bring a copy of the target's repository up to date, and say so in the ledger where anything was copied or is wrong.
+
+    Raises what `replicate` raises, and OpsError where the record cannot be written.
+    """
+    from ops_platform.backup.replicate import replicate
+    from ops_platform.inventory.model import copy_named
+    from ops_platform.ledger import Ledger
+
+    done = replicate(access, target, copy_id, progress=progress)
+    if access.inventory.platform.database is None or not (done.objects or done.wrong):
+        return done
+    body = {
+        "copy": copy_id,
+        "store": access.store(copy_named(target, copy_id).store).name,
+        "objects": done.objects,
+        "bytes": done.bytes,
+        "backups": done.backups,
+        "wrong": done.wrong[:100],
+        "until": done.until.isoformat() if done.until else None,
+    }
+    with Ledger(access.platform_db) as ledger:
+        ledger.append("backup.copied", target.id, body, actor=actor)
+    return done
 
 
 def reports_directory(access: Access) -> Path:

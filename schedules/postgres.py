@@ -30,7 +30,13 @@ def build_schedules(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.Sc
     def proofs(target: Target) -> Schedule | None:
         return target.backup.verification.schedule
 
+    def copies(target: Target) -> Schedule | None:
+        return target.repository.copy_schedule if target.repository.copies else None
+
     return [
+        by_target(
+            "copies", jobs["replicate_backups"], inventory.targets, copies, "Copies, by repository.copy_schedule."
+        ),
         by_target(
             "nightly_backups", jobs["nightly_backup"], inventory.targets, backups, "Backups, by backup.schedule."
         ),

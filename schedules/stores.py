@@ -22,6 +22,11 @@ def build_schedules(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.Sc
                 f"verifications_{kind}", jobs[f"verify_{kind}"], targets, lambda t: t.backup.verification.schedule,
                 f"Proofs of {kind}, by verification.schedule.",
             ),
+            by_target(
+                f"copies_{kind}", jobs[f"replicate_{kind}"], targets,
+                lambda t: t.repository.copy_schedule if t.repository.copies else None,
+                f"Copies of {kind}, by repository.copy_schedule.",
+            ),
             dg.ScheduleDefinition(
                 name=f"promises_{kind}",
                 job=jobs[f"check_{kind}"],

@@ -15,6 +15,7 @@ from datetime import datetime
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
+from ops_platform.backup.copykeys import CopyKeys
 from ops_platform.backup.model import (
     BackupInfo,
     Lsn,
@@ -138,7 +139,13 @@ def open_target_repository(access: Access, target: Backed) -> Repository:
             f"backups and WAL of {target.id} are kept by {where.engine}, not by us",
             remedy="its own tool takes and expires them; ours lists, restores and proves them",
         )
-    return Repository(access.store(where.store), access.keys(where.keys), target.id)
+    return open_repository(access, where.store, where.keys, target)
+
+
+def open_repository(access: Access, store_id: str, keys_id: str, target: Backed) -> Repository:
+    """What of the target is kept in that store, under that key service."""
+    store, keys = access.store(store_id), access.keys(keys_id)
+    return Repository(store, CopyKeys(keys, store, target.id) if target.repository.is_copy else keys, target.id)
 
 
 def read_wal_header(
@@ -489,7 +496,7 @@ def archive_status(access: Access, target: Target, *, ask_server: bool = True) -
     known = [int(name) for name in repository.store.list_folders(repository.wal_prefix()) if name.isdigit()]
     holes = gaps(archive) if archive else []
     backups = repository.infos() if holes else []
-    newest = _newest(archive)
+    newest = newest_range(archive)
     server: dict[str, Any] = _ask_server(access, target) if ask_server else {"slot_error": "not asked"}
     server_lsn: Lsn | None = server.get("server_lsn")
     return ArchiveStatus(
@@ -516,7 +523,8 @@ def archive_status(access: Access, target: Target, *, ask_server: bool = True) -
     )
 
 
-def _newest(archive: Archive | None) -> WalRange | None:
+def newest_range(archive: Archive | None) -> WalRange | None:
+    """The one that reaches furthest, on the newest timeline."""
     return max(archive.ranges, key=lambda item: (item.timeline, item.end), default=None) if archive else None
 
 
@@ -664,7 +672,9 @@ __all__ = [
     "history_name",
     "holds",
     "missing",
+    "newest_range",
     "open_gaps",
+    "open_repository",
     "put_gap",
     "ranges",
     "reach",

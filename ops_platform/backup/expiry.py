@@ -72,10 +72,13 @@ def expire(
     *,
     mode: Literal["observe", "enforce"] | Mode | None = None,
     approve: str | None = None,
+    alone: bool = False,
     actor: str,
     clock: Clock = SYSTEM_CLOCK,
 ) -> ActionResult:
     """Expire a target's backups by its policy. `mode` None: the policy's; `approve`: the digest of the plan that somebody read.
+
+    `alone`: the database is not asked whether a backup is being taken, as at a copy; nothing that is unfinished is removed then.
 
     Enforcing is a decision of the inventory. Where that says observe, `mode` enforce needs the approval of exactly this plan.
     """
@@ -94,7 +97,8 @@ def expire(
         Approval(overruled, "the policy of this target only observes"),
     ]
     repository = open_target_repository(access, target)
-    action = ExpiryAction(repository, target, clock=clock, running=lambda: backup_running(access, target))
+    running = None if alone else lambda: backup_running(access, target)
+    action = ExpiryAction(repository, target, clock=clock, running=running)
     with contextlib.ExitStack() as stack:
         ledger = None
         if chosen is Mode.ENFORCE or access.inventory.platform.database is not None:

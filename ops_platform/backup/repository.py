@@ -136,7 +136,7 @@ class Repository:
 
     def backups(self) -> list[Manifest]:
         """The finished backups, oldest first. Raises on the first manifest that cannot be read; `infos` names each."""
-        return sorted(map(self.manifest, self._finished()), key=lambda manifest: manifest.started_at)
+        return sorted(map(self.manifest, self.finished()), key=lambda manifest: manifest.started_at)
 
     def infos(self) -> list[BackupInfo]:
         """The finished backups, oldest first; one whose manifest cannot be read is listed with its error, never left out.
@@ -146,7 +146,7 @@ class Repository:
         prefix, found = f"{self.target_id}/proof/", list[BackupInfo]()
         # Listed in the order of their keys, which is that of their times: the newest of each backup stays.
         newest = {info.key[len(prefix) :].partition("/")[0]: info.key for info in self.store.list(prefix)}
-        for backup_id in self._finished():
+        for backup_id in self.finished():
             try:
                 manifest, proof = self.any_manifest(backup_id), None
             except CorruptionError as error:
@@ -157,7 +157,8 @@ class Repository:
             found.append(info_of(manifest, proof))
         return sorted(found, key=lambda info: info.started_at)
 
-    def _finished(self) -> list[str]:
+    def finished(self) -> list[str]:
+        """The ids of the backups that exist, oldest first."""
         return [
             i
             for i in self.backup_ids()
@@ -166,7 +167,7 @@ class Repository:
 
     def unfinished(self) -> list[str]:
         """Backups without a manifest: dead, or still being taken."""
-        finished = set(self._finished())
+        finished = set(self.finished())
         return [backup_id for backup_id in self.backup_ids() if backup_id not in finished]
 
     def objects_of(self, backup_id: str) -> Iterator[ObjectInfo]:
@@ -199,23 +200,25 @@ class Repository:
         return StoredPart(key=key, stored=len(stored), sha256=hashlib.sha256(stored).hexdigest())
 
     def read_part(self, part: StoredPart) -> bytes:
-        return unseal(
-            self._get_checked(part.key, part.stored, part.sha256), place=part.key, unwrap=self.keys.unwrap
-        ).plain
+        return self.authenticated(part.key, part.stored, part.sha256)
 
     def read_block(self, manifest: Manifest, archive: int, block: int) -> bytes:
         """One block's raw bytes, with size, digest and seal checked."""
         return self.open_block(manifest.archives[archive].blocks[block])
 
     def open_block(self, block: Block) -> bytes:
-        stored = self._get_checked(block.key, block.stored, block.sha256)
-        return unseal(stored, place=block.key, unwrap=self.keys.unwrap).plain
+        return self.authenticated(block.key, block.stored, block.sha256)
 
     def pg_manifest(self, manifest: Manifest) -> bytes:
         """PostgreSQL's own backup_manifest, byte for byte."""
         return self.read_part(manifest.pg_manifest)
 
-    def _get_checked(self, key: str, size: int, sha256: str) -> bytes:
+    def authenticated(self, key: str, size: int, sha256: str) -> bytes:
+        """The plain bytes of an object that a manifest names. Raises CorruptionError for anything but what was written."""
+        return unseal(self.checked(key, size, sha256), place=key, unwrap=self.keys.unwrap).plain
+
+    def checked(self, key: str, size: int, sha256: str) -> bytes:
+        """The stored bytes of an object that a manifest names, size and digest checked; raises CorruptionError."""
         try:
             stored = self.store.get(key)
         except NotThereError as error:
@@ -280,6 +283,10 @@ class Repository:
             stored = self.store.get(key)
         except NotThereError:
             return None
+        return self.opened_wal(key, stored)
+
+    def opened_wal(self, key: str, stored: bytes) -> Sealed:
+        """What was stored under the key of a WAL file, opened. Raises CorruptionError for changed bytes."""
         sealed = unseal(stored, place=key, unwrap=self.keys.unwrap)
         if sealed.header.meta.get("sha256") != hashlib.sha256(sealed.plain).hexdigest():
             raise CorruptionError("the WAL is not what was sent (SHA-256 differs)", where=key)

@@ -13,9 +13,11 @@ from ops_platform.cli.common import (
     action_exit_code,
     actor,
     ago,
+    at,
     chosen_backed,
     complete_backed,
     console,
+    copy_option,
     emit,
     json_option,
     opened,
@@ -31,6 +33,7 @@ from ops_platform.errors import UsageError
 if TYPE_CHECKING:
     from ops_platform.actions import ActionResult
     from ops_platform.backup.model import BackupInfo, RecoveryWindow
+    from ops_platform.backup.replicate import Inspected, Replicated
     from ops_platform.clients.access import Access
     from ops_platform.inventory.model import Backed
 
@@ -91,9 +94,10 @@ def run(ctx: click.Context, targets: tuple[str, ...], everything: bool, kind: st
 
 @backup.command(name="list")
 @click.argument("targets", nargs=-1, shell_complete=complete_backed)
+@copy_option
 @json_option
 @click.pass_context
-def list_(ctx: click.Context, targets: tuple[str, ...], as_json: bool) -> None:
+def list_(ctx: click.Context, targets: tuple[str, ...], copy_id: str | None, as_json: bool) -> None:
     """The backups and the recovery window, read from the store alone."""
     from ops_platform.cli.outputs import BackupList
 
@@ -102,7 +106,7 @@ def list_(ctx: click.Context, targets: tuple[str, ...], as_json: bool) -> None:
         each = Each(chosen_backed(access.inventory, targets, not targets))
         for target in each:
             with each.going_on(target):
-                infos, window = _catalog(access, target)
+                infos, window = _catalog(access, at(target, copy_id))
                 found.append(BackupList(target.id, infos, window))
     if as_json:
         emit(list[BackupList], found)
@@ -155,15 +159,16 @@ def _show_list(target_id: str, infos: list[BackupInfo], window: RecoveryWindow) 
 @backup.command()
 @target_argument
 @click.argument("backup_id")
+@copy_option
 @json_option
-def show(target: str, backup_id: str, as_json: bool) -> None:
+def show(target: str, backup_id: str, copy_id: str | None, as_json: bool) -> None:
     """One backup: its manifest, chain and proofs."""
     from ops_platform.backup.archive import open_target_repository
     from ops_platform.backup.model import Manifest
     from ops_platform.cli.outputs import BackupDetail
 
     with opened() as access:
-        repository = open_target_repository(access, access.inventory.backed(target))
+        repository = open_target_repository(access, at(access.inventory.backed(target), copy_id))
         if backup_id not in repository.backup_ids():
             raise UsageError(f"there is no backup {backup_id} of {target}", remedy=f"ops backup list {target}")
         manifest = repository.any_manifest(backup_id)
@@ -196,6 +201,7 @@ def show(target: str, backup_id: str, as_json: bool) -> None:
 @click.option("--to", "moment", metavar="TIME", help="This moment, with its zone.")
 @click.option("--full", is_flag=True, help="Check every table and index, not a sample.")
 @click.option("--no-report", is_flag=True, help="Do not write the HTML report.")
+@copy_option
 @json_option
 @click.pass_context
 def verify(
@@ -207,6 +213,7 @@ def verify(
     moment: str | None,
     full: bool,
     no_report: bool,
+    copy_id: str | None,
     as_json: bool,
 ) -> None:
     """Restore into a sandbox and look at the data. Exit 0 proven, 1 failed, 3 could not verify."""
@@ -214,7 +221,7 @@ def verify(
     from ops_platform.recovery.model import Scorecard
     from ops_platform.reports.terminal import print_scorecard, progress_bar
 
-    at: datetime | None = parse_moment(moment, option="--to") if moment else None
+    wanted: datetime | None = parse_moment(moment, option="--to") if moment else None
     cards: list[Scorecard] = []
     with opened() as access:
         each = Each(chosen_backed(access.inventory, targets, everything))
@@ -222,12 +229,13 @@ def verify(
             with each.going_on(target), progress_bar(target.id) as progress:
                 proof = prove(
                     access,
-                    target,
+                    at(target, copy_id),
                     pick=pick,  # type: ignore[arg-type]
-                    at=at,
+                    at=wanted,
                     backup_id=backup_id,
                     full=full,
-                    report=not no_report,
+                    alone=copy_id is not None,
+                    report=copy_id is None and not no_report,
                     progress=progress,
                     actor=actor(),
                 )
@@ -256,10 +264,17 @@ _VERDICT_CODES = {"PASS": 0, "FAIL": 1, "COULD_NOT_VERIFY": 3}
 )
 @click.option("--dry-run", "mode", flag_value="observe", help="Only say what would be done.")
 @click.option("--approve", metavar="DIGEST", help="Exactly this plan, as an earlier call printed it.")
+@copy_option
 @json_option
 @click.pass_context
 def expire(
-    ctx: click.Context, targets: tuple[str, ...], everything: bool, mode: str | None, approve: str | None, as_json: bool
+    ctx: click.Context,
+    targets: tuple[str, ...],
+    everything: bool,
+    mode: str | None,
+    approve: str | None,
+    copy_id: str | None,
+    as_json: bool,
 ) -> None:
     """Delete what no promise needs any more; observes unless the policy or --enforce says otherwise.
 
@@ -272,7 +287,9 @@ def expire(
         each = Each(chosen_backed(access.inventory, targets, everything))
         for target in each:
             with each.going_on(target):
-                result = run_expiry(access, target, mode=mode, approve=approve, actor=actor())  # type: ignore[arg-type]
+                result = run_expiry(
+                    access, at(target, copy_id), mode=mode, approve=approve, alone=copy_id is not None, actor=actor(),  # type: ignore[arg-type]
+                )  # fmt: skip
                 results.append(result)
                 each.add(action_exit_code(result))
                 if not as_json:
@@ -280,3 +297,57 @@ def expire(
     if as_json:
         emit(list[dict[str, Any]], [result.as_json() for result in results])
     ctx.exit(each.code)
+
+
+@backup.command()
+@click.argument("targets", nargs=-1, shell_complete=complete_backed)
+@click.option("--all", "everything", is_flag=True, help="Everything that has a copy.")
+@click.option("--copy", "copy_id", metavar="COPY", help="To this copy alone; else to all that the target has.")
+@click.option("--check", is_flag=True, help="Copy nothing: read the whole copy with its own store and keys alone.")
+@json_option
+@click.pass_context
+def replicate(
+    ctx: click.Context, targets: tuple[str, ...], everything: bool, copy_id: str | None, check: bool, as_json: bool
+) -> None:
+    """Bring the copies at other sites up to date, or read one to its last byte. Exit 1 where an object is damaged or missing."""
+    from ops_platform.backup.replicate import Inspected, Replicated, inspect
+    from ops_platform.inventory.model import copy_named
+    from ops_platform.proof import copy_over
+    from ops_platform.reports.terminal import progress_bar
+
+    done: list[Replicated] = []
+    read: list[Inspected] = []
+    with opened() as access:
+        wanted = chosen_backed(access.inventory, targets, everything)
+        each = Each([target for target in wanted if not everything or target.repository.copies])
+        for target in each:
+            copies = [copy_named(target, copy_id)] if copy_id else target.repository.copies
+            if not copies:
+                raise UsageError(f"{target.id} has no copy", remedy="declare one under repository.copies")
+            for copy in copies:
+                with each.going_on(target), progress_bar(f"{target.id} to {copy.id}") as progress:
+                    if check:
+                        read.append(inspect(access, target, copy.id, progress=progress))
+                    else:
+                        done.append(copy_over(access, target, copy.id, actor=actor(), progress=progress))
+                    result = (read if check else done)[-1]
+                    each.add(0 if result.whole else 1)
+                    if not as_json:
+                        _show_copy(result)
+    if as_json:
+        emit(list[Inspected], read) if check else emit(list[Replicated], done)
+    ctx.exit(each.code)
+
+
+def _show_copy(result: Replicated | Inspected) -> None:
+    from ops_platform.backup.replicate import Replicated
+
+    where = f"{result.target_id} at {result.copy_id}"
+    amount = f"{result.objects} objects, {size(result.bytes)} in {span(result.seconds)}"
+    if isinstance(result, Replicated):
+        new = f", new: {', '.join(result.backups)}" if result.backups else ""
+        click.echo(f"{where}: {amount} copied{new}; restorable there until {stamp(result.until)}")
+    else:
+        click.echo(f"{where}: {amount} read, {'all as written' if result.whole else f'{len(result.wrong)} wrong'}")
+    for line in result.wrong:
+        click.secho(f"  wrong: {line}", fg="red")

@@ -45,6 +45,19 @@ def json_option(function: F) -> F:
     )(function)
 
 
+def copy_option(function: F) -> F:
+    return click.option(
+        "--copy", "copy_id", metavar="COPY", help="From this copy of the backups, with nothing but its store and keys."
+    )(function)
+
+
+def at(target: B, copy_id: str | None) -> B:
+    """The target with its own backups, or with those of a copy."""
+    from ops_platform.inventory.model import at_copy
+
+    return target if copy_id is None else at_copy(target, copy_id)
+
+
 @contextmanager
 def opened() -> Generator[Access]:
     """The inventory and everything that it names, closed at the end."""

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ops_platform.cli.common import complete_targets, emit, json_option, opened, parse_moment, size, span, stamp
+from ops_platform.cli.common import (
+    at,
+    complete_targets,
+    copy_option,
+    emit,
+    json_option,
+    opened,
+    parse_moment,
+    size,
+    span,
+    stamp,
+)
 from ops_platform.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,6 +43,7 @@ if TYPE_CHECKING:
 @click.option("--as-dump", type=click.Path(path_type=Path, dir_okay=False), help="File for pg_restore.")
 @click.option("--database", help="With --tables: the database; the target's own by default.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and whether there is room.")
+@copy_option
 @json_option
 @click.pass_context
 def restore(
@@ -50,6 +62,7 @@ def restore(
     as_dump: Path | None,
     database: str | None,
     dry_run: bool,
+    copy_id: str | None,
     as_json: bool,
 ) -> None:
     """Restore TARGET to a moment, beside the live server, which is not touched.
@@ -70,7 +83,7 @@ def restore(
         raise UsageError("--tablespace belongs to --into: a dump holds no tablespaces")
     spaces, names = _mapping(mapping), _names(tables or "")
     with opened() as access:
-        found = access.inventory.target(target)
+        found = at(access.inventory.target(target), copy_id)
         if dry_run:
             # A dump's restore stands in a new directory below this one.
             place = into or Path(found.sandbox.directory or gettempdir()) / f"ops-tables-{found.id}"

@@ -25,6 +25,10 @@ class KeyService(Protocol):
 
     def new_data_key(self) -> DataKey: ...
 
+    def wrap(self, plain: bytes) -> str:
+        """A data key that another service made, wrapped by this one: for a copy of what was sealed with it."""
+        ...
+
     def unwrap(self, wrapped: str) -> bytes:
         """The plain key. Cached for the life of the object: a backup of 10,000 blocks asks once."""
         ...

@@ -343,6 +343,13 @@ class TransitKeys:
             self._known[wrapped] = plain
         return DataKey(plain, wrapped)
 
+    def wrap(self, plain: bytes) -> str:
+        text = base64.b64encode(plain).decode()
+        answer = self._ask(
+            lambda client: client.secrets.transit.encrypt_data(self._key, plaintext=text, mount_point=self._mount)
+        )
+        return answer["data"]["ciphertext"]
+
     def unwrap(self, wrapped: str) -> bytes:
         with self._lock:
             if wrapped in self._known:
@@ -487,9 +494,15 @@ class FileKeys:
     def new_data_key(self) -> DataKey:
         import os
 
-        plain, nonce = os.urandom(32), os.urandom(12)
+        plain = os.urandom(32)
+        return DataKey(plain, self.wrap(plain))
+
+    def wrap(self, plain: bytes) -> str:
+        import os
+
+        nonce = os.urandom(12)
         wrapped = self._wrapping().encrypt(nonce, plain, b"ops_platform data key")
-        return DataKey(plain, "file:v1:" + base64.b64encode(nonce + wrapped).decode())
+        return "file:v1:" + base64.b64encode(nonce + wrapped).decode()
 
     def unwrap(self, wrapped: str) -> bytes:
         from cryptography.exceptions import InvalidTag

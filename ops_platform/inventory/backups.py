@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from ops_platform.inventory.base import AnyMode, Mode, Strict
-from ops_platform.inventory.values import Cron, Duration, Id, Size, Zone
+from ops_platform.inventory.values import Cron, Duration, Id, PositiveDuration, Size, Zone
 
 
 class Objectives(Strict):
@@ -131,6 +131,17 @@ class BackupPolicy(Strict):
     from_standby: bool = Field(default=False, description="Prefer a standby as the source of base backups.")
 
 
+class Copy(Strict):
+    """A second site: every backup and all WAL once more, in another store, under another key service."""
+
+    id: Id = Field(description="Its name in commands and reports, such as second-site.")
+    store: Id = Field(description="The id under `stores`: another one than that of the backups.")
+    keys: Id = Field(description="The id under `key_services`: wraps the data keys of the copy.")
+    max_lag: PositiveDuration = Field(
+        default=timedelta(hours=1), description="What the copy can restore may be older by this much at most."
+    )
+
+
 class Repository(Strict):
     """Where the backups of a target are and which engine wrote them."""
 
@@ -142,6 +153,15 @@ class Repository(Strict):
     keys: Id | None = Field(default=None, description="The id under `key_services`.")
     stanza: str | None = Field(default=None, description="pgbackrest: the stanza.")
     config: str | None = Field(default=None, description="pgbackrest: its configuration file.")
+    copies: list[Copy] = Field(default=[], description="native: second sites to which everything is copied.")
+    copy_schedule: Schedule = Field(
+        default=Schedule(cron="*/15 * * * *"), description="When the copies are brought up to date."
+    )
+    is_copy: bool = Field(
+        default=False,
+        description="native: what stands in `store` was copied there from another site, and `keys` is the key service of the copy. "
+        "For the day on which that site is gone.",
+    )
 
     @model_validator(mode="after")
     def _needs(self) -> Self:
@@ -149,6 +169,15 @@ class Repository(Strict):
         missing = [name for name in need if getattr(self, name) is None]
         if missing:
             raise ValueError(f"engine {self.engine} needs {' and '.join(missing)}")
+        if self.engine != "native" and (self.copies or self.is_copy):
+            raise ValueError(f"copies are made of our own repositories alone; {self.engine} has its own way")
+        seen: set[str] = set()
+        for copy in self.copies:
+            if copy.store == self.store:
+                raise ValueError(f"copy {copy.id} would stand in the store of the backups: give it a store of its own")
+            if copy.id in seen:
+                raise ValueError(f"two copies are called {copy.id}")
+            seen.add(copy.id)
         return self
 
 

@@ -352,17 +352,23 @@ def _references(raw: dict[Any, Any]) -> Iterator[tuple[KeyPath, Any, dict[Any, A
         yield (*here, "owner"), entry.get("owner"), owners, "owner"
         yield (*here, "environment"), entry.get("environment"), environments, "environment"
         yield (*here, "vault"), entry.get("vault"), vaults, "vault"
-        repository = _table(entry.get("repository"))
-        yield (*here, "repository", "store"), repository.get("store"), stores, "store"
-        yield (*here, "repository", "keys"), repository.get("keys"), services, "key service"
+        yield from _repository_references((*here, "repository"), entry.get("repository"), stores, services)
     yield from _remediation_references(raw)
     for number, target in enumerate(_list(raw.get("targets"))):
         here, entry = ("targets", number), _table(target)
-        repository = _table(entry.get("repository"))
         yield (*here, "owner"), entry.get("owner"), owners, "owner"
         yield (*here, "environment"), entry.get("environment"), environments, "environment"
-        yield (*here, "repository", "store"), repository.get("store"), stores, "store"
-        yield (*here, "repository", "keys"), repository.get("keys"), services, "key service"
+        yield from _repository_references((*here, "repository"), entry.get("repository"), stores, services)
+
+
+def _repository_references(
+    at: KeyPath, written: Any, stores: dict[Any, Any], services: dict[Any, Any]
+) -> Iterator[tuple[KeyPath, Any, dict[Any, Any], str]]:
+    repository = _table(written)
+    copies = enumerate(_list(repository.get("copies")))
+    for here, entry in [(at, repository), *(((*at, "copies", place), _table(copy)) for place, copy in copies)]:
+        yield (*here, "store"), entry.get("store"), stores, "store"
+        yield (*here, "keys"), entry.get("keys"), services, "key service"
 
 
 def _remediation_references(raw: dict[Any, Any]) -> Iterator[tuple[KeyPath, Any, dict[Any, Any], str]]:

@@ -6,6 +6,7 @@ Strict: unknown keys are errors, nothing is guessed from a wrong type. This modu
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
@@ -14,6 +15,7 @@ from pydantic import Field, model_validator
 
 from ops_platform.inventory.backups import (
     BackupPolicy,
+    Copy,
     Expectations,
     Expiry,
     Incremental,
@@ -33,6 +35,7 @@ from ops_platform.inventory.values import Duration, Host, Id, Origin, PositiveDu
 __all__ = [
     "Backed",
     "BackupPolicy",
+    "Copy",
     "Environment",
     "Expectations",
     "Expiry",
@@ -59,6 +62,8 @@ __all__ = [
     "Verification",
     "WalArchive",
     "Weekly",
+    "at_copy",
+    "copy_named",
 ]
 
 S = TypeVar("S", bound=System)
@@ -209,6 +214,31 @@ STORE_KINDS = tuple(
 )
 Backed = Target | StoreTarget
 """Whatever has backups: what the store, the catalog, expiry and the promises need of it is the same."""
+B = TypeVar("B", bound=Backed)
+
+
+def copy_named(target: Backed, copy_id: str) -> Copy:
+    """Raises UsageError that names the copies there are."""
+    from ops_platform.errors import UsageError
+
+    for copy in target.repository.copies:
+        if copy.id == copy_id:
+            return copy
+    known = ", ".join(copy.id for copy in target.repository.copies)
+    raise UsageError(
+        f"{target.id} has no copy called {copy_id!r}",
+        remedy=f"its copies: {known}" if known else "declare one under repository.copies",
+    )
+
+
+def at_copy(target: B, copy_id: str) -> B:
+    """The same target, its backups read from that copy. Raises UsageError."""
+    copy = copy_named(target, copy_id)
+    there = {"store": copy.store, "keys": copy.keys, "copies": [], "is_copy": True}
+    repository = target.repository.model_copy(update=there)
+    if isinstance(target, Target):
+        return target.model_copy(update={"repository": repository})
+    return replace(target, repository=repository)
 
 
 class Environment(Strict):

@@ -85,6 +85,10 @@ _POLICY = """
 path "transit/datakey/plaintext/ops-backup" { capabilities = ["update"] }
 path "transit/decrypt/ops-backup" { capabilities = ["update"] }
 path "transit/keys/ops-backup" { capabilities = ["read"] }
+path "transit/datakey/plaintext/ops-copy" { capabilities = ["update"] }
+path "transit/encrypt/ops-copy" { capabilities = ["update"] }
+path "transit/decrypt/ops-copy" { capabilities = ["update"] }
+path "transit/keys/ops-copy" { capabilities = ["read"] }
 path "transit/sign/ops-ledger" { capabilities = ["update"] }
 path "transit/verify/ops-ledger" { capabilities = ["update"] }
 path "transit/keys/ops-ledger" { capabilities = ["read"] }
@@ -115,6 +119,7 @@ def _vault_finish(place: Place) -> None:
     if "transit/" not in mounts:
         client.sys.enable_secrets_engine("transit")
     client.secrets.transit.create_key("ops-backup", key_type="aes256-gcm96")  # leaves one that is there as it is
+    client.secrets.transit.create_key("ops-copy", key_type="aes256-gcm96")
     client.secrets.transit.create_key("ops-ledger", key_type="ed25519")
     if "secret/" not in mounts:
         client.sys.enable_secrets_engine("kv", path="secret", options={"version": "2"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ops_platform.backup.archive import open_repository
 from ops_platform.backup.model import BackupInfo, Proof
 from ops_platform.backup.repository import Repository
 from ops_platform.errors import CorruptionError
@@ -20,7 +21,7 @@ def repository_of(access: Access, target: Backed) -> Repository | None:
     where = target.repository
     if where.store is None or where.keys is None:
         return None
-    return Repository(access.store(where.store), access.keys(where.keys), target.id)
+    return open_repository(access, where.store, where.keys, target)
 
 
 def scorecard_key(target_id: str, verification_id: str) -> str:

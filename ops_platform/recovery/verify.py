@@ -87,6 +87,7 @@ class Verification:
         at: datetime | None,
         backup_id: str | None,
         full: bool,
+        alone: bool,
         data_docs: Path | None,
         progress: Progress,
         clock: Clock,
@@ -94,6 +95,7 @@ class Verification:
         self.access, self.target, self.clock, self.progress = access, target, clock, progress
         self.policy = target.backup.verification
         self.pick, self.at, self.backup_id, self.full, self.data_docs = pick, at, backup_id, full, data_docs
+        self.alone = alone
         self.started_at = clock.now()
         self._began = time.monotonic()
         self.id = f"{self.started_at:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
@@ -166,6 +168,10 @@ class Verification:
     # The source and the choice
 
     def _source(self) -> None:
+        if self.alone:
+            self.notes.append("nothing but the repository was used: nothing is compared with the source")
+            return
+
         def look() -> None:
             if self.policy.canary:
                 self.moment = canary.take(self.access, self.target, self.id, self.clock)
@@ -270,11 +276,10 @@ class Verification:
         return Choice(backup, moment.recovery, moment.at, why, newest=True)
 
     def _all_there_is(self, backup: BackupInfo, window: RecoveryWindow) -> Choice:
-        """The source is away: as far as the archive reaches, which is what a recovery in earnest would do now."""
+        """Without the source: as far as the archive reaches, which is what a recovery in earnest would do now."""
         until = window.latest or backup.ended_at
-        return Choice(
-            backup, RecoveryTarget("latest"), until, "the newest backup and all WAL, because the source is away"
-        )
+        why = "with nothing but the repository" if self.alone else "because the source is away"
+        return Choice(backup, RecoveryTarget("latest"), until, f"the newest backup and all WAL, {why}")
 
     def _soon_after(self, backup: BackupInfo, window: RecoveryWindow, why: str) -> Choice:
         """A moment by chance in the hour after the backup's end; its very end where no more WAL is at hand."""
@@ -618,17 +623,21 @@ def verify(
     at: datetime | None = None,
     backup_id: str | None = None,
     full: bool = False,
+    alone: bool = False,
     data_docs: Path | None = None,
     progress: Progress = no_progress,
     clock: Clock = SYSTEM_CLOCK,
 ) -> Scorecard:
     """Prove a target's backups: what the policy picks, or a backup or a moment that is asked for. `full`: everything is looked at.
 
+    `alone`: as on the day on which the database is gone, and with it what the proof is compared with.
+
     Never raises for what is wrong with the backup, the store, the keys or the source: that is the verdict. Raises UsageError for a moment
     or a backup that does not exist. A scorecard that cannot be stored makes COULD_NOT_VERIFY: a proof that nobody can read later is none.
     """
     running = Verification(
-        access, target, pick=pick, at=at, backup_id=backup_id, full=full, data_docs=data_docs, progress=progress, clock=clock
+        access, target, pick=pick, at=at, backup_id=backup_id, full=full, alone=alone, data_docs=data_docs,
+        progress=progress, clock=clock,
     )  # fmt: skip
     return stored(access, target, running.run())
 

@@ -19,7 +19,7 @@ import yaml
 from dagster._core.run_coordinator.queued_run_coordinator import QueuedRunCoordinator
 from dagster._core.storage.tags import RUN_KEY_TAG
 
-from assets.postgres import BASE_BACKUP, DATABASE, PITR_VERIFICATION, WAL_ARCHIVE
+from assets.postgres import BASE_BACKUP, COPY, DATABASE, PITR_VERIFICATION, WAL_ARCHIVE
 from ops_platform.backup import archive
 from ops_platform.backup.model import WalGap
 from ops_platform.definitions import build_defs
@@ -34,7 +34,7 @@ from tests.unit.test_notify import SlackFake
 HEAVY = (
     "great_expectations", "kubernetes", "dagster_k8s", "pandas", "polars", "duckdb", "plotly", "boto3", "dagster_postgres",
 )  # fmt: skip
-CHECKS = {"backup_fresh", "wal_continuous", "proven", "rpo_met", "rto_met"}
+CHECKS = {"backup_fresh", "wal_continuous", "proven", "rpo_met", "rto_met"}  # of a night; `copied` is of the copy
 
 
 def body(*ids: str, **extra: Any) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def test_the_assets_say_whose_they_are_and_what_they_are_for() -> None:
     defs = build_defs(an_inventory("b", "a"))
     repository = defs.get_repository_def()
     graph = repository.asset_graph
-    assert set(graph.get_all_asset_keys()) == {DATABASE, WAL_ARCHIVE, BASE_BACKUP, PITR_VERIFICATION}
+    assert set(graph.get_all_asset_keys()) == {DATABASE, WAL_ARCHIVE, BASE_BACKUP, PITR_VERIFICATION, COPY}
     for key in graph.get_all_asset_keys():
         node = graph.get(key)
         assert node.partitions_def is not None
@@ -169,13 +169,15 @@ def test_the_assets_say_whose_they_are_and_what_they_are_for() -> None:
 def test_every_promise_is_a_blocking_check_that_says_what_it_judges() -> None:
     defs = build_defs(an_inventory("a"))
     specs = [spec for check in defs.asset_checks or [] for spec in check.check_specs]  # type: ignore[union-attr]
-    assert {spec.name for spec in specs} == CHECKS
+    assert {spec.name for spec in specs} == CHECKS | {"copied"}
     assert all(spec.blocking and spec.description for spec in specs)
 
 
 def test_the_jobs_are_there_and_each_works_on_one_target_or_all() -> None:
     repository = build_defs(an_inventory("a")).get_repository_def()
-    names = {"nightly_backup", "verify_recovery", "check_promises", "observe_sources", "expire_backups"}
+    names = {
+        "nightly_backup", "verify_recovery", "replicate_backups", "check_promises", "observe_sources", "expire_backups",
+    }  # fmt: skip
     assert names <= set(repository.job_names)
     assert all(repository.get_job(name).description for name in names)
     nightly = repository.get_job("nightly_backup")
@@ -271,7 +273,7 @@ def test_after_an_outage_many_targets_are_asked_for_a_hundred_at_each_tick(store
 def test_what_tells_people_runs_without_anybody_turning_it_on() -> None:
     repository = build_defs(an_inventory("a")).get_repository_def()
     running = {s.name for s in repository.schedule_defs if s.default_status is dg.DefaultScheduleStatus.RUNNING}
-    assert running == {"nightly_backups", "verifications", "promises", "observations"}
+    assert running == {"nightly_backups", "verifications", "copies", "promises", "observations"}
 
 
 def test_a_target_is_never_worked_on_twice_whoever_starts_the_run() -> None:
