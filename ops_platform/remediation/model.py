@@ -118,7 +118,7 @@ class Incident:
     digest: str | None = None
     rulings: tuple[Mapping[str, Any], ...] = ()
     outcomes: tuple[Mapping[str, Any], ...] = ()
-    retry_at: datetime | None = None  # SUPPRESSED: when it is looked at again
+    retry_at: datetime | None = None  # SUPPRESSED: when it is looked at again; WAITING: when nobody decided in time
     deadline: datetime | None = None  # VERIFYING: good by then
     undo_at: datetime | None = None  # HELD: undone then
     signal_ended_at: datetime | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from ops_platform.clients.prometheus import Measured
@@ -20,27 +20,19 @@ if TYPE_CHECKING:
     from ops_platform.clients.access import Access
     from ops_platform.events.publisher import Published
 
-_FRESH = timedelta(seconds=5)  # the guards of one plan ask several times: one poll is enough for them
-
 
 class Sources:
     """The worker's eyes."""
 
     def __init__(self, access: Access, store: Store) -> None:
         self._access, self._store = access, store
-        self._last: dict[str, tuple[datetime, Signal | None]] = {}
 
     def look(self, incident: Incident) -> Signal | None:
-        """The alert as its Alertmanagers have it now. An event does not end; a watchdog's absence ends when it is seen again."""
-        now, signal = self._store.clock.now(), incident.signal
-        known = self._last.get(incident.id)
-        if known is not None and timedelta(0) <= now - known[0] < _FRESH:
-            return known[1]
-        found = self._ask(signal)
-        self._last[incident.id] = (now, found)
-        return found
+        """The alert as its Alertmanagers have it now. An event does not end; a watchdog's absence ends when it is seen again.
 
-    def _ask(self, signal: Signal) -> Signal | None:
+        Nothing is kept from one look to the next: a silence may be set between the plan and each of its changes.
+        """
+        signal = incident.signal
         if signal.source == "watchdog":
             seen = self._store.last_seen(signal.fingerprint)
             return signal if seen is None or seen <= signal.starts_at else None

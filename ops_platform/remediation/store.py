@@ -613,12 +613,29 @@ class Store:
             ).fetchall()
         return [Claim(*row) for row in rows]
 
-    def end_claim(self, incident: Incident, *, helped: bool) -> None:
+    def end_claim(self, incident: Incident, *, helped: bool | None, free: bool = True) -> None:
+        """`helped` None: it is not known, or nothing was tried. Without `free` the failure domain is kept, for the undo."""
         with self.transaction() as t:
             t.connection.execute(
                 "update ops_remediation.claims set ended_at = %s, helped = %s where incident = %s and ended_at is null",
-                [self.clock.now(), helped, incident.id],
+                [self.clock.now() if free else None, helped, incident.id],
             )
+
+    def claim_again(self, incident: Incident) -> bool:
+        """For an undo: whether the failure domain of what was applied is ours again. It ends with the incident, as every claim does."""
+        with self.transaction() as t:
+            t.connection.execute("select pg_advisory_xact_lock(%s, %s)", [_SPACE, _ADMISSION])
+            busy = t.connection.execute(
+                "select from ops_remediation.claims mine join ops_remediation.claims other using (domain)"
+                " where mine.incident = %s and other.incident <> mine.incident and other.ended_at is null limit 1",
+                [incident.id],
+            ).fetchone()
+            if busy is None:
+                t.connection.execute(
+                    "update ops_remediation.claims set ended_at = null where incident = %s and attempt = %s",
+                    [incident.id, incident.attempts],
+                )
+            return busy is None
 
     # Signals, for replay and for what must always be there
 

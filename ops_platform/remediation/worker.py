@@ -163,9 +163,17 @@ class Worker:
             decision = resolve(self.access.inventory, rule_named(self.access.inventory, incident.rule), incident.signal)
         except OpsError as error:
             return self._escalate(incident, str(error))
-        return (
-            self._escalate(incident, decision.problem) if isinstance(decision, Unresolved) else step(incident, decision)
-        )
+        if isinstance(decision, Unresolved):
+            return self._escalate(incident, decision.problem)
+        now_named = (decision.playbook.name, decision.subject.id)
+        if now_named != (incident.playbook, incident.subject):
+            # Another playbook's undo knows nothing of what was applied, and what was approved was this one.
+            return self._escalate(
+                incident,
+                f"the rule names {decision.playbook.name} on {decision.subject.id} by now: it was opened for {incident.playbook} on"
+                f" {incident.subject}",
+            )
+        return step(incident, decision)
 
     # Looking
 
@@ -178,7 +186,7 @@ class Worker:
         if signal is None or signal.ends_at is not None:
             ended = signal.ends_at if signal and signal.ends_at else now
             return self.store.end_signal(incident, ended, actor=self.actor)
-        if now - incident.opened_at > rule.give_up_after:
+        if now - began(incident) >= rule.give_up_after:
             return self._escalate(incident, f"not solved within {rule.give_up_after}: {incident.reason}")
         approval = None
         if incident.state is State.WAITING:
@@ -212,10 +220,10 @@ class Worker:
                 return self._after_failure(action.incident, decision, str(error))
             return self._put_off(incident, [Ruling("plan", False, str(error))])
         if action.incident.state is not State.APPLYING:
-            return self._not_applied(incident, result)
+            return self._not_applied(incident, decision, result)
         return self._applied(action.incident, decision, result)
 
-    def _not_applied(self, incident: Incident, result: ActionResult) -> Incident:
+    def _not_applied(self, incident: Incident, decision: Decision, result: ActionResult) -> Incident:
         plan, rulings = _plan_fields(result), [ruling.as_json() for ruling in result.rulings]
         if result.status is Status.NOTHING:
             if incident.signal.is_event:
@@ -226,7 +234,11 @@ class Worker:
             reason = f"observed: {_summary(result.plan)}{would}"
             if incident.state is not State.OPEN:
                 incident = self._move(incident, State.OPEN, "the rule only observes now")
-            return self._move(incident, State.OBSERVED, reason, rulings=rulings, **plan)
+            observed = self._move(incident, State.OBSERVED, reason, rulings=rulings, **plan)
+            if incident.signal.is_event:
+                # It never ends by itself, and must not be acted on when the rule enforces weeks later.
+                return self.store.close(observed, Ending.OBSERVED, reason, actor=self.actor)
+            return observed
         refusing = {ruling.guard for ruling in result.refusals}
         if refusing and refusing <= _PEOPLE:
             if incident.state is State.WAITING and incident.digest == result.plan.digest:
@@ -235,7 +247,7 @@ class Worker:
                 self.store.void(incident)
             return self._move(
                 incident, State.WAITING, f"{_said(result.refusals)}: {_summary(result.plan)}", rulings=rulings,
-                retry_at=None, **plan,
+                retry_at=began(incident) + decision.rule.give_up_after, **plan,
             )  # fmt: skip
         return self._put_off(incident, result.refusals, rulings, **plan)
 
@@ -256,19 +268,26 @@ class Worker:
 
     # Guards
 
+    def _standing(self, decision: Decision) -> list[Guard]:
+        """What holds for as long as anything is applied: also for what a killed run has left."""
+        rule, subject = decision.rule, decision.subject
+        return [
+            ModeGuard(rule.mode, f"the rule {rule.id}"),
+            g.NotPaused(self.store.paused),
+            g.ClocksAgree(self.store.clock_offset),
+            LegalHold(subject.legal_hold),
+            g.NoFreeze(remediation_of(self.access.inventory).freezes, subject.environment),
+        ]
+
     def guards(self, incident: Incident, decision: Decision, approver: str | None) -> list[Guard]:
         rule, subject, whole = decision.rule, decision.subject, remediation_of(self.access.inventory)
         context, book = self.context(incident, decision), decision.playbook
         required, why = needs_approval(rule, subject)
         windows = subject.maintenance_windows
         found: list[Guard] = [
-            ModeGuard(rule.mode, f"the rule {rule.id}"),
-            g.NotPaused(self.store.paused),
-            g.ClocksAgree(self.store.clock_offset),
+            *self._standing(decision),
             g.StillWanted(lambda: self.eyes.look(incident)),
             g.FiringFor(incident.signal, rule.firing_for),
-            LegalHold(subject.legal_hold),
-            g.NoFreeze(whole.freezes, subject.environment),
             g.HealthyPeers(
                 lambda: book.peers(context),
                 rule.min_healthy if rule.min_healthy is not None else book.min_healthy(context),
@@ -310,37 +329,43 @@ class Worker:
             return self._after_failure(incident, decision, _failures(result))
         if not incident.touched:
             left = _said([Ruling(change.object, False, applied.reason) for change, applied in result.outcomes])
-            self.store.end_claim(incident, helped=True)  # nothing was tried: that is no bad end of the playbook
+            self.store.end_claim(incident, helped=None)  # nothing was tried: neither a good nor a bad end of the playbook
             return self._move(incident, State.SUPPRESSED, left, retry_at=self.clock.now() + _SOONEST)
-        if result.status is Status.UNVERIFIED and incident.signal.is_event and decision.rule.verify.metric is None:
-            # An event does not end, so nothing else would ever say whether it helped.
-            return self._escalate(
-                incident, f"applied, and nobody could look whether it holds: {_failures(result)}", helped=False
-            )
+        if result.status is not Status.DONE and _by_own_look(incident, decision):
+            unseen = result.status is Status.UNVERIFIED
+            why = "applied, and nobody could look whether it holds" if unseen else "applied in part"
+            return self._escalate(incident, f"{why}: {_failures(result)}", helped=False)
         reason = f"{_summary(result.plan)}: {result.status.value}"
         return self._move(incident, State.VERIFYING, reason, deadline=self.clock.now() + decision.rule.verify.within)
 
     def _after_failure(self, incident: Incident, decision: Decision, why: str) -> Incident:
         if incident.touched and decision.rule.undo == "auto" and self._undoing(incident, decision) is not None:
-            self.store.end_claim(incident, helped=False)
-            return self._move(incident, State.UNDOING, f"it failed, and is undone: {why}")
+            return self._to_undo(incident, f"it failed, and is undone: {why}")
         return self._escalate(incident, f"it failed: {why}", helped=False)
 
     def _resume(self, incident: Incident, decision: Decision) -> Incident:
         """Somebody was killed while applying. What is left of the very plan that was admitted is brought to its end."""
         action = _Rest(decision.playbook.action(self.context(incident, decision)), self, incident)
-        guards: list[Guard] = [ModeGuard(Mode.ENFORCE, "the plan that was admitted"), g.NotPaused(self.store.paused)]
         try:
-            result = run_action(action, ledger=self.store.ledger, guards=guards, actor=self.actor, clock=self.clock)
+            result = run_action(
+                action, ledger=self.store.ledger, guards=self._standing(decision), actor=self.actor, clock=self.clock
+            )
         except OpsError as error:
             return self._after_failure(action.incident, decision, f"it was interrupted, and cannot go on: {error}")
+        if result.status in (Status.REFUSED, Status.OBSERVED):
+            refusing = [ruling for ruling in result.rulings if not ruling.allows]
+            return self._escalate(incident, f"it was interrupted, and {_said(refusing)}", helped=False)
+        if action.beyond and _by_own_look(incident, decision):
+            return self._escalate(
+                action.incident, f"it was interrupted, and what is left is not what was admitted: {action.beyond[0].object}",
+                helped=False,
+            )  # fmt: skip
         if result.status is Status.NOTHING:
+            left = "what is left is not what was admitted" if action.beyond else "everything had been done"
             return self._move(
-                action.incident, State.VERIFYING, "interrupted, and everything had been done",
+                action.incident, State.VERIFYING, f"interrupted, and {left}",
                 deadline=self.clock.now() + decision.rule.verify.within,
             )  # fmt: skip
-        if result.status is Status.REFUSED:
-            return self._escalate(incident, f"it was interrupted, and {_said(result.refusals)}", helped=False)
         return self._applied(action.incident, decision, result)
 
     # Verifying
@@ -358,13 +383,13 @@ class Worker:
             self.clock.sleep(
                 min(rule.verify.every, max(deadline - self.clock.now(), timedelta(seconds=1))).total_seconds()
             )
-        self.store.end_claim(incident, helped=False)
         if found is Measured.UNKNOWN:
             return self._escalate(incident, f"whether it helped is not known: {said}", helped=False)
         bad = "it got worse" if found is Measured.WORSE else "it did not help in time"
         if rule.undo == "auto" and self._undoing(incident, decision) is not None:
-            return self._move(incident, State.UNDOING, f"{bad}, and is undone: {said}")
+            return self._to_undo(incident, f"{bad}, and is undone: {said}")
         if found is not Measured.WORSE and incident.attempts < rule.max_attempts:
+            self.store.end_claim(incident, helped=False)
             return self._move(incident, State.OPEN, f"{bad}: {said}", deadline=None)
         return self._escalate(incident, f"{bad}: {said}", helped=False)
 
@@ -403,6 +428,11 @@ class Worker:
             return None
         return decision.playbook.undo(self.context(incident, decision), done)
 
+    def _to_undo(self, incident: Incident, reason: str) -> Incident:
+        """It did not help, and its claim goes on: what is undone is acted on, and its failure domain is not free yet."""
+        self.store.end_claim(incident, helped=False, free=False)
+        return self._move(incident, State.UNDOING, reason)
+
     def _undo(self, incident: Incident, decision: Decision) -> Incident:
         action = self._undoing(incident, decision)
         if action is None:
@@ -411,6 +441,8 @@ class Worker:
             return self._escalate(
                 incident, f"the undo is paused by {pause.who} ({pause.why}): undo it by hand or later"
             )
+        if not self.store.claim_again(incident):
+            return incident  # somebody acts in its failure domain: it has its turn after that
         try:
             result = run_action(
                 _Fenced(action, self, incident, wanted=False), ledger=self.store.ledger, actor=self.actor, clock=self.clock,
@@ -516,10 +548,13 @@ class _Fenced:
 class _Rest(_Fenced):
     """What is left of the admitted plan. Whatever the system would ask for beyond it was not admitted, and is left alone."""
 
+    beyond: Sequence[Change] = ()
+
     def plan(self) -> Plan:
         plan = super().plan()
         admitted = list((self.incident.plan or {}).get("changes", []))
-        return replace(plan, changes=tuple(change for change in plan.changes if change.as_json() in admitted))
+        self.beyond = [change for change in plan.changes if change.as_json() not in admitted]
+        return replace(plan, changes=tuple(change for change in plan.changes if change not in self.beyond))
 
 
 @dataclass(frozen=True)
@@ -565,9 +600,16 @@ def _summary(plan: Plan) -> str:
     return ", ".join(f"{len(plan.of_kind(kind))} × {kind}" for kind in kinds) or "nothing to do"
 
 
+def _by_own_look(incident: Incident, decision: Decision) -> bool:
+    """An event does not end: without a metric nothing but the playbook's own look says whether it helped."""
+    return incident.signal.is_event and decision.rule.verify.metric is None
+
+
 def _failures(result: ActionResult) -> str:
     failed = [
-        f"{change.object}: {applied.reason}" for change, applied in result.outcomes if applied.outcome is Outcome.FAILED
+        f"{change.object}: {applied.reason}"
+        for change, applied in result.outcomes
+        if applied.outcome not in (Outcome.APPLIED, Outcome.ALREADY_DONE, Outcome.PINNED)
     ]
     checks = (
         [f"{check.name}: {check.detail}" for check in result.verification.checks if check.holds is not True]
@@ -580,6 +622,11 @@ def _failures(result: ActionResult) -> str:
 def retry_after(opened_at: datetime, now: datetime) -> timedelta:
     """How long a refused incident is left alone: soon at first, later and later."""
     return min(max((now - opened_at) / 4, _SOONEST), _LATEST)
+
+
+def began(incident: Incident) -> datetime:
+    """From when an incident's time runs. An event that is read late is as old as it is: what it asked for may be long over."""
+    return min(incident.signal.starts_at, incident.opened_at) if incident.signal.is_event else incident.opened_at
 
 
 def proposer(rule: Rule) -> str:
