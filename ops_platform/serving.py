@@ -21,6 +21,7 @@ class Handler(BaseHTTPRequestHandler):
     """GET gives `pages`, by their exact paths; everything else is answered with what there is."""
 
     pages: ClassVar[Mapping[str, Page]] = {}
+    timeout = 30  # seconds: whoever says no more keeps no thread
 
     def do_GET(self) -> None:
         page = self.pages.get(self.path)

@@ -85,7 +85,7 @@ def need_signed(secret: Secret, timestamp: str, signature: str, body: bytes, now
         raise AccessDeniedError(
             "this request is not of now", where="x-slack-request-timestamp", remedy="check this machine's clock"
         )
-    if not hmac.compare_digest(sign(secret, timestamp, body), signature):
+    if not hmac.compare_digest(sign(secret, timestamp, body).encode(), signature.encode()):
         raise AccessDeniedError(
             "this request was not signed by Slack",
             where="x-slack-signature",

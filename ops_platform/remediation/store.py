@@ -59,6 +59,8 @@ create table if not exists ops_remediation.incidents (
 create unique index if not exists incidents_one_open on ops_remediation.incidents (rule, fingerprint) where state <> 'closed';
 create index if not exists incidents_open on ops_remediation.incidents (state, retry_at) where state <> 'closed';
 create index if not exists incidents_opened on ops_remediation.incidents (opened_at);
+create index if not exists incidents_event on ops_remediation.incidents
+  ((signal -> 'labels' ->> 'source'), (signal -> 'labels' ->> 'id')) where signal ->> 'source' = 'kafka';
 
 create table if not exists ops_remediation.approvals (
   id bigint generated always as identity primary key,
@@ -239,7 +241,8 @@ class Store:
     def open_all(self, openings: Sequence[Opening], *, most: int | None = None) -> tuple[list[Incident], int]:
         """The open incident of each rule and fingerprint, made where there is none. The same signal never opens a second one.
 
-        A signal whose incident is closed is left out, unless it helped or cleared and the signal goes on for longer than `again_after`.
+        A signal whose incident is closed is left out, unless it helped or cleared and the signal goes on for longer than `again_after`;
+        so is an event that was read before at another place, by its source and id as CloudEvents says, and that is recorded.
         At most `most` are made; the number is of those that are left to be made.
         """
         if not openings:
@@ -253,6 +256,7 @@ class Store:
                 order="opened_at, id", limit=1_000_000,
             ):  # fmt: skip
                 known.setdefault((one.rule, one.fingerprint), []).append(one)
+            first = self._first_places(t, openings)
             found: list[Incident] = []
             made = left = 0
             for opening in openings:
@@ -263,12 +267,32 @@ class Store:
                     if most is not None and made >= most:
                         left += 1
                         continue
+                    if opening.signal.is_event:
+                        place = first.setdefault(_event(opening), opening.signal.fingerprint)
+                        if place != opening.signal.fingerprint:
+                            body = {"rule": opening.rule, "event": opening.signal.fingerprint, "first": place}
+                            t.append("events.repeated", opening.subject, body, actor=opening.proposed_by)
+                            continue
                     incident = self._made(t, opening, number)
                     there.append(incident)
                     made += 1
                 if incident is not None:
                     found.append(incident)
             return found, left
+
+    def _first_places(self, t: LedgerTransaction, openings: Sequence[Opening]) -> dict[tuple[str, str, str], str]:
+        """Where the events of these openings were read first, as far as they have incidents: fingerprint by rule, source and id."""
+        events = [_event(one) for one in openings if one.signal.is_event]
+        if not events:
+            return {}
+        rows = t.connection.execute(
+            "select distinct on (1, 2, 3) rule, signal -> 'labels' ->> 'source', signal -> 'labels' ->> 'id', fingerprint"
+            " from ops_remediation.incidents where signal ->> 'source' = 'kafka'"
+            " and (rule, signal -> 'labels' ->> 'source', signal -> 'labels' ->> 'id')"
+            " in (select * from unnest(%s::text[], %s::text[], %s::text[])) order by 1, 2, 3, opened_at, id",
+            [list(column) for column in zip(*events, strict=True)],
+        ).fetchall()
+        return {(row[0], row[1], row[2]): row[3] for row in rows}
 
     def _number(self, opening: Opening, before: Sequence[Incident]) -> int | None:
         """How many incidents of this very signal were closed before; None where it leads to no other one."""
@@ -396,6 +420,13 @@ class Store:
             for name, value in values.items()
         }
         sets = ", ".join(f"{name} = %({name})s" for name in stored)
+        if not incident.is_open and self._select(
+            t, "rule = %s and fingerprint = %s and state <> 'closed'", incident.rule, incident.fingerprint
+        ):
+            raise ConflictError(
+                "another incident of the same rule and signal is open", where=incident.id,
+                remedy="wait until that one is over, or close it",
+            )  # fmt: skip
         done = t.connection.execute(
             f"update ops_remediation.incidents set {sets}, version = version + 1 where id = %(id)s and version = %(held)s",  # pyright: ignore[reportArgumentType] - names of our own columns
             {**stored, "id": incident.id, "held": incident.version},
@@ -777,6 +808,12 @@ class Store:
         with self.transaction() as t:
             row = t.connection.execute("select clock_timestamp()").fetchone()
         return self.clock.now() - (row or [self.clock.now()])[0]
+
+
+def _event(opening: Opening) -> tuple[str, str, str]:
+    labels = opening.signal.labels
+    # Who made the signal by hand gave it no id: then its place is all that tells it apart.
+    return opening.rule, labels.get("source", ""), labels.get("id") or opening.signal.fingerprint
 
 
 def _pause(t: LedgerTransaction) -> Pause | None:

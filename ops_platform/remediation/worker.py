@@ -230,15 +230,7 @@ class Worker:
                 return self.store.close(incident, Ending.CLEARED, "there was nothing to do", actor=self.actor)
             return self._put_off(incident, [Ruling("plan", False, "it fires, and the playbook finds nothing to do")])
         if result.status is Status.OBSERVED:
-            would = "; it would be refused: " + _said(result.refusals) if result.refusals else ""
-            reason = f"observed: {_summary(result.plan)}{would}"
-            if incident.state is not State.OPEN:
-                incident = self._move(incident, State.OPEN, "the rule only observes now")
-            observed = self._move(incident, State.OBSERVED, reason, rulings=rulings, **plan)
-            if incident.signal.is_event:
-                # It never ends by itself, and must not be acted on when the rule enforces weeks later.
-                return self.store.close(observed, Ending.OBSERVED, reason, actor=self.actor)
-            return observed
+            return self._observed(incident, result)
         refusing = {ruling.guard for ruling in result.refusals}
         if refusing and refusing <= _PEOPLE:
             if incident.state is State.WAITING and incident.digest == result.plan.digest:
@@ -250,6 +242,18 @@ class Worker:
                 retry_at=began(incident) + decision.rule.give_up_after, **plan,
             )  # fmt: skip
         return self._put_off(incident, result.refusals, rulings, **plan)
+
+    def _observed(self, incident: Incident, result: ActionResult) -> Incident:
+        would = "; it would be refused: " + _said(result.refusals) if result.refusals else ""
+        reason = f"observed: {_summary(result.plan)}{would}"
+        rulings = [ruling.as_json() for ruling in result.rulings]
+        if incident.state is not State.OPEN:
+            incident = self._move(incident, State.OPEN, "the rule only observes now")
+        observed = self._move(incident, State.OBSERVED, reason, rulings=rulings, **_plan_fields(result))
+        if incident.signal.is_event:
+            # It never ends by itself, and must not be acted on when the rule enforces weeks later.
+            return self.store.close(observed, Ending.OBSERVED, reason, actor=self.actor)
+        return observed
 
     def _put_off(
         self,
@@ -329,7 +333,9 @@ class Worker:
             return self._after_failure(incident, decision, _failures(result))
         if not incident.touched:
             left = _said([Ruling(change.object, False, applied.reason) for change, applied in result.outcomes])
-            self.store.end_claim(incident, helped=None)  # nothing was tried: neither a good nor a bad end of the playbook
+            self.store.end_claim(
+                incident, helped=None
+            )  # nothing was tried: neither a good nor a bad end of the playbook
             return self._move(incident, State.SUPPRESSED, left, retry_at=self.clock.now() + _SOONEST)
         if result.status is not Status.DONE and _by_own_look(incident, decision):
             unseen = result.status is Status.UNVERIFIED

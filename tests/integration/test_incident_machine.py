@@ -165,6 +165,11 @@ class Machine(RuleBasedStateMachine):
                 assert len(within) <= BUDGET
 
     @invariant()
+    def nobody_acts_beside_another_in_one_failure_domain(self) -> None:
+        if hasattr(self, "engine"):
+            assert len([claim for claim in self.engine.store.claims(self.begun) if claim.ended_at is None]) <= 1
+
+    @invariant()
     def every_change_was_recorded_before_it_was_made(self) -> None:
         if hasattr(self, "engine"):
             bodies = [(e.kind, e.body) for e in self.engine.ledger.entries()]

@@ -199,6 +199,7 @@ def test_a_press_approves_exactly_the_plan_that_was_shown(engine_with: Callable[
     [
         (lambda h, b: ({**h, "x-slack-signature": "v0=" + "0" * 64}, b), "not signed by Slack"),
         (lambda h, b: (h, b + b"&x=1"), "not signed by Slack"),
+        (lambda h, b: ({**h, "x-slack-signature": "v0=é"}, b), "not signed by Slack"),
         (lambda h, b: ({}, b), "not of now"),
         (lambda h, b: ({**h, "x-slack-request-timestamp": "1"}, b), "not of now"),
     ],
