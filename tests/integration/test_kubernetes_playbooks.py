@@ -34,6 +34,7 @@ from ops_platform.remediation.playbook import Context, Done, playbook
 from ops_platform.remediation.playbooks.kubernetes.shared import RESOURCES
 from tests.integration import http_faults as faults
 from tests.integration.http_faults import FaultyProxy
+from tests.integration.incident_rig import solved
 from tests.integration.kubernetes_faults import as_admin, config, refusal
 from tests.kube_rig import APPS, BEHAVIOUR, CORE, Api, Kube, pod
 from tests.remediation_rig import fresh_database
@@ -774,6 +775,13 @@ def test_a_pod_in_a_crash_loop_is_replaced(desk: Desk) -> None:
     assert result.plan.changes[0].before["stuck"] == "crash loop"
     assert not desk.api.exists(desk.path("Pod", name))
     assert desk.run("delete_stuck_pod", **desk.in_space(name=name)).status is Status.NOTHING
+
+
+def test_an_alert_about_a_pod_in_a_crash_loop_leads_to_a_closed_incident(desk: Desk, shared_cluster: Cluster) -> None:
+    name = behaving(desk, "crashing")["metadata"]["name"]
+    desk.limited("delete_stuck_pod")
+    stands = lambda: desk.api.exists(desk.path("Pod", name))  # noqa: E731
+    solved(shared_cluster, desk.access(), "kubernetes.delete_stuck_pod", desk.in_space(name=name), stands)
 
 
 def test_a_pod_without_an_image_is_stuck_after_a_while(desk: Desk) -> None:

@@ -27,6 +27,7 @@ from ops_platform.clients.postgres_binaries import free_port
 from ops_platform.errors import ConflictError, NotThereError, OpsError, UnreachableError, UsageError
 from ops_platform.remediation.playbook import playbook
 from ops_platform.remediation.playbooks.anything.webhook import sign
+from tests.integration.incident_rig import solved
 from tests.integration.playbook_rig import INCIDENT, Bench, bench
 from tests.integration.wal_rig import eventually
 from tests.rig import Cluster
@@ -158,6 +159,17 @@ def test_a_request_is_signed_accepted_and_verified(at: Bench, receiver: Receiver
     assert SECRET not in at.written(result) + str(result.as_json())
     # Run again, as after a kill: the receiver says that it is done, and gets no second request.
     assert at.run(HOOK, **hook(at, receiver.url, status=status(receiver))).status is Status.NOTHING
+    assert len(receiver.got) == 1
+
+
+def test_an_event_leads_to_one_request_and_a_closed_incident(
+    at: Bench, receiver: Receiver, shared_cluster: Cluster
+) -> None:
+    given = hook(at, receiver.url, status=status(receiver))
+    done = solved(
+        shared_cluster, at.access, HOOK.name, given, lambda: not receiver.done, source="kafka", secrets=[SECRET]
+    )
+    assert receiver.done == {done.id}
     assert len(receiver.got) == 1
 
 
@@ -424,6 +436,15 @@ def test_a_job_is_run_for_the_target_and_only_once_for_an_incident(on: Bench, we
     assert (again.status, again.counts) == (Status.DONE, {"already_done": 1})
     assert again.plan.digest == result.plan.digest
     assert again.outcomes[0][1].detail["run"] == result.outcomes[0][1].detail["run"]
+    assert web.ran() == ["app-db"]
+
+
+@pytest.mark.xdist_group("dagster-web")
+def test_an_event_leads_to_one_run_of_the_job_and_a_closed_incident(
+    on: Bench, web: Web, shared_cluster: Cluster
+) -> None:
+    given = {"job": "tidy", "within": "2m"}
+    solved(shared_cluster, on.access, RUN.name, given, lambda: not web.ran(), source="kafka")
     assert web.ran() == ["app-db"]
 
 

@@ -21,6 +21,7 @@ from ops_platform.remediation.playbooks.elasticsearch import Watermark
 from tests.elasticsearch_rig import Elasticsearch
 from tests.integration import http_faults as faults
 from tests.integration.http_faults import FaultyProxy
+from tests.integration.incident_rig import solved
 from tests.integration.systems_rig import Bench, Between, KilledError, bench, killed, outcomes
 from tests.rig import Cluster, eventually
 
@@ -95,6 +96,12 @@ def test_the_block_is_lifted_once_there_is_room_and_set_again_by_undo(site: Site
     assert back.status is Status.DONE, back.as_json()
     assert [site.is_blocked(name) for name in (blocked, free, hidden)] == [True, False, True]
     assert it.undo(LIFT, result.plan.changes).status is Status.NOTHING
+
+
+def test_an_alert_about_blocked_indices_leads_to_a_closed_incident(site: Site, shared_cluster: Cluster) -> None:
+    blocked = site.index()
+    given = {"indices": [f"{site.prefix}-*"]}
+    solved(shared_cluster, site.bench().access, LIFT.name, given, lambda: site.is_blocked(blocked))
 
 
 def test_no_document_is_written_to_try_it(site: Site) -> None:

@@ -17,6 +17,7 @@ from ops_platform.actions import CountLimit, Outcome, Status
 from ops_platform.errors import AccessDeniedError, NotThereError, OpsError, RefusedError, UnreachableError, UsageError
 from ops_platform.inventory.model import Mode
 from ops_platform.remediation.playbook import Playbook, playbook
+from tests.integration.incident_rig import solved
 from tests.integration.systems_rig import Bench, Between, KilledError, bench, killed, outcomes
 from tests.kafka_rig import HOST, PASSWORD, Kafka
 from tests.rig import Cluster, eventually
@@ -443,6 +444,12 @@ def test_the_record_goes_to_the_dead_letters_and_the_group_past_it(stuck: Stuck)
     assert headers["ops-dead-letter-group"] == stuck.group.encode()
     assert [check.holds for check in result.verification.checks] == [True, True]
     assert "not what was agreed" not in it.written(result)
+
+
+def test_an_alert_about_a_group_that_is_stuck_leads_to_a_closed_incident(stuck: Stuck, shared_cluster: Cluster) -> None:
+    it = stuck.bench()
+    solved(shared_cluster, it.access, SKIP.name, stuck.given, lambda: stuck.at == 1, secrets=[PASSWORD])
+    assert (stuck.at, len(stuck.dead())) == (2, 1)
 
 
 def test_it_can_be_undone_and_the_dead_letter_stays(stuck: Stuck) -> None:

@@ -17,6 +17,7 @@ from ops_platform.errors import AccessDeniedError, NotThereError, OpsError, Refu
 from ops_platform.inventory.model import Mode
 from ops_platform.remediation.playbook import Playbook, playbook
 from tests.authority import Authority
+from tests.integration.incident_rig import solved
 from tests.integration.systems_rig import Bench, Between, KilledError, bench, killed, outcomes
 from tests.redis_rig import Redis, RedisCluster, Replicated
 from tests.rig import Cluster, eventually
@@ -112,6 +113,14 @@ def test_what_nothing_uses_goes_back(wasteful: Redis, sites: Sites) -> None:
     assert outcomes(result) == [(at(wasteful), Outcome.APPLIED)]
     assert kept(wasteful) < before / 2
     assert it.run(PURGE, at_least="8MiB").status is Status.NOTHING
+
+
+def test_an_alert_about_memory_leads_to_a_closed_incident(
+    wasteful: Redis, sites: Sites, shared_cluster: Cluster
+) -> None:
+    it = sites.bench([wasteful], PURGE)
+    least = {"at_least": "8MiB"}
+    solved(shared_cluster, it.access, PURGE.name, least, lambda: kept(wasteful) > 8 * MIB, secrets=[PASSWORD])
 
 
 def test_little_memory_is_nothing_to_do(server: Redis, sites: Sites) -> None:

@@ -15,6 +15,7 @@ from ops_platform.actions import Outcome, Status
 from ops_platform.errors import AccessDeniedError, NotThereError, RefusedError, UnreachableError, UsageError
 from ops_platform.inventory.model import Mode
 from ops_platform.remediation.playbook import playbook
+from tests.integration.incident_rig import solved
 from tests.integration.systems_rig import Bench, Between, KilledError, bench, killed, outcomes
 from tests.integration.wal_rig import eventually
 from tests.rig import PASSWORD, Cluster, Ground
@@ -154,6 +155,16 @@ def test_every_lease_below_the_prefix_is_revoked_and_no_other(safe: Safe, revoke
     assert safe.opens(other)
     assert (safe.leases("shop"), safe.leases("billing")) == (0, 1)
     assert not any(data["username"] in revoker.written(result) for data in leaked)
+
+
+def test_an_alert_about_leaked_leases_leads_to_a_closed_incident(
+    safe: Safe, revoker: Bench, shared_cluster: Cluster
+) -> None:
+    leaked, other = [safe.issue("shop") for _ in range(3)], safe.issue("billing")
+    given = {"prefix": f"{safe.mount}/creds/shop"}
+    passwords = [data["password"] for data in leaked]
+    solved(shared_cluster, revoker.access, REVOKE.name, given, lambda: safe.leases("shop") > 0, secrets=passwords)
+    assert [safe.opens(data) for data in (*leaked, other)] == [False, False, False, True]
 
 
 def test_observing_revokes_nothing_and_counts(safe: Safe, revoker: Bench) -> None:
