@@ -31,10 +31,10 @@ from ops_platform.inventory.remediation import MetricCheck
 from ops_platform.ledger import Ledger
 from ops_platform.remediation import playbook as playbook_module
 from ops_platform.remediation.intake import take
-from ops_platform.remediation.model import Incident, Peers, Signal
+from ops_platform.remediation.model import Incident, Opening, Peers, Signal
 from ops_platform.remediation.playbook import Context, Done, Playbook
 from ops_platform.remediation.rules import resolve, rule_named, subject_id
-from ops_platform.remediation.store import Opening, Store
+from ops_platform.remediation.store import Store
 from ops_platform.remediation.worker import Worker, proposer
 from tests.rig import PASSWORD, Cluster, scratch
 

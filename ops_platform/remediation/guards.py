@@ -12,8 +12,7 @@ from datetime import UTC, timedelta
 from ops_platform.actions import Case, MaintenanceWindow, Ruling
 from ops_platform.inventory.base import Weekly
 from ops_platform.inventory.remediation import Freeze
-from ops_platform.remediation.model import Peers, Signal
-from ops_platform.remediation.store import Pause
+from ops_platform.remediation.model import Pause, Peers, Signal
 
 CLOCKS_APART = timedelta(minutes=1)
 

@@ -10,9 +10,9 @@ from ops_platform.errors import ConflictError, OpsError
 from ops_platform.inventory.base import Mode
 from ops_platform.inventory.model import Inventory
 from ops_platform.remediation.machine import ending_without_signal
-from ops_platform.remediation.model import Incident, Signal, State
+from ops_platform.remediation.model import Incident, Opening, Signal, State
 from ops_platform.remediation.rules import Decision, Unresolved, decisions, rule_named, subject_id
-from ops_platform.remediation.store import Opening, Store
+from ops_platform.remediation.store import Store
 from ops_platform.remediation.worker import proposer
 
 MOST = 100  # incidents opened, and runs asked for, in one tick: the rest has its turn in the next

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -153,3 +153,61 @@ class Peers:
     healthy: int
     total: int
     what: str
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A signal that a rule is about, to become an incident."""
+
+    rule: str
+    subject: str
+    playbook: str
+    signal: Signal
+    proposed_by: str
+    again_after: timedelta = timedelta(minutes=15)
+
+
+@dataclass(frozen=True)
+class Approval:
+    """A person's decision on exactly one plan."""
+
+    incident: str
+    digest: str
+    decision: str
+    who: str
+    via: str
+    at: datetime
+    expires_at: datetime
+
+
+@dataclass(frozen=True)
+class Pause:
+    why: str
+    who: str
+    at: datetime
+
+
+@dataclass(frozen=True)
+class Message:
+    """That an incident changed: what people are to be told."""
+
+    id: int
+    incident: str
+    version: int
+    state: State
+    reason: str
+    at: datetime
+
+
+@dataclass(frozen=True)
+class Figures:
+    """For metrics. `open`: by state, how many and since when the oldest; `endings`: by rule; `actions`: by playbook and whether it helped."""
+
+    open: Mapping[State, tuple[int, datetime]]
+    endings: Mapping[tuple[str, str], int]
+    actions: Mapping[tuple[str, str], int]
+    unsent: int
+    oldest_unsent: datetime | None
+    seen: Mapping[str, datetime]
+    paused: Pause | None
+    lag: Mapping[tuple[str, str, int], int]

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from ops_platform.clients.slack import LONGEST, escape, fitting
 from ops_platform.errors import OpsError, UnreachableError
-from ops_platform.remediation.model import Incident, State
+from ops_platform.remediation.model import Incident, Message, State
 from ops_platform.remediation.playbook import playbook
 from ops_platform.remediation.rules import remediation_of
-from ops_platform.remediation.store import Message, Store
+from ops_platform.remediation.store import Store
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access

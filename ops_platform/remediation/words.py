@@ -7,8 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ops_platform.ledger import Entry
-from ops_platform.remediation.model import Incident, State
-from ops_platform.remediation.store import Approval
+from ops_platform.remediation.model import Approval, Incident, State
 
 _MOST = 20
 
