@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, timedelta
 
-from ops_platform.actions import Case, MaintenanceWindow, Ruling
+from ops_platform.actions import Case, CountLimit, Guard, MaintenanceWindow, PercentLimit, Ruling
 from ops_platform.inventory.base import Weekly
 from ops_platform.inventory.remediation import Freeze
 from ops_platform.remediation.model import Pause, Peers, Signal
@@ -162,3 +162,26 @@ class ClocksAgree:
         offset = abs(self.offset()) / timedelta(seconds=1)
         most = CLOCKS_APART / timedelta(seconds=1)
         return Ruling(self.name, offset <= most, f"{offset:.1f} s from the database's; {most:.0f} s are allowed")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Count and percent over every kind of change of the plan. A single change is no share of anything."""
+
+    max_changes: int
+    max_percent: float
+    name = "limits"
+
+    def rule(self, case: Case) -> Ruling:
+        plan = case.plan
+        if len(plan.changes) > self.max_changes:
+            return Ruling(self.name, False, f"{len(plan.changes)} changes planned, {self.max_changes} allowed")
+        for kind in sorted({change.kind for change in plan.changes}):
+            limits: list[Guard] = [CountLimit(self.max_changes, kind)]
+            if len(plan.of_kind(kind)) > 1 and kind in plan.population:
+                limits.append(PercentLimit(self.max_percent, kind))
+            for limit in limits:
+                ruling = limit.rule(case)
+                if not ruling.allows:
+                    return Ruling(self.name, False, f"{limit.name}: {ruling.reason}")
+        return Ruling(self.name, True, f"{len(plan.changes)} changes planned, {self.max_changes} allowed")

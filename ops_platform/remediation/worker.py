@@ -8,7 +8,7 @@ changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,16 +19,13 @@ from ops_platform.actions import (
     Approval,
     Case,
     Change,
-    CountLimit,
     Guard,
     LegalHold,
     ModeGuard,
     Outcome,
-    PercentLimit,
     Plan,
     Ruling,
     Status,
-    Verification,
     run_action,
 )
 from ops_platform.clients.prometheus import Measured
@@ -38,6 +35,7 @@ from ops_platform.inventory.base import Mode
 from ops_platform.inventory.remediation import MetricCheck, Rule
 from ops_platform.remediation import guards as g
 from ops_platform.remediation.claims import Claim, rule_on
+from ops_platform.remediation.fence import Fenced, Rest
 from ops_platform.remediation.machine import TOUCHED
 from ops_platform.remediation.model import Ending, Incident, Signal, State
 from ops_platform.remediation.playbook import Context, Done
@@ -204,7 +202,7 @@ class Worker:
         self, incident: Incident, decision: Decision, *, approved: str | None, approver: str | None
     ) -> Incident:
         try:
-            action = _Fenced(decision.playbook.action(self.context(incident, decision)), self, incident)
+            action = Fenced(decision.playbook.action(self.context(incident, decision)), self, incident)
             rulings = self.guards(incident, decision, approver)
         except OpsError as error:
             return self._put_off(incident, [Ruling("plan", False, str(error))])
@@ -296,7 +294,7 @@ class Worker:
                 lambda: book.peers(context),
                 rule.min_healthy if rule.min_healthy is not None else book.min_healthy(context),
             ),
-            _Limits(rule),
+            g.Limits(rule.max_changes, rule.max_percent),
             Approval(required, why),
             g.TwoPersons(approver, incident.proposed_by, whole.approvers, required),
         ]
@@ -306,7 +304,7 @@ class Worker:
             found.append(g.OutsideMaintenance(windows))
         return found
 
-    def _admit(self, action: _Fenced, decision: Decision, case: Case, guards: Sequence[Guard]) -> Sequence[Ruling]:
+    def _admit(self, action: Fenced, decision: Decision, case: Case, guards: Sequence[Guard]) -> Sequence[Ruling]:
         """Claim what is scarce; with the claim the incident is APPLYING."""
         incident, rule = action.incident, decision.rule
         limits, now = bounds(self.access.inventory, rule), self.clock.now()
@@ -351,7 +349,7 @@ class Worker:
 
     def _resume(self, incident: Incident, decision: Decision) -> Incident:
         """Somebody was killed while applying. What is left of the very plan that was admitted is brought to its end."""
-        action = _Rest(decision.playbook.action(self.context(incident, decision)), self, incident)
+        action = Rest(decision.playbook.action(self.context(incident, decision)), self, incident)
         try:
             result = run_action(
                 action, ledger=self.store.ledger, guards=self._standing(decision), actor=self.actor, clock=self.clock
@@ -451,7 +449,7 @@ class Worker:
             return incident  # somebody acts in its failure domain: it has its turn after that
         try:
             result = run_action(
-                _Fenced(action, self, incident, wanted=False), ledger=self.store.ledger, actor=self.actor, clock=self.clock,
+                Fenced(action, self, incident, wanted=False), ledger=self.store.ledger, actor=self.actor, clock=self.clock,
                 guards=[ModeGuard(Mode.ENFORCE, "the undo of what was applied"), g.NotPaused(self.store.paused)],
             )  # fmt: skip
         except OpsError as error:
@@ -486,103 +484,6 @@ class Worker:
         if helped is not None:
             self.store.end_claim(incident, helped=helped)
         return self._move(incident, State.ESCALATED, reason)
-
-
-class _Fenced:
-    """A playbook's action in which no change is begun by whoever is late, under a pause, or when it is not wanted any more.
-
-    What is begun and what became of it is noted at the incident, for an undo by somebody else.
-    """
-
-    def __init__(self, inner: Action, worker: Worker, incident: Incident, *, wanted: bool = True) -> None:
-        self.inner, self.worker, self.incident, self._wanted = inner, worker, incident, wanted
-
-    @property
-    def name(self) -> str:
-        return self.inner.name
-
-    @property
-    def target_id(self) -> str:
-        return self.inner.target_id
-
-    def plan(self) -> Plan:
-        with self.worker.traces.span("plan") as note:
-            plan = self.inner.plan()
-            note("changes", len(plan.changes))
-            return plan
-
-    def check(self, change: Change) -> Applied | None:
-        try:
-            pause = self.worker.store.still_mine(self.incident)
-        except ConflictError as error:
-            return Applied(Outcome.CONTENDED, str(error))
-        if pause is not None:
-            return Applied(Outcome.REFUSED, f"everything is paused by {pause.who}: {pause.why}")
-        if self._wanted:
-            case = Case(
-                Plan(self.name, self.target_id, (change,), self.worker.clock.now()), None, self.worker.clock.now()
-            )
-            ruling = g.StillWanted(lambda: self.worker.eyes.look(self.incident)).rule(case)
-            if not ruling.allows:
-                return Applied(Outcome.REFUSED, ruling.reason)
-        return self.inner.check(change)
-
-    def apply(self, change: Change) -> Applied:
-        self._note(change, {"outcome": "begun", "reason": "begun", "detail": {}})
-        try:
-            with self.worker.traces.span("apply", kind=change.kind) as note:
-                applied = self.inner.apply(change)
-                note("outcome", applied.outcome.value)
-        except OpsError as error:
-            self._note(change, {"outcome": "failed", "reason": str(error), "detail": {}})
-            raise
-        self._note(change, applied.as_json())
-        return applied
-
-    def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
-        with self.worker.traces.span("check"):
-            return self.inner.verify(plan, outcomes)
-
-    def _note(self, change: Change, became: Mapping[str, Any]) -> None:
-        if not self._wanted:
-            return  # an undo leaves what it undoes as it was noted
-        rest = [entry for entry in self.incident.outcomes if entry["object"] != change.object]
-        entry = {"object": change.object, "change": change.as_json(), **became}
-        self.incident = self.worker.store.note(self.incident, [*rest, entry])
-
-
-class _Rest(_Fenced):
-    """What is left of the admitted plan. Whatever the system would ask for beyond it was not admitted, and is left alone."""
-
-    beyond: Sequence[Change] = ()
-
-    def plan(self) -> Plan:
-        plan = super().plan()
-        admitted = list((self.incident.plan or {}).get("changes", []))
-        self.beyond = [change for change in plan.changes if change.as_json() not in admitted]
-        return replace(plan, changes=tuple(change for change in plan.changes if change not in self.beyond))
-
-
-@dataclass(frozen=True)
-class _Limits:
-    """Count and percent over every kind of change of the plan. A single change is no share of anything."""
-
-    rule_: Rule
-    name = "limits"
-
-    def rule(self, case: Case) -> Ruling:
-        plan = case.plan
-        if len(plan.changes) > self.rule_.max_changes:
-            return Ruling(self.name, False, f"{len(plan.changes)} changes planned, {self.rule_.max_changes} allowed")
-        for kind in sorted({change.kind for change in plan.changes}):
-            limits: list[Guard] = [CountLimit(self.rule_.max_changes, kind)]
-            if len(plan.of_kind(kind)) > 1 and kind in plan.population:
-                limits.append(PercentLimit(self.rule_.max_percent, kind))
-            for limit in limits:
-                ruling = limit.rule(case)
-                if not ruling.allows:
-                    return Ruling(self.name, False, f"{limit.name}: {ruling.reason}")
-        return Ruling(self.name, True, f"{len(plan.changes)} changes planned, {self.rule_.max_changes} allowed")
 
 
 def _change(value: Mapping[str, Any]) -> Change:
