@@ -1,7 +1,8 @@
 """Elasticsearch 8 for the tests: one node with its HTTP API on a free loopback port, and the calls that a test makes to it.
 
 The jars come from Maven, where the distribution is not: the folders, the module for HTTP and the arguments, which the start
-script of the distribution would make, are made here.
+script of the distribution would make, are made here. The security module is in Maven, too, but it cannot be loaded: it needs OpenSAML,
+which is in other repositories alone. So the privileges of the playbooks are taken from the documentation, and not proven here.
 """
 
 from __future__ import annotations

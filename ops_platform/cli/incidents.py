@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ops_platform.cli.common import Commands, actor, address, ago, emit, json_option, opened, parse_moment, stamp, table
-from ops_platform.errors import UsageError
+from ops_platform.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
@@ -142,11 +142,17 @@ def _decide(incident: str, digest: str | None, decision: str) -> None:
 @incidents.command()
 @click.argument("incident")
 def undo(incident: str) -> None:
-    """Ask for the undo of what was applied; the next run does it."""
+    """Ask for the undo of what was applied; the next run does it. Refused where nothing was applied that can be undone."""
     from ops_platform.remediation.model import State
 
     with _store() as (_access, store):
         found = store.get(incident)
+        if not found.can_be_undone:
+            raise RefusedError(
+                "nothing was applied here that can be undone",
+                where=found.id,
+                remedy=f"ops incidents show {found.id} says what was done",
+            )
         store.move(found, State.UNDOING, f"{actor()} asked for the undo", actor=actor(), ending=None, closed_at=None)
     click.echo(f"{found.id} is being undone; ops incidents show {found.id}")
 

@@ -136,6 +136,14 @@ class Incident:
         """Whether a change was begun: applied, failed in the middle, or begun by somebody who was killed."""
         return any(entry.get("outcome") in ("begun", "applied", "failed") for entry in self.outcomes)
 
+    @property
+    def can_be_undone(self) -> bool:
+        """Whether something stands, or may stand, that its playbook calls reversible."""
+        return any(
+            entry.get("outcome") in ("begun", "applied", "failed") and entry["change"]["reversible"]
+            for entry in self.outcomes
+        )
+
 
 def incident_id(rule: str, fingerprint: str, starts_at: datetime, number: int = 0) -> str:
     """The same signal gives the same id, however often and by whomever it is read: `i-` and 13 letters and digits.

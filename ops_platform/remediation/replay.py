@@ -41,6 +41,7 @@ class Would(StrEnum):
     """How an incident would have ended."""
 
     HELPED = "applied, and the alert ended in time"
+    APPLIED = "applied; whether it helped, an event does not say"
     TRIED = "applied, the alert went on, and people were called"
     OBSERVED = "observed"
     WAITED = "waited for a person"
@@ -214,7 +215,7 @@ class _Replay:
         self._claims.append(replace(self._claim(one, now), ended_at=ended, helped=helped))
         one.attempts.append(now)
         if helped:
-            return self._end(one, Would.HELPED)
+            return self._end(one, Would.APPLIED if one.signal.is_event else Would.HELPED)
         if len(one.attempts) >= rule.max_attempts or (
             rule.undo == "auto" and one.decision.playbook.undo_text is not None
         ):

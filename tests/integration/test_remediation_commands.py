@@ -249,3 +249,17 @@ def test_the_run_of_an_incident_shows_its_guards_record_and_where_to_look_on(new
     assert all(f"| {entry.seq} |" in text["record"] and entry.sha256[:12] in text["record"] for entry in record)
     assert f"/runs?q%5B0%5D=tag%3Aops%2Fincident%3D{done.id}" in text["look on"]
     assert max(map(len, text["timeline"].splitlines())) < 60
+
+
+def test_an_undo_is_asked_for_where_something_can_be_undone_alone(new_desk: NewDesk) -> None:
+    desk = new_desk([a_rule(mode="observe")])
+    (observed,) = desk.fire("a")
+    desk.work(observed)
+    refused = ops(desk, "incidents", "undo", observed.id, code=1)
+    assert "nothing was applied here that can be undone" in refused.stderr
+    assert desk.store.get(observed.id).state is State.OBSERVED
+    desk = new_desk([a_rule()])
+    (incident,) = desk.fire("a")
+    assert desk.work(incident).can_be_undone
+    for outcome in desk.store.get(incident.id).outcomes:
+        assert outcome["change"]["reversible"]

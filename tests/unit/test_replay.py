@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -36,7 +37,16 @@ def would(report: Report) -> list[Would]:
 def test_what_ended_in_time_would_have_been_helped() -> None:
     report = run(a_rule(), fired(0, 1))
     assert would(report) == [Would.HELPED]
+
     assert report.incidents[0].applied_at == (BEGIN,)
+
+
+def test_of_an_event_it_is_not_said_that_it_helped() -> None:
+    rule = a_rule(event={"type": "com.example.dark"})
+    del rule["alert"], rule["verify"]
+    event = fired(0, None)
+    event = replace(event, source="kafka", name="com.example.dark", labels={"type": "com.example.dark"})
+    assert would(run(rule, event)) == [Would.APPLIED]
 
 
 def test_what_went_on_would_have_called_people() -> None:
