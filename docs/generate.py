@@ -323,6 +323,12 @@ _UNTYPED = {
     "`verification`, `ledger` (the numbers of its entries) and `unrecorded`. Plan, rulings, outcomes and verification are those of "
     "[the ledger's entries](ledger.md#what-stands-in-it); `status` is one of {statuses}.",
     ("ops", "events", "cursor", "reset"): "As an object of `ops backup expire`.",
+    (
+        "ops",
+        "drill",
+        "plan",
+    ): "As of `ops backup expire`: `run`, `actor`, `status`, `ok`, `plan`, `rulings` and the rest of an action's result.",
+    ("ops", "recover"): "With `--go` or `--go-on` the scorecard; without, the plan as `ops drill plan` gives it.",
     ("ops", "report"): "`index` is the path of the page over all targets, `pages` the paths of the targets' pages.",
     ("ops", "local", "logs"): "The lines, oldest first.",
     ("ops", "inventory", "check"): "`file` is the path of the inventory; `targets` and `suites` count what is in it.",

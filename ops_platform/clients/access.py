@@ -313,6 +313,17 @@ class Access:
             ),
         )
 
+    def patroni(self, target: Target) -> tuple[HttpApi, ...]:
+        """Patroni's REST API, once for each member. Raises UsageError where the inventory names none."""
+        if target.patroni is None:
+            raise UsageError(
+                f"{target.id} names no Patroni",
+                where=str(self.loaded.path),
+                remedy="declare patroni.urls of the target",
+            )
+        api = target.patroni
+        return tuple(self._http(f"{target.id} patroni {url}", "Patroni", api, url) for url in api.urls)
+
     def dagster(self) -> HttpApi:
         """Our own Dagster's web server. Raises UsageError where the inventory names none."""
         web = self.inventory.platform.dagster

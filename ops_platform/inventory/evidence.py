@@ -35,6 +35,7 @@ class Control(Strict):
 
 SOC_2, ISO_27001 = "SOC 2", "ISO/IEC 27001:2022"
 _ACTIONS, _INCIDENTS, _PROOFS = "action.", "incident.", "backup.verification"
+_DRILLS, _CARDS = "drill.", "drill.scorecard"
 
 
 def _control(framework: str, number: str, title: str, *kinds: str) -> Control:
@@ -43,21 +44,22 @@ def _control(framework: str, number: str, title: str, *kinds: str) -> Control:
 
 # The titles are ours, in a few words each; the frameworks' own texts are their publishers'.
 BUILT_IN: tuple[Control, ...] = (
-    _control(SOC_2, "A1.2", "Backups and recovery are kept up", "backup.", _ACTIONS),
-    _control(SOC_2, "A1.3", "Recovery is tested", _PROOFS),
+    _control(SOC_2, "A1.2", "Backups and recovery are kept up", "backup.", _ACTIONS, _CARDS),
+    _control(SOC_2, "A1.3", "Recovery is tested", _PROOFS, _DRILLS),
     _control(SOC_2, "CC7.2", "Anomalies are watched for", _INCIDENTS),
     _control(SOC_2, "CC7.3", "Events are judged", _INCIDENTS, "action.plan"),
     _control(SOC_2, "CC7.4", "Incidents are responded to", _INCIDENTS, _ACTIONS),
-    _control(SOC_2, "CC7.5", "What was hit is recovered", _INCIDENTS, _ACTIONS, _PROOFS),
+    _control(SOC_2, "CC7.5", "What was hit is recovered", _INCIDENTS, _ACTIONS, _PROOFS, _DRILLS),
     _control(SOC_2, "CC8.1", "Changes are authorised, made and checked", _ACTIONS),
     _control(ISO_27001, "A.5.24", "Handling of incidents is planned", _INCIDENTS),
     _control(ISO_27001, "A.5.25", "Events are assessed and decided on", _INCIDENTS, "action.plan"),
     _control(ISO_27001, "A.5.26", "Incidents are responded to", _INCIDENTS, _ACTIONS),
     _control(ISO_27001, "A.5.27", "Incidents are learned from", _INCIDENTS),
     _control(ISO_27001, "A.5.28", "Evidence is collected", _INCIDENTS, _ACTIONS, "backup."),
-    _control(ISO_27001, "A.5.29", "Security holds during disruption", _INCIDENTS, _PROOFS),
-    _control(ISO_27001, "A.5.30", "Continuity is prepared and tested", _PROOFS),
-    _control(ISO_27001, "A.8.13", "Backups are kept and tested", "backup.", _ACTIONS),
+    _control(ISO_27001, "A.5.29", "Security holds during disruption", _INCIDENTS, _PROOFS, _DRILLS),
+    _control(ISO_27001, "A.5.30", "Continuity is prepared and tested", _PROOFS, _DRILLS),
+    _control(ISO_27001, "A.8.13", "Backups are kept and tested", "backup.", _ACTIONS, _CARDS),
+    _control(ISO_27001, "A.8.14", "Facilities are redundant, and it is tested", _DRILLS),
     _control(ISO_27001, "A.8.15", "Activities are logged", _INCIDENTS, _ACTIONS, "backup."),
     _control(ISO_27001, "A.8.32", "Changes are controlled", _ACTIONS),
 )

@@ -354,6 +354,7 @@ def _references(raw: dict[Any, Any]) -> Iterator[tuple[KeyPath, Any, dict[Any, A
         yield (*here, "vault"), entry.get("vault"), vaults, "vault"
         yield from _repository_references((*here, "repository"), entry.get("repository"), stores, services)
     yield from _remediation_references(raw)
+    yield from _drill_references(raw, owners)
     for number, target in enumerate(_list(raw.get("targets"))):
         here, entry = ("targets", number), _table(target)
         yield (*here, "owner"), entry.get("owner"), owners, "owner"
@@ -398,6 +399,21 @@ def _remediation_references(raw: dict[Any, Any]) -> Iterator[tuple[KeyPath, Any,
             yield ("remediation", "freezes", number, "environments", place), name, environments, "environment"
 
 
+def _drill_references(
+    raw: dict[Any, Any], owners: dict[Any, Any]
+) -> Iterator[tuple[KeyPath, Any, dict[Any, Any], str]]:
+    subjects: dict[Any, Any] = {
+        entry["id"]: entry
+        for entry in map(_table, (*_list(raw.get("systems")), *_list(raw.get("targets"))))
+        if isinstance(entry.get("id"), str)
+    }
+    for number, drill in enumerate(_list(_table(raw.get("drills")).get("plan"))):
+        here, entry = ("drills", "plan", number), _table(drill)
+        yield (*here, "owner"), entry.get("owner"), owners, "owner"
+        for place, name in enumerate(_list(entry.get("targets"))):
+            yield (*here, "targets", place), name, subjects, "target or system"
+
+
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
@@ -428,21 +444,23 @@ def _broken_policies(written: _Written, known: list[str]) -> Iterator[Mistake]:
 
 
 def _same_ids(written: _Written) -> Iterator[Mistake]:
-    """Targets and systems share one space of names; rules have another."""
+    """Targets and systems share one space of names; rules have another, and so have drills."""
     value, seen = written.value, dict[tuple[str, str], KeyPath]()
     rules = _list(_table(value.get("remediation")).get("rules"))
+    drills = _list(_table(value.get("drills")).get("plan"))
     places: list[tuple[str, KeyPath, Any]] = [
         ("target", ("targets", number), item) for number, item in enumerate(_list(value.get("targets")))
     ]
     places += [("target", ("systems", number), item) for number, item in enumerate(_list(value.get("systems")))]
     places += [("rule", ("remediation", "rules", number), item) for number, item in enumerate(rules)]
+    places += [("drill", ("drills", "plan", number), item) for number, item in enumerate(drills)]
     for kind, place, item in places:
         path: KeyPath = (*place, "id")
         if not isinstance(name := _table(item).get("id"), str):
             continue
         if first := seen.get((kind, name)):
             line = written.document.line(written.origin(first))
-            other = "rule" if kind == "rule" else first[0].removesuffix("s") if isinstance(first[0], str) else ""
+            other = str(first[0]).removesuffix("s") if kind == "target" else kind
             yield written.mistake(path, f"the id {name!r} belongs to the {other} in line {line} already")
         seen.setdefault((kind, name), path)
 

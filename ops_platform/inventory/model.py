@@ -27,6 +27,7 @@ from ops_platform.inventory.backups import (
     Verification,
 )
 from ops_platform.inventory.base import AnyClassification, HostPort, Mode, Strict, Tls, VaultAuth, Weekly
+from ops_platform.inventory.drills import Drills
 from ops_platform.inventory.evidence import Control
 from ops_platform.inventory.remediation import Remediation
 from ops_platform.inventory.systems import AnySystem, HttpEndpoint, StoreSystem, StoreTarget, System
@@ -165,6 +166,12 @@ class PostgresConnection(Strict):
         return self
 
 
+class PatroniApi(HttpEndpoint):
+    """Patroni, where it keeps the cluster: asked by drills of failover, and told to switch over."""
+
+    urls: Annotated[list[Url], Field(min_length=1)] = Field(description="The REST API of each member.")
+
+
 class WalArchive(Strict):
     """How the receiver keeps a target's WAL."""
 
@@ -191,6 +198,7 @@ class Target(Strict):
     classification: AnyClassification = Field(description="Of its data; every report shows it.")
     objectives: Objectives = Field(description="What was promised.")
     connection: PostgresConnection = Field(description="How to reach it.")
+    patroni: PatroniApi | None = Field(default=None, description="Patroni's REST API, where Patroni keeps the cluster.")
     repository: Repository = Field(description="Where its backups are.")
     wal: WalArchive = Field(default=WalArchive(), description="How its WAL is kept.")
     backup: BackupPolicy = Field(description="Its policy.")
@@ -245,6 +253,9 @@ class Environment(Strict):
     """What targets have in common."""
 
     description: str = Field(default="", description="For people.")
+    production: bool = Field(
+        default=True, description="Drills keep away from its targets unless they are allowed to by name."
+    )
     defaults: dict[str, Any] = Field(
         default={}, description="Keys of a target that every target of this environment has unless it says otherwise."
     )
@@ -349,6 +360,7 @@ class Inventory(Strict):
         description="Controls that evidence is exported for, beside those that are built in and in their place.",
     )
     remediation: Remediation | None = Field(default=None, description="Which alerts and events lead to which action.")
+    drills: Drills | None = Field(default=None, description="Which drills are held, on what and how often.")
 
     def target(self, target_id: str) -> Target:
         """The target of that id. Raises UsageError that names the nearest ids."""

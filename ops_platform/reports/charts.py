@@ -128,12 +128,32 @@ _PLOT_TOP, _PLOT_FLOOR, _LANE, _AXIS = 22.0, 172.0, 24.0, 26.0
 _APART = 16.0  # pixels between two labels at least
 
 
+@dataclass(frozen=True)
+class Point:
+    """A figure of one day. `value` None: it was not measured. `words`: how that day ended."""
+
+    at: datetime
+    value: float | None
+    tone: str
+    words: str
+
+
 def history_plot(cards: Sequence[Scorecard], name: str, objective: float, *, lane: bool) -> Plot:
     """The measured `name` of each verification on a logarithmic scale, with the objective as a line.
 
     `lane`: with a place below for verifications without a figure.
     """
-    values = [measured(card, name) for card in cards]
+    points = [
+        Point(card.ended_at, measured(card, name), tone_of(shown(card)), verdict_words(shown(card))) for card in cards
+    ]
+    return points_plot(points, name, objective, lane=lane)
+
+
+def points_plot(
+    points: Sequence[Point], name: str, objective: float, *, lane: bool, many: str = "verifications"
+) -> Plot:
+    """As `history_plot`, of anything that is measured time and again."""
+    values = [point.value for point in points]
     known = [value for value in values if value is not None]
     low, high = _log_span([*known, objective])
 
@@ -141,15 +161,15 @@ def history_plot(cards: Sequence[Scorecard], name: str, objective: float, *, lan
         share = (math.log10(max(seconds, low)) - math.log10(low)) / (math.log10(high) - math.log10(low))
         return round(_PLOT_FLOOR - share * (_PLOT_FLOOR - _PLOT_TOP), 1)
 
-    times = [utc(card.ended_at) for card in cards]
+    times = [utc(point.at) for point in points]
     # On the left the labels of the levels have their place.
     x = _TimeAxis.over(times, pad=0.02, left=13.0)
     below = _PLOT_FLOOR + _LANE if lane else None
     marks: list[Mark] = []
-    for card, value, at in zip(cards, values, times, strict=True):
-        verdict, figure = shown(card), "not measured" if value is None else duration(value)
+    for point, value, at in zip(points, values, times, strict=True):
+        figure = "not measured" if value is None else duration(value)
         height = y(value) if value is not None else below or _PLOT_FLOOR
-        marks.append(Mark(x(at), height, tone_of(verdict), f"{moment(at)}: {figure}, {verdict_words(verdict)}"))
+        marks.append(Mark(x(at), height, point.tone, f"{moment(at)}: {figure}, {point.words}"))
     # A verification without a figure breaks the line: nothing is known between its neighbours.
     lines = [
         Line(left.x, left.y, right.x, right.y)
@@ -171,7 +191,7 @@ def history_plot(cards: Sequence[Scorecard], name: str, objective: float, *, lan
         floor=floor,
         unmeasured=below,
         height=floor + _AXIS,
-        summary=_plot_summary(name, cards, known, objective),
+        summary=_plot_summary(name, len(points), known, objective, many),
     )
 
 
@@ -181,12 +201,12 @@ def _log_span(values: Sequence[float]) -> tuple[float, float]:
     return low, max(max(positive) * 2.2, low * 100)
 
 
-def _plot_summary(name: str, cards: Sequence[Scorecard], known: Sequence[float], objective: float) -> str:
+def _plot_summary(name: str, count: int, known: Sequence[float], objective: float, many: str) -> str:
     if not known:
-        return f"{name.upper()}: not measured in any of {len(cards)} verifications."
+        return f"{name.upper()}: not measured in any of {count} {many}."
     kept = sum(value <= objective for value in known)
     return (
-        f"{name.upper()} of {len(cards)} verifications: from {duration(min(known))} to {duration(max(known))}; "
+        f"{name.upper()} of {count} {many}: from {duration(min(known))} to {duration(max(known))}; "
         f"the objective of {duration(objective)} was kept in {kept} of {len(known)} that were measured."
     )
 

@@ -42,6 +42,8 @@ class Wanted:
 
 
 WANTED = (
+    Wanted("Patroni", ("patroni",), ("patroni",), ("patroni.service",)),
+    Wanted("etcd", ("etcd-server",), ("etcd",), ("etcd.service",)),
     Wanted(
         "PostgreSQL tools",
         ("postgresql-15", "postgresql-contrib"),

@@ -1,0 +1,78 @@
+"""Drills with everything that follows from them: held to their end, their page written. Used by `ops` and by Dagster alike."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+from ops_platform.clock import SYSTEM_CLOCK, Clock
+from ops_platform.drills import forecast
+from ops_platform.drills.loader import runbooks
+from ops_platform.drills.model import Drill
+from ops_platform.drills.overdue import Standing, standings
+from ops_platform.drills.scorecard import card_of
+from ops_platform.drills.store import Store
+from ops_platform.drills.workspace import drills_of
+from ops_platform.ledger import Ledger
+from ops_platform.recovery.model import Verdict
+from ops_platform.reports.drills import SIX_MONTHS, Outlook, drill_report, drills_report
+from ops_platform.reports.html import write_report
+
+if TYPE_CHECKING:
+    from ops_platform.clients.access import Access
+
+
+@contextmanager
+def open_store(access: Access, clock: Clock = SYSTEM_CLOCK) -> Generator[Store]:
+    """Raises UsageError where the platform has no database: a drill that nobody can record is not held."""
+    with Ledger(access.platform_db, clock=clock) as ledger:
+        yield Store(ledger, clock=clock)
+
+
+def standing(access: Access, store: Store, clock: Clock = SYSTEM_CLOCK) -> list[Standing]:
+    """Every declared drill on every target of its, the riskiest first."""
+    inventory = access.inventory
+    classes = {one.id: one.classification for one in (*inventory.targets, *inventory.systems)}
+    scenarios = {name: book.scenario for name, book in runbooks(access).items()}
+    return standings(drills_of(access), scenarios, classes, store.list(ended=True, limit=100_000), clock.now())
+
+
+def outlooks(access: Access, ended: Sequence[Drill], now: datetime) -> list[Outlook]:
+    """What the forecast says of each target that was restored by a drill."""
+    found: list[Outlook] = []
+    for target in access.inventory.targets:
+        mine = [d for d in ended if d.subject == target.id and d.verdict == Verdict.PASS]
+        seen = forecast.throughputs(mine)
+        grown = forecast.growth(seen)
+        if grown is None:
+            continue
+        wal = round(median(one.wal_bytes for one in seen))
+        today, later = (forecast.predict(seen, grown.after(time), wal) for time in (timedelta(0), SIX_MONTHS))
+        if today is None or later is None:
+            continue
+        promised = target.objectives.rto.total_seconds()
+        missed = forecast.missed_at(seen, wal, promised, now, SIX_MONTHS)
+        found.append(Outlook(target.id, promised, today, later, missed))
+    return found
+
+
+def reports_directory(access: Access) -> Path:
+    return access.path(access.inventory.platform.reports) / "drills"
+
+
+def write_reports(access: Access, store: Store, drill: Drill | None = None, clock: Clock = SYSTEM_CLOCK) -> Path:
+    """The page of one drill (of every one, where none is named) and the index over all. The path of that page, or of the index."""
+    ended, now = store.list(ended=True, limit=100_000), clock.now()
+    cards = {d.id: card for d in ended if (card := card_of(d)) is not None}
+    directory, page = reports_directory(access), None
+    for drill_id in [drill.id] if drill is not None else cards:
+        page = write_report(directory, drill_id, drill_report(cards[drill_id], now))
+    html = drills_report(
+        standing(access, store, clock), list(cards.values()), store.findings(), outlooks(access, ended, now), now
+    )
+    index = write_report(directory, None, html)
+    return page if drill is not None and page is not None else index

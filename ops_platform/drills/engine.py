@@ -1,0 +1,331 @@
+"""Holds a drill: step by step, each one's state written down before and after, whatever kills whom in between.
+
+Nothing of a drill lives in this process alone. What a step is about to make is registered first; a worker that was killed is found by its
+claim, which went with its session, and whoever comes next takes the drill over, or ends it. Ending is one thing, however the drill went:
+the teardown steps run, everything that was registered is taken away or put back, and it is looked whether that worked.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ops_platform.clock import SYSTEM_CLOCK, Clock
+from ops_platform.drills.model import Done, Drill, DrillState, Ending, Resource, StepRecord, StepState
+from ops_platform.drills.registry import Context, TimedOutError, doing, remover
+from ops_platform.drills.runbook import AnyStep, Runbook, filled_in
+from ops_platform.drills.store import AbortedError, Store, this_host
+from ops_platform.errors import ConflictError, OpsError
+
+if TYPE_CHECKING:
+    from ops_platform.clients.access import Access
+
+T = TypeVar("T")
+_HEARTBEAT = 0.5  # seconds between two looks of a worker at its drill
+_GRACE = 60.0  # seconds that a step has to end by itself when its drill is broken off
+_TEARDOWN_TRIES = 3
+LOST_AFTER = timedelta(minutes=2)
+
+
+class StepFailedError(OpsError):
+    """A step failed, with every attempt that it has."""
+
+
+class Engine:
+    """Works on drills. `actor`: who it is, for the ledger."""
+
+    def __init__(self, access: Access, store: Store, actor: str, *, clock: Clock = SYSTEM_CLOCK) -> None:
+        self.access, self.store, self.actor, self.clock = access, store, actor, clock
+
+    # The whole, in one process
+
+    def run(self, drill_id: str, *, wait: bool = True) -> Drill:
+        """Go on with a drill until it has ended; with `wait` false also until it waits for a person.
+
+        Raises ConflictError where somebody else works on it. Never raises for what the drill meets: that is its verdict.
+        """
+        with self.store.work_on(drill_id) as ours:
+            if not ours:
+                raise ConflictError("somebody else works on this drill", where=drill_id)
+            held = self._taken(self.store.get(drill_id))
+            if held.state is DrillState.ENDED:
+                return held
+            if held.state is DrillState.ENDING:
+                return self._end(held, held.ending or Ending.LOST, held.reason)
+            try:
+                if not self._steps(held, wait=wait):
+                    return self.store.get(drill_id)
+                ending, reason = Ending.COMPLETED, "all steps were taken"
+            except AbortedError as error:
+                ending, reason = Ending.ABORTED, error.what
+            except StepFailedError as error:
+                ending, reason = Ending.FAILED, str(error)
+            return self._end(self._taken(self.store.get(drill_id)), ending, reason)
+
+    def _steps(self, held: Drill, *, wait: bool) -> bool:
+        """Every step but the teardown. False: it waits for a person, and nobody waits with it."""
+        book = runbook_of(held)
+        for step in book.steps_for(held.mode):
+            if step.kind == "teardown":
+                continue
+            if not self._with_retries(held, step, wait=wait):
+                return False
+        failed = [r for r in self.store.steps(held.id).values() if r.state is StepState.FAILED]
+        if failed:
+            raise StepFailedError(f"the step {failed[0].step} failed: {failed[0].said}")
+        return True
+
+    def _with_retries(self, held: Drill, step: AnyStep, *, wait: bool) -> bool:
+        for left in range(step.retries, -1, -1):
+            try:
+                return self._take(held, step, wait=wait)
+            except StepFailedError:
+                if not left:
+                    if step.on_failure == "go_on":
+                        return True
+                    raise
+                self.clock.sleep(step.retry_after.total_seconds())
+        return True
+
+    # One step at a time: what Dagster's ops call
+
+    def step(self, drill_id: str, step_id: str) -> StepRecord:
+        """One attempt of one step, waiting for a person where it is one's. Raises StepFailedError, AbortedError, ConflictError."""
+        with self.store.work_on(drill_id) as ours:
+            if not ours:
+                raise ConflictError("somebody else works on this drill", where=drill_id)
+            held = self._taken(self.store.get(drill_id))
+            if held.state not in (DrillState.RUNNING, DrillState.WAITING):
+                raise ConflictError(f"the drill is {held.state.value}: nothing of it is tried again", where=drill_id)
+            self._take(held, runbook_of(held).step(step_id), wait=True)
+            return self.store.steps(drill_id)[step_id]
+
+    def end(self, drill_id: str, ending: Ending, reason: str) -> Drill:
+        """Tear down and judge, unless that is done already."""
+        with self.store.work_on(drill_id) as ours:
+            if not ours:
+                raise ConflictError("somebody else works on this drill", where=drill_id)
+            held = self._taken(self.store.get(drill_id))
+            if held.state is DrillState.ENDED:
+                return held
+            if held.abort is not None and ending is not Ending.COMPLETED:
+                ending, reason = Ending.ABORTED, f"aborted by {held.abort['who']}: {held.abort['why']}"
+            if held.state is DrillState.ENDING:
+                ending, reason = held.ending or ending, held.reason
+            return self._end(held, ending, reason)
+
+    # What dead drills have left
+
+    def sweep(self, *, lost_after: timedelta = LOST_AFTER) -> list[Drill]:
+        """End every drill whose worker is gone, and take away what ended ones could not. Those that were worked on.
+
+        A recovery in earnest is not ended: it is gone on with, by whoever began it (`ops recover`).
+        """
+        done = [
+            self.end(drill.id, Ending.LOST, "whoever held it was killed, or lost its way to the platform's database")
+            for drill in self.store.dead(lost_after=lost_after)
+            if not drill.real
+        ]
+        for drill in self.store.list(ended=False):
+            if drill.state is DrillState.WAITING and self._waited_too_long(drill):
+                done.append(self.end(drill.id, Ending.FAILED, "nobody answered in time"))
+        for drill in self.store.with_remains():
+            with self.store.work_on(drill.id) as ours:
+                if ours:
+                    self._remove_all(drill)
+                    done.append(drill)
+        return done
+
+    def _waited_too_long(self, drill: Drill) -> bool:
+        book, now = runbook_of(drill), self.clock.now()
+        waiting = [r for r in self.store.steps(drill.id).values() if r.state is StepState.WAITING and r.started_at]
+        return any(now - (r.started_at or now) > book.step(r.step).within for r in waiting)
+
+    # One attempt
+
+    def _taken(self, drill: Drill) -> Drill:
+        if drill.state is DrillState.ENDED:
+            return drill
+        return self.store.take_over(drill, actor=self.actor)
+
+    def _take(self, held: Drill, step: AnyStep, *, wait: bool) -> bool:
+        """One attempt. False: a person has not answered yet, and nobody waits. Raises StepFailedError."""
+        before = self.store.steps(held.id)
+        if before[step.id].state in (StepState.DONE, StepState.SKIPPED):
+            return True
+        broken = [
+            need for need in runbook_of(held).needs_of(step, held.mode) if before[need].state is not StepState.DONE
+        ]
+        if broken:
+            said = f"not tried: it needs {', '.join(sorted(broken))}"
+            self.store.end_step(held, step.id, StepState.SKIPPED, said, actor=self.actor)
+            return True
+        if step.kind == "human":
+            return self._person(held, step, wait=wait)
+        self.store.begin_step(held, step.id)
+        try:
+            done = self._in_time(held, step, before)
+        except (AbortedError, ConflictError):
+            raise
+        except OpsError as error:
+            self.store.end_step(held, step.id, StepState.FAILED, str(error), actor=self.actor)
+            raise StepFailedError(str(error), where=f"step {step.id}") from error
+        except Exception as error:
+            said = f"unexpected {type(error).__name__}: {error}"
+            self.store.end_step(held, step.id, StepState.FAILED, said, actor=self.actor)
+            raise StepFailedError(said, where=f"step {step.id}") from error
+        self._settle(held, step, done)
+        return True
+
+    def _settle(self, held: Drill, step: AnyStep, done: Done) -> None:
+        bad = [check for check in done.checks if not check.holds]
+        stops = bad and step.kind == "check" and step.on_failure == "abort"
+        state = StepState.FAILED if stops else StepState.DONE
+        said = "; ".join(f"{check.title}: {check.result}" for check in bad) if bad else done.said
+        self.store.end_step(
+            held, step.id, state, said, actor=self.actor, facts=done.facts, checks=done.checks, measured=done.measured
+        )
+        if stops:
+            raise StepFailedError(said, where=f"step {step.id}")
+
+    def context(self, held: Drill, step: AnyStep, results: Mapping[str, StepRecord]) -> Context:
+        subject = self.access.inventory.subject(held.subject)
+        deadline = self.clock.monotonic() + step.within.total_seconds()
+        return Context(self.access, self.store, held, step, subject, results, self.clock, deadline)
+
+    def _in_time(self, held: Drill, step: AnyStep, results: Mapping[str, StepRecord]) -> Done:
+        """The step's code beside us, so that one that hangs is not waited for: what it would do later is refused by its version."""
+        found = doing(step.does)
+        context = self.context(held, step, results)
+        given = found.given.model_validate(filled_in(step.with_, dict(held.parameters)))
+        return self._beside(context, lambda: found.run(context, given))
+
+    def _beside(self, context: Context, work: Callable[[], T]) -> T:
+        box: list[Any] = []
+        failed: list[BaseException] = []
+        ended = threading.Event()
+
+        def run() -> None:
+            try:
+                box.append(work())
+            except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
+                failed.append(error)
+            finally:
+                ended.set()
+
+        threading.Thread(target=run, name=f"step {context.step.id}", daemon=True).start()
+        while not ended.wait(_HEARTBEAT):
+            try:
+                context.alive()
+            except OpsError:
+                # It hears of it as well, if it asks; one that does not is left behind, with a version that counts no more.
+                ended.wait(_GRACE)
+                raise
+        if failed:
+            raise failed[0]
+        if self.clock.monotonic() > context.deadline:
+            raise TimedOutError(f"it took longer than {context.step.within}", where=f"step {context.step.id}")
+        return box[0]
+
+    def _person(self, held: Drill, step: AnyStep, *, wait: bool) -> bool:
+        """A step that a person takes: its clock runs from when it was asked for."""
+        record = self.store.begin_step(held, step.id, StepState.WAITING)
+        while (answer := self.store.answers(held.id).get(step.id)) is None:
+            asked = record.started_at or self.clock.now()
+            if self.clock.now() - asked > step.within:
+                said = f"nobody answered within {step.within}"
+                self.store.end_step(held, step.id, StepState.FAILED, said, actor=self.actor)
+                raise StepFailedError(said, where=f"step {step.id}")
+            if held.state is not DrillState.WAITING:
+                held = self.store.move(held, DrillState.WAITING, actor=self.actor)
+            if not wait:
+                return False
+            self.store.still_mine(held)
+            self.clock.sleep(_HEARTBEAT)
+        if held.state is DrillState.WAITING:
+            self.store.move(held, DrillState.RUNNING, actor=self.actor)
+        facts = {"who": answer.who, "at": answer.at.isoformat(), "evidence": dict(answer.evidence)}
+        self.store.end_step(held, step.id, StepState.DONE, answer.text, actor=answer.who, facts=facts)
+        return True
+
+    # The end
+
+    def _end(self, held: Drill, ending: Ending, reason: str) -> Drill:
+        """Teardown, scorecard, findings. Killed anywhere, it is done again from what it finds."""
+        from ops_platform.drills.scorecard import judge
+
+        if held.state is not DrillState.ENDING:
+            held = self.store.move(held, DrillState.ENDING, actor=self.actor, ending=ending, reason=reason)
+        for step in runbook_of(held).steps_for(held.mode):
+            record = self.store.steps(held.id)[step.id]
+            if step.kind == "teardown":
+                self._tear_down(held, step)
+            elif record.state in (StepState.RUNNING, StepState.WAITING):
+                self.store.end_step(held, step.id, StepState.FAILED, "the drill ended in it", actor=self.actor)
+            elif record.state is StepState.PENDING:
+                said = "the drill had ended before"
+                self.store.end_step(held, step.id, StepState.SKIPPED, said, actor=self.actor)
+        self._remove_all(held)
+        return judge(self.access, self.store, held, self.actor, self.clock)
+
+    def _tear_down(self, held: Drill, step: AnyStep) -> None:
+        """One that fails does not keep the others from their turn; that it failed fails the drill."""
+        if self.store.steps(held.id)[step.id].settled:
+            return
+        for left in range(max(step.retries, _TEARDOWN_TRIES - 1), -1, -1):
+            self.store.begin_step(held, step.id)
+            try:
+                done = self._in_time(held, step, self.store.steps(held.id))
+                bad = [check for check in done.checks if not check.holds]
+                if bad:
+                    raise StepFailedError("; ".join(f"{check.title}: {check.result}" for check in bad))
+                self._settle(held, step, done)
+                return
+            except ConflictError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever it is, the rest is to be taken away all the same
+                said = str(error) if isinstance(error, OpsError) else f"unexpected {type(error).__name__}: {error}"
+                self.store.end_step(held, step.id, StepState.FAILED, said, actor=self.actor)
+                if left:
+                    self.clock.sleep(1.0)
+
+    def _remove_all(self, held: Drill) -> list[Resource]:
+        """The newest first. What is still there afterwards."""
+        return remove_what_was_made(self.access, self.store, held)
+
+
+def remove_what_was_made(
+    access: Access, store: Store, held: Drill, *, kinds: Collection[str] | None = None
+) -> list[Resource]:
+    """Take away or put back what the drill registered (of these kinds), the newest first, and look whether it is gone. What is left."""
+    left: list[Resource] = []
+    for resource in reversed(store.resources(held.id)):
+        if resource.gone_at is not None or resource.keep or (kinds is not None and resource.kind not in kinds):
+            continue
+        found = _removed(access, resource)
+        store.looked_at(resource, found)
+        if found is not None:
+            left.append(replace(resource, left=found))
+    return left
+
+
+def _removed(access: Access, resource: Resource) -> str | None:
+    """None: it is gone."""
+    try:
+        found = remover(resource.kind)
+        if found.local and resource.host != this_host():
+            return f"it is on {resource.host}, and this is {this_host()}: run `ops drill sweep` there"
+        found.remove(access, resource)
+        return found.left(access, resource)
+    except OpsError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 - what could not be taken away is there
+        return f"unexpected {type(error).__name__}: {error}"
+
+
+def runbook_of(drill: Drill) -> Runbook:
+    """As it was when the drill began, whatever the file says now."""
+    return Runbook.model_validate(drill.body)

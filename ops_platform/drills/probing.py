@@ -1,0 +1,244 @@
+"""The process of one probe: `python -m ops_platform.drills.probing DRILL/STEP`, started by a step and ended by the teardown.
+
+An attempt begins every so many milliseconds whatever became of the one before, so that what hangs is seen as finely as what refuses.
+Connections are kept; when none is left every server of the target is tried at once, as often, and the first that fits is taken.
+It is a process of its own, so that it goes on when the drill's worker is killed; it ends when the drill has, or does not want it any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from ops_platform.drills.availability import failing_since
+from ops_platform.drills.model import Sample
+from ops_platform.errors import OpsError, UnreachableError
+
+if TYPE_CHECKING:
+    import psycopg
+
+    from ops_platform.clients.access import Access
+    from ops_platform.drills.runbook import Probe
+    from ops_platform.drills.store import Store
+    from ops_platform.inventory.model import Target
+
+TABLE = "ops_canary.drill_writes"
+_FLUSH = 0.5  # seconds
+_ASK = 2.0  # seconds between two looks whether it is still wanted
+_ALONE = 120.0  # seconds without the platform's database, after which it ends by itself
+_AT_ONCE = 40  # attempts under way
+_KEPT = 100_000  # samples while the database is away
+
+
+def word_of(drill: str, step: str) -> str:
+    """What the process is known by on its machine."""
+    return f"{drill}/{step}"
+
+
+def command(word: str) -> list[str]:
+    return [sys.executable, "-m", "ops_platform.drills.probing", word]
+
+
+class Asker:
+    """One attempt after the other at a PostgreSQL target."""
+
+    def __init__(self, access: Access, target: Target, *, writes: str | None, role: str, timeout: float) -> None:
+        self.access, self.target, self.writes, self.role, self.timeout = access, target, writes, role, timeout
+        self.free: asyncio.Queue[psycopg.AsyncConnection[Any]] = asyncio.Queue()
+        self.waiting = 0
+        self.last_error = "no server answered"
+
+    async def attempt(self, n: int) -> None:
+        """Raises whatever keeps it from a good answer within the time."""
+        connection = None
+        try:
+            async with asyncio.timeout(self.timeout):
+                connection = await self._connection()
+                if self.writes is not None:
+                    await connection.execute(f"insert into {TABLE} (drill, n) values (%s, %s)", [self.writes, n])
+                else:
+                    await connection.execute("select 1")
+        except BaseException:
+            if connection is not None:
+                connection.pgconn.finish()
+            raise
+        self.free.put_nowait(connection)
+
+    async def _connection(self) -> psycopg.AsyncConnection[Any]:
+        while not self.free.empty():
+            found = self.free.get_nowait()
+            if not found.closed:
+                return found
+        self.waiting += 1
+        try:
+            return await self.free.get()
+        finally:
+            self.waiting -= 1
+
+    async def keep_looking(self, host: str, port: int) -> None:
+        """Opens connections to one server while attempts wait for one."""
+        while True:
+            if not self.waiting or not self.free.empty():
+                await asyncio.sleep(0.01)
+                continue
+            began = time.monotonic()
+            try:
+                async with asyncio.timeout(self.timeout):
+                    if (found := await self._open(host, port)) is not None:
+                        self.free.put_nowait(found)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the server is tried again
+                self.last_error = _named(error)
+            await asyncio.sleep(max(0.0, 0.05 - (time.monotonic() - began)))
+
+    async def _open(self, host: str, port: int) -> psycopg.AsyncConnection[Any] | None:
+        import psycopg
+        from psycopg.conninfo import make_conninfo
+
+        login = self.access.login(self.target.connection, host)
+        parameters = login.parameters(host, port, application_name="ops drill probe")
+        connection = await psycopg.AsyncConnection.connect(make_conninfo("", **parameters), autocommit=True)
+        if self.role == "primary":
+            row = await (await connection.execute("select pg_is_in_recovery()")).fetchone()
+            if row is None or row[0]:
+                await connection.close()
+                return None
+        return connection
+
+
+def _named(error: BaseException) -> str:
+    """A word or two, without what a message may quote."""
+    state = getattr(error, "sqlstate", None)
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    return f"{type(error).__name__}{f' {state}' if state else ''}"
+
+
+class Probing:
+    """Attempts, and their samples on the way to the platform's database."""
+
+    def __init__(self, access: Access, store: Store, drill: str, step: Probe, limits: list[tuple[float, str]]) -> None:
+        from ops_platform.drills.registry import doing
+        from ops_platform.drills.runbook import filled_in
+
+        held = store.get(drill)
+        given: Any = doing(step.does).given.model_validate(filled_in(step.with_, dict(held.parameters)))
+        self.store, self.drill, self.step, self.limits = store, held, step, limits
+        target = access.inventory.target(held.subject)
+        writes = step.does == "postgres.write"
+        self.asker = Asker(
+            access, target, writes=drill if writes else None, role="primary" if writes else given.role,
+            timeout=given.timeout_ms / 1000,
+        )  # fmt: skip
+        self.places = [access.address(place.host, place.port) for place in target.connection.hosts]
+        self.number = max((s.n or 0 for s in store.samples(drill, step.id)), default=0)
+        self.done: deque[Sample] = deque(maxlen=_KEPT)
+        self.lately: deque[Sample] = deque(maxlen=20_000)
+        self.running: set[asyncio.Task[None]] = set()
+        self.ended = False
+
+    async def run(self) -> None:
+        lookers = [asyncio.create_task(self.asker.keep_looking(host, port)) for host, port in self.places]
+        teller = asyncio.create_task(self._tell())
+        every = self.step.every_ms / 1000
+        following = time.monotonic()
+        while not self.ended:
+            if len(self.running) < _AT_ONCE:
+                self.number += 1
+                task = asyncio.create_task(self._attempt(self.number))
+                self.running.add(task)
+                task.add_done_callback(self.running.discard)
+            following = max(following + every, time.monotonic() - every)
+            await asyncio.sleep(max(0.0, following - time.monotonic()))
+        await teller
+        for looker in lookers:
+            looker.cancel()
+
+    async def _attempt(self, n: int) -> None:
+        at, began = datetime.now(UTC), time.monotonic()
+        error = None
+        try:
+            await self.asker.attempt(n)
+        except Exception as failure:  # noqa: BLE001 - whatever it is, it is what users had
+            error = _named(failure)
+            if error == "no answer in time" and self.asker.free.empty():
+                error = self.asker.last_error
+        ms = (time.monotonic() - began) * 1000
+        self.done.append(Sample(at, error is None, ms, n if self.asker.writes else None, error))
+
+    async def _tell(self) -> None:
+        """Samples in their order to the database, conditions judged, and whether this is still wanted."""
+        asked = heard = time.monotonic()
+        while not self.ended:
+            await asyncio.sleep(_FLUSH)
+            batch = [self.done.popleft() for _ in range(len(self.done))]
+            try:
+                if batch:
+                    await asyncio.to_thread(self.store.saw, self.drill.id, self.step.id, batch)
+                    self.lately.extend(batch)
+                await asyncio.to_thread(self._judge)
+                if time.monotonic() - asked > _ASK:
+                    asked = time.monotonic()
+                    self.ended = not await asyncio.to_thread(self._wanted)
+                heard = time.monotonic()
+            except OpsError:
+                self.done.extendleft(reversed(batch))
+                self.ended = time.monotonic() - heard > _ALONE
+
+    def _wanted(self) -> bool:
+        return self.store.wanted(self.drill.id, "process", word_of(self.drill.id, self.step.id))
+
+    def _judge(self) -> None:
+        """A condition under which the drill is broken off does not wait for whoever holds it to look."""
+        since = failing_since(sorted(self.lately, key=lambda sample: sample.at))
+        if since is None:
+            return
+        lasted = datetime.now(UTC) - since
+        for seconds, why in self.limits:
+            if lasted > timedelta(seconds=seconds):
+                self.store.abort(
+                    self.drill, f"{self.step.id} failed for {lasted.total_seconds():.1f} s: {why}", who="its probe"
+                )
+
+
+def probe(word: str, opened: Callable[[], Access]) -> None:
+    from ops_platform.drills.engine import runbook_of
+    from ops_platform.drills.store import Store
+    from ops_platform.ledger import Ledger
+
+    drill, _, step_id = word.rpartition("/")
+    with opened() as access, Ledger(access.platform_db) as ledger:
+        store = Store(ledger)
+        held = store.get(drill)
+        book = runbook_of(held)
+        step: Any = book.step(step_id)
+        limits = [
+            (c.unavailable_for.total_seconds(), "the runbook's limit") for c in book.abort_when if c.probe == step_id
+        ]
+        if step.counts and "unavailable" in held.objectives:
+            limits.append((held.objectives["unavailable"], "the budget of unavailability is used up"))
+        running = Probing(access, store, drill, step, limits)
+        if not running._wanted():  # pyright: ignore[reportPrivateUsage]
+            return
+        asyncio.run(running.run())
+
+
+def main() -> None:
+    import signal
+
+    from ops_platform.clients.access import Access
+    from ops_platform.inventory import load
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        probe(sys.argv[1], lambda: Access(load()))
+    except UnreachableError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""Drills for tests: an inventory over a platform's database of its own, and hands to begin, hold and look."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ops_platform.clients.access import Access
+from ops_platform.clients.processes import spawn
+from ops_platform.drills.begin import Beginner, Begun, planned
+from ops_platform.drills.engine import Engine
+from ops_platform.drills.model import Checked, Done, Drill
+from ops_platform.drills.registry import Context, does
+from ops_platform.drills.steps.basics import measure, processes_with
+from ops_platform.drills.store import Store
+from ops_platform.errors import OpsError
+from ops_platform.inventory import load
+from ops_platform.inventory.base import Strict
+from ops_platform.ledger import Ledger
+from tests.remediation_rig import fresh_database, inventory_body
+from tests.rig import PASSWORD, Cluster, Platform, eventually, scratch
+
+
+class Held:
+    """A platform with drills on one target. The ledger's database stands in the same cluster."""
+
+    def __init__(self, cluster: Cluster, platform: Platform) -> None:
+        self.cluster, self.platform = cluster, platform
+        self.ledger = Ledger(platform.access.platform_db)
+        self.store = Store(self.ledger)
+        self.engine = Engine(platform.access, self.store, "ann")
+
+    def begin(self, plan: str, subject: str | None = None, **parameters: Any) -> Begun:
+        request = planned(self.platform.access, plan, subject, parameters, operator="ann", trigger="a test")
+        return Beginner(self.platform.access, self.store).begin(request)
+
+    def drill(self, plan: str, subject: str | None = None, **parameters: Any) -> Drill:
+        """Begun and held to its end."""
+        begun = self.begin(plan, subject, **parameters)
+        assert begun.drill is not None, [ruling.as_json() for ruling in begun.result.rulings if not ruling.allows]
+        return self.engine.run(begun.drill.id)
+
+
+def ledger_database(cluster: Cluster, home: Any) -> dict[str, Any]:
+    """A database for the platform in the cluster, as `platform.database` names it."""
+    cluster.sql("create database ops owner ops_backup")
+    return {
+        "host": "127.0.0.1", "port": cluster.port, "dbname": "ops", "user": "ops_backup",
+        "password": f"file://{home}/password", "tls": {"mode": "disable"},
+    }  # fmt: skip
+
+
+def held_on(
+    cluster: Cluster, new_platform: Callable[..., Platform], plan: Sequence[Mapping[str, Any]], **drills: Any
+) -> Held:
+    platform = new_platform({"app-db": [cluster]})
+    platform.body["platform"]["database"] = ledger_database(cluster, platform.home)
+    platform.body["environments"]["test"] = {"production": False}
+    platform.body["drills"] = {
+        "plan": [{"mode": "enforce", **one} for one in plan],
+        "business_hours": [],
+        "workspace": "{inventory}/drills",
+        **drills,
+    }
+    platform.reload()
+    return Held(cluster, platform)
+
+
+# Toys: steps that make, start, freeze and break things of this machine, so that it can be seen whether they are gone
+
+
+class Folder(Strict):
+    """Of `toy.folder`."""
+
+    name: str = "folder"
+
+
+@does("toy.folder", "act", given=Folder, changes=lambda given: f"the folder {given.name}")
+def folder(context: Context, given: Folder) -> Done:
+    """A folder with something in it."""
+    path = context.workspace / given.name
+    moment()
+    context.register("directory", str(context.workspace), path=str(context.workspace))
+    context.register("directory", str(path), path=str(path))
+    moment()
+    path.mkdir(parents=True, exist_ok=True)
+    moment()
+    (path / "file").write_text("something")
+    moment()
+    return Done(f"made {given.name}", {"path": str(path)})
+
+
+@does("toy.process", "act", "inject", given=Folder)
+def process(context: Context, given: Folder) -> Done:
+    """A process that would go on for ever."""
+    word = f"{context.held.id}/{given.name}"
+    context.register("process", word, word=word)
+    moment()
+    if not any(processes_with(word)):
+        spawn([sys.executable, "-c", "import time\nwhile True: time.sleep(1)", word], Path("/dev/null"))
+    moment()
+    found = eventually(lambda: list(processes_with(word)), why="it does not run")
+    return Done("it runs", {"word": word, "pid": found[0].pid})
+
+
+class Freeze(Strict):
+    """Of `toy.freeze`."""
+
+    step: str
+
+
+@does("toy.freeze", "inject", given=Freeze)
+def freeze(context: Context, given: Freeze) -> Done:
+    """Stop the process of another step."""
+    found = list(processes_with(context.fact(given.step, "word")))
+    context.register("frozen", context.fact(given.step, "word"), processes=[[p.pid, p.started] for p in found])
+    moment()
+    for one in found:
+        os.kill(one.pid, signal.SIGSTOP)
+    moment()
+    return Done("it is frozen")
+
+
+class Say(Strict):
+    """Of the toys that say how it went."""
+
+    holds: bool = True
+    error: str = ""
+    times: int = 0
+    seconds: float = 0.0
+
+
+TRIED: Counter[str] = Counter()
+
+
+@does("toy.say", "act", "check", "wait_until", "teardown", given=Say)
+def say(context: Context, given: Say) -> Done:
+    """Hold, or not; fail so many times; take so long."""
+    TRIED[context.step.id] += 1
+    if given.seconds:
+        until = time.monotonic() + given.seconds
+        context.wait(lambda: time.monotonic() > until)
+    if given.error and (not given.times or TRIED[context.step.id] <= given.times):
+        raise OpsError(given.error)
+    check = Checked(title="it is so", holds=given.holds, query="is it so?", result="yes" if given.holds else "no")
+    return Done("said", checks=(check,) if context.step.kind == "check" else ())
+
+
+@does("toy.number", "measure", given=Say)
+def number(context: Context, given: Say) -> Done:
+    """So many seconds."""
+    return Done("measured", measured=(measure(context, given.seconds, "by a toy"),))
+
+
+_left = 0  # moments until this process ends itself
+
+
+def moment() -> None:
+    """A point in time at which a test may kill whoever comes here."""
+    global _left  # noqa: PLW0603
+    _left -= 1
+    if _left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Bench:
+    """Drills with toys on a system that is only a name. What a child process does here may be killed at any of its moments."""
+
+    def __init__(self, cluster: Cluster, stack: ExitStack, **drills: Any) -> None:
+        database = fresh_database(cluster, stack)
+        cluster.sql(f'alter database "{database}" owner to ops_backup')
+        self.home = scratch("ops-drills-")
+        stack.callback(shutil.rmtree, self.home, ignore_errors=True)
+        (self.home / "password").write_text(PASSWORD)
+        (self.home / "password").chmod(0o600)
+        (self.home / "runbooks").mkdir()
+        own = {
+            "host": "127.0.0.1", "port": cluster.port, "dbname": database, "user": "ops_backup",
+            "password": f"file://{self.home}/password", "tls": {"mode": "disable"},
+        }  # fmt: skip
+        self.body = inventory_body([], platform={"database": own})
+        self.body["environments"] = {"test": {"production": False}, "live": {}}
+        self.body["systems"].append(
+            {"id": "throne", "kind": "vault", "vault": "v", "environment": "live", "owner": "team"}
+        )
+        self.body["drills"] = {
+            "plan": [], "business_hours": [], "workspace": "{inventory}/drills", "runbooks": "runbooks", **drills,
+        }  # fmt: skip
+        self._mine: Engine | None = None
+        stack.callback(self.close)
+
+    def runbook(self, name: str, steps: Sequence[Mapping[str, Any]], **more: Any) -> None:
+        """A runbook and a drill of the same name, on `hall`."""
+        teardown = {"id": "clean", "kind": "teardown"}
+        body = {
+            "version": 1, "id": name, "title": name, "scenario": "toys", "kinds": ["vault"],
+            "steps": [*steps, *([] if any(s["kind"] == "teardown" for s in steps) else [teardown])], **more,
+        }  # fmt: skip
+        (self.home / "runbooks" / f"{name}.yaml").write_text(yaml.safe_dump(body, sort_keys=False))
+
+    def plan(self, name: str, **more: Any) -> None:
+        self.body["drills"]["plan"].append(
+            {"id": name, "runbook": name, "targets": ["hall"], "mode": "enforce", **more}
+        )
+
+    def both(self, name: str, steps: Sequence[Mapping[str, Any]], **more: Any) -> None:
+        self.runbook(name, steps)
+        self.plan(name, **more)
+
+    @property
+    def engine(self) -> Engine:
+        """Of this process, over the inventory as it is now."""
+        self.close()
+        self._mine = self.open()
+        return self._mine
+
+    def open(self, actor: str = "ann") -> Engine:
+        """From the file, as every process does."""
+        file = self.home / "platform.yaml"
+        file.write_text(yaml.safe_dump(self.body, sort_keys=False))
+        access = Access(load(file))
+        return Engine(access, Store(Ledger(access.platform_db)), actor)
+
+    def begin(self, engine: Engine, name: str, subject: str | None = None, **parameters: Any) -> Begun:
+        request = planned(engine.access, name, subject, parameters, operator=engine.actor, trigger="a test")
+        return Beginner(engine.access, engine.store).begin(request)
+
+    def drill(self, name: str, subject: str | None = None, **parameters: Any) -> Drill:
+        """Begun and held to its end. Fails with the refusals where it is refused."""
+        engine = self.engine
+        begun = self.begin(engine, name, subject, **parameters)
+        assert begun.drill is not None, [r.as_json() for r in begun.result.rulings if not r.allows]
+        return engine.run(begun.drill.id)
+
+    def killed_at(self, number: int, work: Callable[[Engine], object]) -> bool:
+        """Do it in a child that kills itself at its moment of this number. Whether it was killed, or had no such moment."""
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                global _left  # noqa: PLW0603
+                _left = number
+                engine = self.open("the killed one")
+                _watch(engine.store)
+                work(engine)
+                code = 0
+            except BaseException:  # noqa: BLE001 - a child that ends otherwise would go on as a second test run
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the child failed by itself"
+        return os.WIFSIGNALED(status)
+
+    def sweep(self) -> None:
+        """Until nothing of a dead drill is left to be ended."""
+        engine = self.engine
+        eventually(
+            lambda: engine.sweep(lost_after=timedelta(0)) is not None and not engine.store.list(ended=False),
+            why=lambda: engine.store.list(ended=False),
+        )
+
+    def remains(self) -> list[str]:
+        """What is left on this machine of any drill of this bench."""
+        engine = self.engine
+        left = [str(path) for path in (self.home / "drills").glob("*")]
+        for drill in engine.store.list():
+            for resource in engine.store.resources(drill.id):
+                left += [f"{resource.kind} {resource.name}"] if resource.gone_at is None else []
+                if resource.kind == "process":
+                    left += [f"process {one.pid}" for one in processes_with(resource.detail["word"])]
+        return left
+
+    def close(self) -> None:
+        if self._mine is not None:
+            self._mine.store.ledger.close()
+            self._mine.access.close()
+            self._mine = None
+
+
+def _watch(store: Store) -> None:
+    """Every transaction has two moments: before it begins, and once it is durable."""
+    real = store.transaction
+
+    @contextlib.contextmanager
+    def watched() -> Iterator[Any]:
+        moment()
+        with real() as t:
+            yield t
+        moment()
+
+    store.transaction = watched  # type: ignore[method-assign]

@@ -1,0 +1,359 @@
+"""Drills from their beginning to their end, on a real PostgreSQL: every guard, every ending, findings, people."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from ops_platform.actions import Status
+from ops_platform.cli.main import cli
+from ops_platform.drills.model import DrillState, Ending, StepState
+from ops_platform.drills.scorecard import card_of
+from ops_platform.errors import ConflictError, UsageError
+from ops_platform.remediation import store as incidents
+from tests.drill_rig import TRIED, Bench
+from tests.remediation_rig import a_signal
+from tests.rig import Cluster, eventually
+
+SAY: dict[str, Any] = {"id": "say", "kind": "act", "does": "toy.say"}
+
+
+@pytest.fixture
+def bench(shared_cluster: Cluster) -> Iterator[Bench]:
+    TRIED.clear()
+    with ExitStack() as stack:
+        yield Bench(shared_cluster, stack)
+
+
+def refusals(bench: Bench, name: str = "toys", subject: str | None = None) -> dict[str, str]:
+    """What refuses it, by guard; nothing may have been begun."""
+    begun = bench.begin(bench.engine, name, subject)
+    assert (begun.drill is None) == (begun.result.status is not Status.DONE)
+    if begun.drill is not None:
+        bench.engine.run(begun.drill.id)
+    return {ruling.guard: ruling.reason for ruling in begun.result.rulings if not ruling.allows}
+
+
+# Guards
+
+
+def test_a_drill_only_observes_unless_the_inventory_says_enforce(bench: Bench) -> None:
+    bench.both("toys", [SAY], mode="observe")
+    begun = bench.begin(bench.engine, "toys")
+    assert (begun.result.status, begun.drill) == (Status.OBSERVED, None)
+    assert bench.engine.store.list() == []
+
+
+def test_production_is_drilled_only_where_the_drill_says_so(bench: Bench) -> None:
+    bench.both("toys", [SAY], targets=["throne"], approval="never")
+    assert set(refusals(bench)) == {"production"}
+    bench.body["drills"]["plan"][0]["production"] = True
+    assert refusals(bench) == {}
+
+
+def test_an_environment_that_says_nothing_is_production(bench: Bench) -> None:
+    bench.body["environments"]["test"] = {}
+    bench.both("toys", [SAY], approval="never")
+    assert set(refusals(bench)) == {"production"}
+
+
+def test_only_targets_that_the_drill_names_are_drilled(bench: Bench) -> None:
+    bench.both("toys", [SAY])
+    assert set(refusals(bench, subject="attic")) == {"target"}
+
+
+def test_no_drill_begins_in_business_hours(bench: Bench) -> None:
+    bench.both("toys", [SAY])
+    begun = datetime.now(UTC) - timedelta(hours=1)
+    bench.body["drills"]["business_hours"] = [{"start": f"{begun:%H:%M}", "length": "3h", "timezone": "UTC"}]
+    assert set(refusals(bench)) == {"business hours"}
+
+
+def test_a_freeze_refuses_and_so_does_pause_all(bench: Bench) -> None:
+    bench.both("toys", [SAY])
+    now = datetime.now(UTC)
+    freeze = {
+        "starts": (now - timedelta(hours=1)).isoformat(),
+        "ends": (now + timedelta(hours=1)).isoformat(),
+        "why": "x",
+    }
+    bench.body["remediation"]["freezes"] = [freeze]
+    incidents.Store(bench.engine.store.ledger).pause("look first", who="ann")
+    assert set(refusals(bench)) == {"change freeze", "pause"}
+
+
+def test_an_open_incident_in_the_same_failure_domain_refuses(bench: Bench) -> None:
+    bench.both("toys", [SAY])
+    store = incidents.Store(bench.engine.store.ledger)
+    opened = store.open(incidents.Opening("dark", "cellar", "toy", a_signal(at=datetime.now(UTC)), "ann"))
+    assert opened is not None
+    assert set(refusals(bench)) == {"open incidents"}
+    store.close(opened, incidents.Ending.CLEARED, "it is bright", actor="ann")
+    assert refusals(bench) == {}
+
+
+def test_the_budget_of_unavailability_counts_what_is_expected(bench: Bench) -> None:
+    bench.runbook("toys", [SAY], unavailable="2m")
+    bench.plan("toys", unavailability={"most": "1m"})
+    assert set(refusals(bench)) == {"budget of unavailability"}
+    bench.body["drills"]["plan"][0]["unavailability"]["most"] = "2m"
+    assert refusals(bench) == {}
+
+
+def test_what_preflight_finds_refuses_before_anything_begins(bench: Bench) -> None:
+    bench.both(
+        "toys", [{"id": "fit", "kind": "check", "preflight": True, "does": "toy.say", "with": {"holds": False}}, SAY]
+    )
+    assert set(refusals(bench)) == {"preflight"}
+    assert TRIED["say"] == 0
+
+
+def test_two_drills_are_never_held_on_one_target_or_failure_domain(bench: Bench) -> None:
+    bench.both("toys", [SAY])
+    bench.both("others", [SAY], targets=["hall", "cellar", "attic"])
+    first = bench.begin(bench.engine, "toys")
+    assert first.drill is not None
+    for subject in ("hall", "cellar"):
+        found = bench.begin(bench.engine, "others", subject).result
+        assert [r.guard for r in found.rulings if not r.allows] == ["overlap"]
+    assert bench.drill("others", "attic").verdict == "PASS"
+    assert bench.engine.run(first.drill.id).verdict == "PASS"
+    assert bench.drill("others", "cellar").verdict == "PASS"
+
+
+def test_the_database_itself_refuses_a_second_one(bench: Bench) -> None:
+    bench.both("toys", [SAY])
+    first = bench.begin(bench.engine, "toys").drill
+    assert first is not None
+    from dataclasses import replace
+
+    with pytest.raises(ConflictError, match="another drill holds"):
+        bench.engine.store.admit(replace(first, id="another"), ["say"], lambda _others: [])
+
+
+def test_a_second_person_approves_exactly_the_plan(bench: Bench) -> None:
+    bench.both("toys", [SAY], approval="always")
+    begun = bench.begin(bench.engine, "toys")
+    assert {r.guard for r in begun.result.rulings if not r.allows} == {"approval", "second person"}
+    store, digest = bench.engine.store, begun.result.plan.digest
+    store.approve(digest, "hall", who="ann", valid_for=timedelta(hours=1))
+    assert set(refusals(bench)) == {"second person"}
+    store.approve("0" * 64, "hall", who="bob", valid_for=timedelta(hours=1))
+    assert set(refusals(bench)) == {"second person"}
+    store.approve(digest, "hall", who="bob", valid_for=timedelta(hours=1))
+    drill = bench.drill("toys")
+    assert (drill.verdict, drill.approved_by) == ("PASS", "bob")
+
+
+def test_a_refusal_stands_in_the_ledger(bench: Bench) -> None:
+    bench.both("toys", [SAY], targets=["throne"], approval="never")
+    refusals(bench)
+    entry = bench.engine.store.ledger.entries(kind="action.plan")[-1]
+    assert entry.body["verdict"] == "refused"
+
+
+# Endings
+
+
+def test_a_drill_goes_through_its_graph_in_the_order_of_its_needs(bench: Bench) -> None:
+    bench.both("toys", [
+        {"id": "last", "kind": "measure", "is": "rto", "does": "toy.number", "with": {"seconds": 2.5}, "needs": ["middle"]},
+        {"id": "middle", "kind": "check", "does": "toy.say", "needs": ["first"]},
+        {"id": "first", "kind": "act", "does": "toy.folder"},
+    ])  # fmt: skip
+    drill = bench.drill("toys")
+    card = card_of(drill)
+    assert card is not None
+    assert [step.id for step in card.steps] == ["first", "middle", "last", "clean"]
+    assert [step.critical for step in card.steps] == [True, True, True, False]
+    assert (card.verdict, card.measured[0].value) == ("COULD_NOT_VERIFY", 2.5)  # a system has no promised RTO
+    assert bench.remains() == []
+    kinds = [entry.kind for entry in bench.engine.store.ledger.entries()]
+    assert kinds[:2] == ["action.plan", "action.outcome"] or "drill.begun" in kinds
+    assert kinds[-2:] == ["drill.scorecard", "drill.ended"]
+
+
+def test_a_check_that_does_not_hold_fails_the_drill_and_the_rest_goes_on(bench: Bench) -> None:
+    bench.both("toys", [
+        {"id": "bad", "kind": "check", "does": "toy.say", "with": {"holds": False}, "on_failure": "go_on"},
+        {**SAY, "id": "after"},
+    ])  # fmt: skip
+    drill = bench.drill("toys")
+    assert (drill.verdict, TRIED["after"]) == ("FAIL", 1)
+    assert [finding.title for finding in bench.engine.store.findings()] == ["it is so: does not hold"]
+
+
+def test_a_step_that_fails_is_tried_again_as_often_as_it_may(bench: Bench) -> None:
+    again = {"error": "not yet", "times": 2}
+    bench.both("toys", [{**SAY, "with": again, "retries": 2, "retry_after": "0s"}])
+    assert bench.drill("toys").verdict == "PASS"
+    TRIED.clear()
+    bench.runbook(
+        "toys", [{**SAY, "with": again, "retries": 1, "retry_after": "0s"}, {**SAY, "id": "after", "needs": ["say"]}]
+    )
+    drill = bench.drill("toys")
+    assert (drill.ending, drill.verdict) == (Ending.FAILED, "FAIL")
+    assert "not yet" in drill.reason
+    assert TRIED["after"] == 0
+
+
+def test_a_step_that_takes_too_long_has_failed(bench: Bench) -> None:
+    bench.both("toys", [{**SAY, "with": {"seconds": 120.0}, "within": "1s"}])
+    drill = bench.drill("toys")
+    assert drill.verdict == "FAIL"
+    assert "not within 1 s" in drill.reason
+
+
+def test_an_abort_puts_back_what_was_broken(bench: Bench) -> None:
+    bench.both("toys", [
+        {"id": "server", "kind": "act", "does": "toy.process"},
+        {"id": "cold", "kind": "inject", "does": "toy.freeze", "with": {"step": "server"}, "needs": ["server"]},
+        {**SAY, "with": {"seconds": 300.0}, "needs": ["cold"]},
+    ])  # fmt: skip
+    engine = bench.engine
+    begun = bench.begin(engine, "toys").drill
+    assert begun is not None
+    worker = threading.Thread(target=engine.run, args=[begun.id])
+    worker.start()
+    eventually(lambda: engine.store.steps(begun.id)["say"].state is StepState.RUNNING, why="it does not come that far")
+    assert engine.store.abort(begun, "enough", who="bob")
+    worker.join(60)
+    drill = engine.store.get(begun.id)
+    assert (drill.state, drill.ending, drill.verdict) == (DrillState.ENDED, Ending.ABORTED, "COULD_NOT_VERIFY")
+    assert "bob" in drill.reason
+    assert bench.remains() == []
+
+
+def test_a_teardown_that_fails_is_a_failed_drill_and_stays_a_finding_until_one_shows_that_it_is_gone(
+    bench: Bench,
+) -> None:
+    teardown = {"id": "clean", "kind": "teardown", "does": "toy.say", "with": {"error": "it will not go"}}
+    bench.both("toys", [SAY, teardown])
+    drill = bench.drill("toys")
+    assert (drill.verdict, drill.ending) == ("FAIL", Ending.COMPLETED)
+    (finding,) = bench.engine.store.findings()
+    assert (finding.title, finding.owner, finding.state.value) == ("The teardown failed", "team", "open")
+    bench.runbook("toys", [SAY])
+    assert bench.drill("toys").verdict == "PASS"
+    (gone,) = bench.engine.store.findings(all_=True)
+    assert (gone.id, gone.state.value, gone.closed_by) == (finding.id, "gone", bench.engine.store.list()[-1].id)
+
+
+def test_a_finding_that_is_found_again_is_the_same_one(bench: Bench) -> None:
+    bench.both("toys", [{"id": "bad", "kind": "check", "does": "toy.say", "with": {"holds": False}}])
+    bench.drill("toys")
+    bench.drill("toys")
+    (finding,) = bench.engine.store.findings()
+    assert finding.seen == 2
+    changed = bench.engine.store.assign(finding.id, owner="bob", due=None, note="ordered", actor="ann")
+    assert (changed.owner, changed.note, changed.due) == ("bob", "ordered", finding.due)
+
+
+def test_a_late_worker_makes_nothing(bench: Bench) -> None:
+    bench.both("toys", [SAY])
+    engine = bench.engine
+    late = bench.begin(engine, "toys").drill
+    assert late is not None
+    engine.run(late.id)
+    with pytest.raises(ConflictError, match="somebody else went on"):
+        engine.store.register(late, "say", "directory", "/nowhere", {"path": "/nowhere"})
+
+
+# People
+
+
+def test_a_drill_waits_for_a_person_and_the_clock_runs(bench: Bench, tmp_path: Path) -> None:
+    asks = {"id": "call", "kind": "human", "asks": "Call the provider.", "who": "on call", "evidence": True}
+    bench.both("toys", [asks, {**SAY, "needs": ["call"]}])
+    engine = bench.engine
+    begun = bench.begin(engine, "toys").drill
+    assert begun is not None
+    waiting = engine.run(begun.id, wait=False)
+    assert (waiting.state, TRIED["say"]) == (DrillState.WAITING, 0)
+    engine.store.answer(waiting, "call", "called, they know", {"note.txt": "0" * 64}, who="bob")
+    drill = engine.run(begun.id)
+    card = card_of(drill)
+    assert card is not None
+    assert (card.verdict, card.answers[0].who, card.answers[0].evidence) == ("PASS", "bob", {"note.txt": "0" * 64})
+    with pytest.raises(ConflictError, match="not waiting"):
+        engine.store.answer(drill, "call", "again", {}, who="bob")
+
+
+def test_nobody_who_answers_in_time_fails_it(bench: Bench) -> None:
+    bench.both("toys", [{"id": "call", "kind": "human", "asks": "Call.", "within": "1s"}])
+    drill = bench.drill("toys")
+    assert (drill.ending, drill.verdict) == (Ending.FAILED, "FAIL")
+    assert "nobody answered" in drill.reason
+
+
+# In earnest
+
+
+def test_in_earnest_nothing_is_broken_and_a_second_person_approves(bench: Bench) -> None:
+    from ops_platform.drills.begin import Beginner, in_earnest
+
+    bench.runbook("toys", [
+        {"id": "server", "kind": "act", "does": "toy.process"},
+        {"id": "cold", "kind": "inject", "does": "toy.freeze", "with": {"step": "server"}, "needs": ["server"]},
+        {**SAY, "needs": ["cold"]},
+    ], modes=["drill", "real"])  # fmt: skip
+    engine = bench.engine
+    request = in_earnest(engine.access, "toys", "throne", {}, operator="ann")
+    beginner = Beginner(engine.access, engine.store)
+    begun = beginner.begin(request)
+    assert {r.guard for r in begun.result.rulings if not r.allows} == {"approval", "second person"}
+    engine.store.approve(begun.result.plan.digest, "throne", who="bob", valid_for=timedelta(hours=1))
+    begun = beginner.begin(request)
+    assert begun.drill is not None
+    drill = engine.run(begun.drill.id)
+    assert set(engine.store.steps(drill.id)) == {"server", "say", "clean"}
+    assert (drill.verdict, drill.mode) == ("PASS", "real")
+
+
+def test_a_runbook_that_is_not_meant_for_earnest_is_refused(bench: Bench) -> None:
+    from ops_platform.drills.begin import Beginner, in_earnest
+
+    bench.runbook("toys", [SAY])
+    engine = bench.engine
+    begun = Beginner(engine.access, engine.store).begin(in_earnest(engine.access, "toys", "hall", {}, operator="ann"))
+    assert "mode of the runbook" in {r.guard for r in begun.result.rulings if not r.allows}
+
+
+# The command line
+
+
+def ops(bench: Bench, *words: str) -> Result:
+    bench.open()
+    env = {"OPS_INVENTORY": str(bench.home / "platform.yaml"), "OPS_ACTOR": "ann"}
+    return CliRunner().invoke(cli, words, env=env, standalone_mode=False)
+
+
+def test_the_commands_hold_a_drill_and_show_what_it_found(bench: Bench) -> None:
+    bench.both("toys", [SAY, {"id": "bad", "kind": "check", "does": "toy.say", "with": {"holds": False}}])
+    plan = ops(bench, "drill", "plan", "toys", "--json")
+    assert plan.return_value == 0, plan.output
+    assert json.loads(plan.stdout)["status"] == "observed"
+    done = ops(bench, "drill", "run", "toys", "--json")
+    card = json.loads(done.stdout)
+    assert (done.return_value, card["verdict"], card["operator"]) == (1, "FAIL", "ann")
+    listed = json.loads(ops(bench, "drill", "list", "--json").stdout)
+    assert [(one["target"], one["overdue"], one["last_verdict"]) for one in listed] == [("hall", True, "FAIL")]
+    assert card["drill"] in ops(bench, "drill", "list", "--held").stdout
+    assert "FAIL" in ops(bench, "drill", "show", card["drill"]).stdout
+    found = json.loads(ops(bench, "drill", "findings", "--json").stdout)
+    assert [one["title"] for one in found] == ["it is so: does not hold"]
+    assert "nothing to break off" in ops(bench, "drill", "abort", card["drill"], "--why", "x").stdout
+
+
+def test_a_wrong_parameter_is_a_usage_error(bench: Bench) -> None:
+    bench.both("toys", [SAY])
+    with pytest.raises(UsageError, match="no parameter 'much'"):
+        bench.begin(bench.engine, "toys", much=1)

@@ -1,0 +1,196 @@
+"""A Patroni cluster for the tests: three PostgreSQL nodes and an etcd, all real, on loopback ports.
+
+It is as impatient as Patroni allows, so that a failover takes seconds. A node whose Patroni was killed is started again by nobody but
+the test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import yaml
+
+from ops_platform.clients.postgres_binaries import find_postgres, free_port, run_as
+from ops_platform.clients.processes import identify, stop
+from tests.rig import PASSWORD, eventually, missing
+from tests.servers import Daemon, answers, folder, program
+
+SUPERUSER_PASSWORD, REPLICATION_PASSWORD = "super", "replication"
+
+
+class Node:
+    """One member: a Patroni, and the PostgreSQL that it starts."""
+
+    def __init__(self, name: str, home: Path, etcd: int, bindir: Path, *, synchronous: bool) -> None:
+        self.name, self.home = name, home / name
+        self.home.mkdir()
+        user = run_as()
+        user.own(self.home)
+        self.port, self.rest = free_port(), free_port()
+        self.file = self.home / "patroni.yaml"
+        self._body = self._config(etcd, bindir, synchronous)
+        self.file.write_text(yaml.safe_dump(self._body))
+        command = [program("patroni"), str(self.file)]
+        self.daemon = Daemon(name, command, self.running, log=self.home / "patroni.log", seconds=120, user=user)
+        self.daemon.log.touch()
+        user.own(self.daemon.log)
+
+    def _config(self, etcd: int, bindir: Path, synchronous: bool) -> dict[str, Any]:
+        cluster = {
+            "ttl": 20, "loop_wait": 1, "retry_timeout": 3, "maximum_lag_on_failover": 1 << 20,
+            "primary_start_timeout": 0, "master_start_timeout": 0, "synchronous_mode": synchronous,
+            "postgresql": {
+                "use_pg_rewind": True, "use_slots": True,
+                "parameters": {"wal_level": "replica", "hot_standby": "on", "wal_log_hints": "on", "wal_keep_size": "64MB"},
+            },
+        }  # fmt: skip
+        login = {"superuser": ("postgres", SUPERUSER_PASSWORD), "replication": ("replicator", REPLICATION_PASSWORD)}
+        return {
+            "scope": "app", "namespace": "/ops/", "name": self.name,
+            "restapi": {"listen": f"127.0.0.1:{self.rest}", "connect_address": f"127.0.0.1:{self.rest}"},
+            "etcd3": {"hosts": [f"127.0.0.1:{etcd}"]},
+            "bootstrap": {
+                "dcs": cluster,
+                "initdb": [{"encoding": "UTF8"}, {"locale": "C"}, "data-checksums"],
+                "pg_hba": ["local all all trust", "host all all 127.0.0.1/32 scram-sha-256", "host replication all 127.0.0.1/32 scram-sha-256"],
+            },
+            "postgresql": {
+                "listen": f"127.0.0.1:{self.port}", "connect_address": f"127.0.0.1:{self.port}",
+                "data_dir": str(self.home / "data"), "bin_dir": str(bindir), "pgpass": str(self.home / "pgpass"),
+                "authentication": {role: {"username": name, "password": word} for role, (name, word) in login.items()},
+                "parameters": {"unix_socket_directories": str(self.home), "fsync": "off", "shared_buffers": "16MB"},
+            },
+            "watchdog": {"mode": "off"},
+        }  # fmt: skip
+
+    def tag(self, **tags: bool) -> None:
+        """Change its tags, as an operator does: in its file, with a reload."""
+        self.file.write_text(yaml.safe_dump({**self._body, "tags": tags}))
+        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/reload", method="POST"), timeout=5):
+            pass
+        eventually(lambda: self.state().get("tags", {}) == {k: v for k, v in tags.items() if v}, why=self.state)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.rest}"
+
+    def running(self) -> bool:
+        return answers(f"{self.url}/health")
+
+    def state(self) -> dict[str, Any]:
+        """What Patroni says of it; empty where it does not answer."""
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/patroni", timeout=2) as answer:
+            return json.load(answer)
+        return {}
+
+    def connect(self) -> psycopg.Connection[Any]:
+        return psycopg.connect(
+            host="127.0.0.1", port=self.port, user="postgres", password=SUPERUSER_PASSWORD, autocommit=True
+        )
+
+    @property
+    def log(self) -> str:
+        return self.daemon.log.read_text(errors="replace")
+
+    @property
+    def postmaster(self) -> int | None:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            return int((self.home / "data" / "postmaster.pid").read_text().split()[0])
+        return None
+
+    def stop(self) -> None:
+        with contextlib.suppress(AssertionError):
+            self.daemon.resume()
+        pid = self.postmaster
+        self.daemon.stop()
+        if pid is not None and (process := identify(pid)) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+            assert stop(process, signal.SIGQUIT)
+
+
+class Patroni:
+    """The cluster: `nodes`, of which one leads."""
+
+    def __init__(self, home: Path, *, synchronous: bool) -> None:
+        install = find_postgres(15)
+        if install is None or install.tool("pg_rewind") is None:
+            missing("PostgreSQL 15 with pg_rewind", "make services installs it")
+        assert install is not None
+        if shutil.which("patroni") is None or shutil.which("etcd") is None:
+            missing("Patroni and etcd", "make services installs them")
+        client, peer = free_port(), free_port()
+        urls = f"http://127.0.0.1:{client}", f"http://127.0.0.1:{peer}"
+        flags = {
+            "data-dir": home / "etcd", "listen-client-urls": urls[0], "advertise-client-urls": urls[0],
+            "listen-peer-urls": urls[1], "initial-advertise-peer-urls": urls[1], "initial-cluster": f"default={urls[1]}",
+        }  # fmt: skip
+        command = [program("etcd"), *(f"--{name}={value}" for name, value in flags.items())]
+        self.etcd = Daemon("etcd", command, lambda: answers(f"{urls[0]}/health"), log=home / "etcd.log")
+        self.nodes = [Node(f"n{number}", home, client, install.bindir, synchronous=synchronous) for number in (1, 2, 3)]
+
+    def start(self) -> None:
+        self.etcd.start()
+        self.nodes[0].daemon.spawn()
+        eventually(lambda: self.leader, seconds=120, why=lambda: str(self.nodes[0].daemon))
+        for node in self.nodes[1:]:
+            node.daemon.spawn()
+        self.whole()
+        with self.leader.connect() as connection:
+            connection.execute(
+                f"create role ops_backup login replication password '{PASSWORD.replace(chr(39), chr(39) * 2)}'"
+            )
+            connection.execute("grant pg_monitor, pg_read_all_data to ops_backup")
+            connection.execute("create schema ops_canary authorization ops_backup")
+
+    @property
+    def leader(self) -> Node:
+        """Raises StopIteration-free: None is false, for polling."""
+        return next(
+            (
+                n
+                for n in self.nodes
+                if n.state().get("role") in ("primary", "master") and n.state().get("state") == "running"
+            ),
+            None,
+        )  # type: ignore[return-value]
+
+    def whole(self) -> None:
+        """Until one leads and two stream from it."""
+
+        def streaming() -> bool:
+            leader = self.leader
+            if leader is None:
+                return False
+            others = [n.state() for n in self.nodes if n is not leader]
+            line = leader.state().get("timeline")
+            return all(o.get("state") == "running" and o.get("timeline") == line for o in others) and len(
+                leader.state().get("replication", [])
+            ) == len(others)
+
+        eventually(streaming, seconds=120, why=lambda: "\n".join(str(n.daemon) for n in self.nodes))
+
+    def stop(self) -> None:
+        for node in self.nodes:
+            node.stop()
+        self.etcd.stop()
+
+
+@contextlib.contextmanager
+def cluster(*, synchronous: bool = True) -> Iterator[Patroni]:
+    with folder("ops-patroni-") as home:
+        made = Patroni(home, synchronous=synchronous)
+        try:
+            made.start()
+            yield made
+        finally:
+            made.stop()

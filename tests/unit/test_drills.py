@@ -1,0 +1,300 @@
+"""What of drills is pure: runbooks as they are read, availability, the forecast, what is overdue, the pages."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ops_platform.drills.availability import gaps, probe_card, resolution_ms, unavailable_seconds
+from ops_platform.drills.forecast import Throughput, growth, missed_at, predict
+from ops_platform.drills.loader import read, shipped
+from ops_platform.drills.model import (
+    Drill,
+    DrillCard,
+    DrillState,
+    Finding,
+    FindingState,
+    Measured,
+    ObjectiveCard,
+    Outage,
+    ProbeCard,
+    ResourceCard,
+    Sample,
+    StepCard,
+)
+from ops_platform.drills.overdue import NEVER, most_overdue, standings
+from ops_platform.drills.registry import doings
+from ops_platform.drills.runbook import Probe, Runbook
+from ops_platform.errors import InventoryError
+from ops_platform.inventory.base import Classification
+from ops_platform.inventory.drills import Drills
+from ops_platform.reports.drills import Outlook, drill_report, drills_report
+
+NOW = datetime(2026, 11, 25, 20, 0, tzinfo=UTC)
+
+GOOD = """\
+version: 1
+id: mine
+title: Mine
+scenario: loss
+kinds: [postgresql]
+parameters:
+  to: { default: latest, description: When. }
+steps:
+  - id: look
+    kind: check
+    does: restore.possible
+    with: { to: { parameter: to } }
+  - id: lost
+    kind: inject
+    does: drill.suppose
+    needs: [look]
+  - id: clean
+    kind: teardown
+"""
+
+
+# Runbooks
+
+
+def test_a_runbook_is_read() -> None:
+    assert [step.id for step in read(GOOD.encode(), "mine.yaml").steps] == ["look", "lost", "clean"]
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes", "said"),
+    [
+        ("kind: check", "kind: chek", "mine.yaml:10: steps[0].kind: there is no such kind of step; did you mean 'check'?"),
+        ("does: restore.possible", "does: restore.posible", "mine.yaml:11: steps[0].does: nothing is registered under 'restore.posible'; did you mean"),
+        ("does: drill.suppose", "does: restore.possible", "mine.yaml:15: steps[1].does: restore.possible is for steps of kind check, and this is"),
+        ("needs: [look]", "needs: [loook]", "mine.yaml:16: steps[1].needs[0]: there is no step 'loook'; did you mean 'look'?"),
+        ("with: { to: { parameter: to } }", "with: { too: latest }", "mine.yaml:12: steps[0].with.too: there is no key 'too' here; did you mean 'to'?"),
+        ("{ parameter: to }", "{ parameter: two }", "mine.yaml:12: steps[0].with: there is no parameter 'two'; did you mean 'to'?"),
+        ("{ to: { parameter: to } }", "{ to: 7 }", "mine.yaml:12: steps[0].with.to: this should be a text, not 7"),
+        ("    needs: [look]", "    needd: [look]", "mine.yaml:16: steps[1].needd: there is no key 'needd' here; did you mean 'needs'?"),
+        ("    needs: [look]", "    within: 5", "mine.yaml:16: steps[1].within: 5 is not a duration"),
+        ("  - id: lost", "  - id: look", "mine.yaml:13: steps[1].id: the id 'look' belongs to another step already"),
+        ("    kind: teardown", "    kind: human\n    asks: x", "mine.yaml:8: steps: it changes something, and no step of kind teardown puts it back"),
+        ("scenario: loss\n", "", "mine.yaml:1: scenario: the key 'scenario' is missing"),
+        ("does: restore.possible", "does: restore.possible\n    needs: [lost]", "mine.yaml:8: steps: these steps wait for one another: look, lost"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_with_file_line_and_key(was: str, becomes: str, said: str) -> None:
+    text = GOOD.replace(was, becomes, 1)
+    assert text != GOOD
+    with pytest.raises(InventoryError) as raised:
+        read(text.encode(), "mine.yaml")
+    assert said in str(raised.value)
+
+
+def test_all_mistakes_are_said_at_once() -> None:
+    text = GOOD.replace("kind: check", "kind: chek").replace("[look]", "[loook]").replace("scenario: loss\n", "")
+    with pytest.raises(InventoryError, match="3 mistakes"):
+        read(text.encode(), "mine.yaml")
+
+
+def test_an_abort_condition_names_a_probe() -> None:
+    text = GOOD.replace("steps:", "abort_when:\n  - { probe: look, unavailable_for: 1m }\nsteps:")
+    with pytest.raises(InventoryError, match="there is no probe 'look'"):
+        read(text.encode(), "mine.yaml")
+
+
+def test_what_is_shipped_can_be_read_and_every_step_says_what_it_does() -> None:
+    assert set(shipped()) == {"restore-drill", "failover-drill", "freeze-drill", "switchover-drill", "table-top"}
+    assert all(found.what for found in doings().values())
+
+
+def test_in_earnest_the_same_runbook_breaks_nothing() -> None:
+    book = shipped()["restore-drill"]
+    real = [step.id for step in book.steps_for("real")]
+    assert real == ["repository", "files", "server", "serves", "rto", "rpo", "data", "clean"]
+    assert book.needs_of(book.step("files"), "real") == {"repository"}
+
+
+def test_a_runbook_reads_as_it_was_written_down() -> None:
+    for book in shipped().values():
+        assert Runbook.model_validate(book.model_dump(mode="json", by_alias=True)) == book
+
+
+# Availability
+
+
+def sample(ms: int, ok: bool = True, took: float = 5.0) -> Sample:
+    return Sample(NOW + timedelta(milliseconds=ms), ok, took, error=None if ok else "refused")
+
+
+def test_an_outage_lasts_from_the_first_failure_to_the_next_answer() -> None:
+    (gap,) = gaps([sample(0), sample(50, False), sample(100, False, 1000), sample(150), sample(200)])
+    assert ((gap.began - NOW) / timedelta(milliseconds=1), gap.seconds, gap.failed) == (50, 0.105, 2)
+
+
+def test_an_outage_that_does_not_end_lasts_to_the_last_attempt() -> None:
+    (gap,) = gaps([sample(0), sample(50, False), sample(100, False, 1000)])
+    assert (gap.ended, gap.seconds) == (None, 1.05)
+
+
+@given(st.lists(st.booleans(), max_size=60))
+def test_outages_do_not_overlap_and_hold_every_failure(ok: list[bool]) -> None:
+    samples = [sample(50 * number, good) for number, good in enumerate(ok)]
+    found = gaps(samples)
+    assert sum(gap.failed for gap in found) == sum(not good for good in ok)
+    assert all(a.ended is not None and a.ended <= b.began for a, b in pairwise(found))
+    assert unavailable_seconds(samples) <= len(ok) * 0.05 + 0.01
+
+
+def test_a_probes_card_counts_from_the_drills_beginning() -> None:
+    step = Probe.model_validate({"id": "w", "kind": "probe", "does": "postgres.write"})
+    card = probe_card(step, [sample(1000), sample(1050, False), sample(1100)], NOW)
+    assert card.outages == [Outage(began=1.05, ended=1.105)]
+    assert (card.attempts, card.failed, card.errors) == (3, 1, {"refused": 1})
+    assert resolution_ms([sample(0)]) is None
+
+
+# The forecast
+
+
+def throughput(days: int, size: int, slower: float = 1.0) -> Throughput:
+    mib = 1 << 20
+    return Throughput(NOW - timedelta(days=days), size * mib, size / 10 * slower, 100 * mib, 20 * slower, 5 * slower)
+
+
+def test_a_restore_is_predicted_from_its_rates_with_an_interval() -> None:
+    seen = [throughput(90, 1000), throughput(60, 1000, 1.1), throughput(30, 1000, 0.9)]
+    found = predict(seen, 2000 << 20, 100 << 20)
+    assert found is not None
+    assert found.expected == pytest.approx(225, rel=0.01)
+    assert found.low < found.expected < found.high
+    assert found.misses(found.high) is False
+    assert found.misses(found.low - 1) is True
+    assert found.misses(found.expected) is None
+
+
+def test_few_drills_give_a_wide_interval_that_is_said_to_be_a_guess() -> None:
+    found = predict([throughput(1, 1000)], 1000 << 20, 100 << 20)
+    assert found is not None
+    assert found.high == pytest.approx(3 * found.expected)
+    assert "too few" in found.how
+    assert predict([], 1, 1) is None
+
+
+@given(st.lists(st.floats(0.5, 2.0), min_size=3, max_size=12))
+def test_the_interval_holds_the_expectation_and_grows_with_the_spread(factors: list[float]) -> None:
+    seen = [throughput(10 * number, 1000, factor) for number, factor in enumerate(factors, 1)]
+    found = predict(seen, 1000 << 20, 100 << 20)
+    assert found is not None
+    assert 0 < found.low <= found.high
+    assert found.low <= max(t.total for t in seen)
+
+
+def test_growth_says_when_the_objective_will_be_missed() -> None:
+    seen = [throughput(60, 1000), throughput(30, 2000), throughput(0, 3000)]
+    grown = growth(seen)
+    assert grown is not None
+    assert grown.bytes_a_day / (1 << 20) == pytest.approx(1000 / 30)
+    when = missed_at(seen, 100 << 20, 600, NOW, timedelta(days=182))
+    assert when is not None
+    assert timedelta(days=60) < when - NOW < timedelta(days=100)
+    assert missed_at(seen, 100 << 20, 6000, NOW, timedelta(days=182)) is None
+
+
+# What is overdue
+
+
+def a_drill(target: str, days: int, verdict: str = "PASS", **more: Any) -> Drill:
+    at = NOW - timedelta(days=days)
+    return Drill(
+        f"d{days}", "p", "restore-drill", {}, "", target, target, "test", "database-gone", "drill", {}, {}, "ann", "x", None, "",
+        DrillState.ENDED, at, at, ended_at=at, verdict=verdict, card=more or None,
+    )  # fmt: skip
+
+
+DECLARED = Drills.model_validate(
+    {"plan": [{"id": "p", "runbook": "restore-drill", "targets": ["app-db", "crm-db"], "every": "30d"}]}
+)
+CLASSES = {"app-db": Classification.INTERNAL, "crm-db": Classification.RESTRICTED}
+
+
+def standing_of(*drills: Drill) -> dict[str, Any]:
+    found = standings(DECLARED, {"restore-drill": "database-gone"}, CLASSES, drills, NOW)
+    return {one.target: one for one in found}
+
+
+def test_what_was_never_drilled_comes_first_and_the_classified_before_it() -> None:
+    found = standings(DECLARED, {"restore-drill": "database-gone"}, CLASSES, [], NOW)
+    assert [(one.target, one.risk) for one in found] == [("crm-db", 8 * NEVER), ("app-db", 2 * NEVER)]
+    first = most_overdue(found)
+    assert first is not None
+    assert first.target == "crm-db"
+
+
+def test_only_a_pass_proves() -> None:
+    found = standing_of(a_drill("app-db", 3, "FAIL"), a_drill("crm-db", 3))
+    assert (found["app-db"].overdue, found["app-db"].last_verdict) == (True, "FAIL")
+    assert (found["crm-db"].overdue, found["crm-db"].proven_by) == (False, "d3")
+
+
+def test_a_failure_and_another_size_since_raise_the_risk() -> None:
+    calm = standing_of(a_drill("app-db", 15))["app-db"].risk
+    failed = standing_of(a_drill("app-db", 15), a_drill("app-db", 3, "FAIL"))["app-db"].risk
+    small, large = {"backups": [{"bytes": 100}]}, {"backups": [{"bytes": 200}]}
+    grown = standing_of(a_drill("app-db", 15, **small), a_drill("app-db", 3, "COULD_NOT_VERIFY", **large))[
+        "app-db"
+    ].risk
+    assert calm == 1.0
+    assert failed == grown == 2.0
+
+
+# The pages
+
+
+def a_card(days: int, verdict: str = "PASS", rto: float | None = 20.0) -> DrillCard:
+    begun = NOW - timedelta(days=days, minutes=5)
+    step = StepCard(
+        id="loss", kind="inject", title="The <primary> hangs", does="x", state="done", attempts=1, started=1.0, seconds=2.0,
+        objective_seconds=None, met=None, said="", needs=[], critical=True,
+    )  # fmt: skip
+    probe = ProbeCard(
+        step="writer", does="postgres.write", counts=True, attempts=9, failed=3, unavailable_seconds=20.0, longest_seconds=20.0,
+        resolution_ms=51.0, median_ms=0.5, outages=[Outage(began=3.0, ended=23.0)], errors={"refused": 3},
+    )  # fmt: skip
+    return DrillCard(
+        drill=f"d{days}", plan="p", runbook="r", runbook_sha256="0" * 64, title="A drill", scenario="loss", mode="drill",
+        trigger="by hand", operator="ann", approved_by=None, target="app-db", environment="test", classification="internal",
+        parameters={}, verdict=verdict, ending="completed", reason="because", started_at=begun,
+        ended_at=begun + timedelta(minutes=1), versions={}, backups=[], recovery_target=None, reached=None,
+        objectives=[ObjectiveCard(name="rto", objective=60, measured=rto, met=rto and rto < 60, confidence="measured", how="so")],
+        measured=[Measured(name="rto", value=rto, how="so")], steps=[step], probes=[probe], checks=[],
+        teardown=[ResourceCard(kind="frozen", name="n1", kept=False, gone=True, left=None)], answers=[], findings=[], notes=[],
+        forecast=None, plan_digest="0" * 64, written_by="tests",
+    )  # fmt: skip
+
+
+def test_the_page_of_a_drill_shows_the_outage_where_it_was() -> None:
+    html = drill_report(a_card(1), NOW)
+    assert "no answer from 3 s to 23 s" in html
+    assert 'x="5%" width="33.333%"' in html
+    assert "The &lt;primary&gt; hangs" in html
+    assert "<script" not in html
+
+
+def test_the_index_shows_what_was_never_drilled_what_is_late_and_the_outlook() -> None:
+    found = standings(DECLARED, {"restore-drill": "database-gone"}, CLASSES, [], NOW)
+    finding = Finding(
+        "f1", "k", "d1", "p", "app-db", "r", "RTO is missed", "80 s", "team", NOW - timedelta(days=1), FindingState.OPEN, NOW, 2, "d1"
+    )  # fmt: skip
+    seen = [throughput(60, 1000), throughput(30, 2000), throughput(0, 3000)]
+    today, later = predict(seen, 3000 << 20, 0), predict(seen, 9000 << 20, 0)
+    assert today is not None
+    assert later is not None
+    outlook = Outlook("app-db", 600, today, later, NOW + timedelta(days=70))
+    html = drills_report(found, [a_card(62), a_card(31, "FAIL", None), a_card(1)], [finding], [outlook], NOW)
+    assert html.count("<span>never drilled") == 2
+    assert "late" in html
+    assert "missed from 2027-02-03 on" in html
+    assert "RTO of 3 drills" in html
+    assert drills_report([], [], [], [], NOW).count("empty") >= 5
