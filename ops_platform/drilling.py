@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from statistics import median
@@ -17,6 +18,7 @@ from ops_platform.drills.overdue import Standing, standings
 from ops_platform.drills.scorecard import card_of
 from ops_platform.drills.store import Store
 from ops_platform.drills.workspace import drills_of
+from ops_platform.inventory.values import format_duration
 from ops_platform.ledger import Ledger
 from ops_platform.recovery.model import Verdict
 from ops_platform.reports.drills import SIX_MONTHS, Outlook, drill_report, drills_report
@@ -76,3 +78,33 @@ def write_reports(access: Access, store: Store, drill: Drill | None = None, cloc
     )
     index = write_report(directory, None, html)
     return page if drill is not None and page is not None else index
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Whether a promise about a drill is kept. What was never drilled keeps none."""
+
+    plan: str
+    target: str
+    name: str
+    kept: bool
+    text: str
+
+
+def promises(access: Access, store: Store, clock: Clock = SYSTEM_CLOCK) -> list[Kept]:
+    """drilled_within, rto_met and rpo_met of every declared drill on each of its targets."""
+    found: list[Kept] = []
+    for one in standing(access, store, clock):
+        card = card_of(store.get(one.last_drill)) if one.last_drill else None
+        proven = "never" if one.proven is None else f"{one.proven:%Y-%m-%d %H:%M} UTC, by {one.proven_by}"
+        text = f"proven {proven}; every {format_duration(one.every)} is promised"
+        found.append(Kept(one.plan, one.target, "drilled_within", not one.overdue, text))
+        for name in ("rto", "rpo"):
+            measured = next((o for o in card.objectives if o.name == name), None) if card else None
+            if card is not None and measured is None:
+                continue  # the runbook does not measure it
+            value = "never measured" if measured is None or measured.measured is None else f"{measured.measured:.1f} s"
+            allowed = f", {measured.objective:.0f} s are allowed" if measured else ""
+            kept = measured is not None and measured.met is True
+            found.append(Kept(one.plan, one.target, f"{name}_met", kept, f"{value}{allowed}"))
+    return found

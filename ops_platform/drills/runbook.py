@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import timedelta
+from importlib import resources
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from ops_platform.errors import InventoryError
 from ops_platform.inventory.base import Strict
+from ops_platform.inventory.document import Document
 from ops_platform.inventory.values import Duration, Id, PositiveDuration
 
 
@@ -212,3 +216,20 @@ def filled_in(value: Any, parameters: dict[str, Any]) -> Any:
             return parameters[value["parameter"]]
         return {key: filled_in(inner, parameters) for key, inner in value.items()}
     return [filled_in(inner, parameters) for inner in value] if isinstance(value, list) else value
+
+
+def shapes(folder: Path | None) -> dict[str, Runbook]:
+    """The shipped runbooks and those of a folder, by id, for whoever wants to know their graphs alone: what their steps do is not looked
+    up, and one that cannot be read is left out. `loader.runbooks` names its mistakes."""
+    shipped = resources.files("ops_platform.drills").joinpath("runbooks").iterdir()
+    own = folder.glob("*.yaml") if folder is not None else ()
+    found: dict[str, Runbook] = {}
+    for file in sorted([*shipped, *own], key=lambda one: one.name):
+        try:
+            if file.name.endswith(".yaml"):
+                book = Runbook.model_validate(Document(file.read_bytes(), file.name).value)
+                book.steps_for("drill")
+                found[book.id] = book
+        except (InventoryError, ValidationError, ValueError, OSError):
+            continue
+    return found
