@@ -1,4 +1,4 @@
-"""Writes docs/reference/{cli,inventory,json-output,exit-codes,playbooks}.md and Grafana's dashboard from the code, or says (--check)
+"""Writes docs/reference/{cli,inventory,json-output,exit-codes,playbooks,runbooks}.md and Grafana's dashboard from the code, or says (--check)
 which of them are old.
 
 python docs/generate.py [--check]
@@ -489,6 +489,57 @@ def _playbook(book: Playbook[Any]) -> str:
     return "\n\n".join(parts)
 
 
+# Runbooks
+
+_RUNBOOKS = """\
+A runbook is a graph of typed steps. [How to write one](../how-to/write-a-runbook.md); [the first drill](../how-to/run-your-first-drill.md).
+What a step does is a name under which Python is registered."""
+
+
+def runbooks_page() -> str:
+    from ops_platform.drills.loader import shipped
+    from ops_platform.drills.registry import doings
+    from ops_platform.drills.runbook import AbortWhen, Parameter, Runbook
+
+    parts = ["# Runbooks", MADE, _RUNBOOKS, "## Shipped"]
+    for name, book in shipped().items():
+        parts += [f"### {name}", f"**{book.title}.** {book.description}"]
+        parts.append(
+            f"Scenario `{book.scenario}`; for {', '.join(f'`{k}`' for k in book.kinds)}; {' and '.join(book.modes)}."
+        )
+        rows = [
+            f"| `{key}` | {_cell(repr(p.default))} | {_cell(p.description)} |" for key, p in book.parameters.items()
+        ]
+        if rows:
+            parts.append("| parameter | default | |\n|---|---|---|\n" + "\n".join(rows))
+        steps = [f"| `{s.id}` | {s.kind} | {_cell(s.name)} | `{s.does}` |" for s in book.steps]
+        parts.append("| step | kind | | does |\n|---|---|---|---|\n" + "\n".join(steps))
+    parts.append("## The file")
+    kinds = [get_args(get_args(Runbook.model_fields["steps"].annotation)[0])[0]]
+    for model in (Runbook, Parameter, AbortWhen, *get_args(kinds[0])):
+        rows = [_runbook_field(model, key, field) for key, field in model.model_fields.items()]
+        parts += [f"### {model.__name__}", inspect.cleandoc(model.__doc__ or "")]
+        parts.append("| key | type | default | |\n|---|---|---|---|\n" + "\n".join(rows))
+    parts.append("## What steps can do")
+    for name, doing in doings().items():
+        if name.startswith("toy."):
+            continue
+        parts += [f"### {name}", f"For {', '.join(f'`{k}`' for k in sorted(doing.kinds))}. {doing.what}"]
+        rows = [_runbook_field(doing.given, key, field) for key, field in doing.given.model_fields.items()]
+        if rows:
+            parts.append("| with | type | default | |\n|---|---|---|---|\n" + "\n".join(rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def _runbook_field(model: type[BaseModel], key: str, field: FieldInfo) -> str:
+    """In the words of the file: `with` and `is` are keywords of Python."""
+    return (
+        _field(model, key, field)
+        .replace(f"`{key}`", f"`{field.alias or key}`", 1)
+        .replace("(#values)", "(inventory.md#values)")
+    )
+
+
 # Grafana
 
 
@@ -505,6 +556,7 @@ def pages() -> dict[Path, str]:
         REFERENCE / "json-output.md": json_page(),
         REFERENCE / "exit-codes.md": exit_codes_page(),
         REFERENCE / "playbooks.md": playbooks_page(),
+        REFERENCE / "runbooks.md": runbooks_page(),
     }
 
 

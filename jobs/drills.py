@@ -10,6 +10,7 @@ import dagster as dg
 from dagster import DependencyDefinition, GraphDefinition, MultiDependencyDefinition, NodeInvocation
 from pydantic import Field
 
+from assets.drills import DRILLS, NAMES
 from ops_platform.drills.runbook import AnyStep, Runbook
 from ops_platform.errors import ConflictError, OpsError
 from ops_platform.inventory.drills import PlannedDrill
@@ -28,8 +29,16 @@ class DrillConfig(dg.Config):
 
 
 def build_jobs(planned: list[tuple[PlannedDrill, Runbook]]) -> dict[str, Any]:
-    found = {job_name(plan.id): drill_job(plan, book) for plan, book in planned}
-    return found | {"sweep_drills": sweep_drills}
+    if not planned:
+        return {}
+    found: dict[str, Any] = {job_name(plan.id): drill_job(plan, book) for plan, book in planned}
+    checks = dg.define_asset_job(
+        "check_drills",
+        selection=dg.AssetSelection.checks(*(dg.AssetCheckKey(DRILLS, name) for name in NAMES)),
+        description="Judge every declared drill: drilled within the time, RTO and RPO met.",
+        tags={"ops/domain": "drills"},
+    )
+    return found | {"sweep_drills": sweep_drills, "check_drills": checks}
 
 
 def job_name(plan_id: str) -> str:

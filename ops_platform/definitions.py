@@ -20,6 +20,7 @@ from ops_platform.drills.runbook import Runbook, shapes
 from ops_platform.inventory import LoadedInventory, load
 from ops_platform.inventory.drills import PlannedDrill
 from ops_platform.resources import PlatformResource
+from schedules import drills as drill_schedules
 from schedules import ledger as ledger_schedules
 from schedules import postgres as postgres_schedules
 from schedules import stores as stores_schedules
@@ -50,6 +51,7 @@ def build_defs(loaded: LoadedInventory | None = None) -> Definitions:
             *postgres_schedules.build_schedules(inventory, jobs),
             *stores_schedules.build_schedules(inventory, jobs),
             *ledger_schedules.build_schedules(inventory, jobs),
+            *drill_schedules.build_schedules(inventory, jobs),
         ],
         sensors=[
             *postgres_sensors.build_sensors(inventory, jobs),

@@ -10,7 +10,6 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from assets.drills import DRILLS
 from ops_platform.definitions import build_defs
 from ops_platform.inventory import load
 from tests.drill_rig import TRIED, Bench
@@ -77,8 +76,7 @@ def test_the_checks_say_what_was_drilled_and_what_never_was(bench: Bench) -> Non
     defs = definitions(bench)
 
     def checks() -> dict[str, bool]:
-        job = defs.resolve_implicit_global_asset_job_def()
-        done = job.execute_in_process(asset_selection=[DRILLS], raise_on_error=False)
+        done = defs.resolve_job_def("check_drills").execute_in_process(raise_on_error=False)
         return {one.check_name: one.passed for one in done.get_asset_check_evaluations()}
 
     assert checks() == {"drilled_within": False, "rto_met": False, "rpo_met": False}

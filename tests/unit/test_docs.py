@@ -58,6 +58,7 @@ def test_generated_pages_are_what_the_code_says() -> None:
         "json-output.md",
         "exit-codes.md",
         "playbooks.md",
+        "runbooks.md",
         "ops-platform.json",
     }
     old = [_name(page) for page, text in pages.items() if not page.is_file() or page.read_text() != text]

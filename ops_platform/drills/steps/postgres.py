@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -12,6 +11,7 @@ from ops_platform.clients.processes import spawn
 from ops_platform.drills.model import Done, Resource
 from ops_platform.drills.probing import TABLE, command, word_of
 from ops_platform.drills.registry import Context, Remover, does, removes
+from ops_platform.drills.steps.basics import processes_with
 from ops_platform.errors import CouldNotVerifyError
 from ops_platform.inventory.base import Strict
 
@@ -68,29 +68,23 @@ def _probe(context: Context) -> Done:
     """Its own process, which goes on when ours is killed, and ends when the drill has. Begun once it has seen the target well."""
     word = word_of(context.held.id, context.step.id)
     context.register("process", word, word=word, signal="TERM")
-    from ops_platform.drills.steps.basics import processes_with
-
+    log = context.workspace / f"{context.step.id}.log"
+    context.register("directory", str(context.workspace), path=str(context.workspace))
+    context.workspace.mkdir(mode=0o711, parents=True, exist_ok=True)
     if not any(processes_with(word)):
-        log = context.access.path("{state}").parent / "ops-probe.log"
-        with contextlib.suppress(OSError):
-            log.parent.mkdir(parents=True, exist_ok=True)
         spawn(command(word), log, env={"OPS_INVENTORY": str(context.access.loaded.path)})
     began = context.clock.monotonic()
 
     def seen() -> bool:
         if context.clock.monotonic() - began > _STARTS_WITHIN:
+            said = _last_error(context) or log.read_text(errors="replace")[-400:].strip() or "it says nothing"
             raise CouldNotVerifyError(
-                "the probe has not seen the target well: " + (_last_error(context) or "it has said nothing"),
-                where=f"step {context.step.id}", remedy=f"read {log}" if (log := _log(context)) else None,
-            )  # fmt: skip
+                f"the probe has not seen the target well: {said}", where=f"step {context.step.id}"
+            )
         return any(sample.ok for sample in context.samples(context.step.id)[-20:])
 
     context.wait(seen)
     return Done("it runs and reaches the target")
-
-
-def _log(context: Context) -> str:
-    return str(context.access.path("{state}").parent / "ops-probe.log")
 
 
 def _last_error(context: Context) -> str | None:
