@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 
 from ops_platform.backup.model import Lsn
 from ops_platform.cli.main import cli
+from ops_platform.drills.loader import read as read_runbook
 from ops_platform.inventory import Inventory, json_schema
 
 ROOT = Path(__file__).parents[2]
@@ -298,6 +299,9 @@ def _fits(schema: dict[str, Any], node: dict[str, Any], value: Any) -> bool:
 def _wrong_keys(block: str) -> list[str]:
     """A whole platform.yaml or some of it: top-level keys, or keys of a target, or of a suite of expectations."""
     value = yaml.safe_load(block)
+    if isinstance(value, dict) and "scenario" in value:
+        assert read_runbook(block.encode(), "a page").steps  # its own reader names what is wrong
+        return []
     if value is None:
         return []
     if isinstance(value, list):
