@@ -292,14 +292,17 @@ def _say_card(found: Drill) -> None:
     "--evidence",
     "files",
     multiple=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=click.Path(dir_okay=False, path_type=Path),
     help="A file; its SHA-256 is recorded.",
 )
 def answer(drill_id: str, step: str, text: str, files: tuple[Path, ...]) -> None:
     """Say that the STEP that DRILL waits for is done."""
     from ops_platform.drills.engine import runbook_of
 
-    evidence = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    try:
+        evidence = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    except OSError as error:
+        raise UsageError(f"the evidence cannot be read: {error.strerror}", where=str(error.filename)) from None
     with _store() as (_access, store):
         held = store.get(drill_id)
         found: Any = next((s for s in runbook_of(held).steps if s.id == step), None)
