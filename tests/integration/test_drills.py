@@ -19,6 +19,8 @@ from ops_platform.drills.model import DrillState, Ending, StepState
 from ops_platform.drills.scorecard import card_of
 from ops_platform.errors import ConflictError, UsageError
 from ops_platform.remediation import store as incidents
+from ops_platform.remediation.model import Ending as IncidentEnding
+from ops_platform.remediation.model import Opening
 from tests.drill_rig import TRIED, Bench
 from tests.remediation_rig import a_signal
 from tests.rig import Cluster, eventually
@@ -93,10 +95,10 @@ def test_a_freeze_refuses_and_so_does_pause_all(bench: Bench) -> None:
 def test_an_open_incident_in_the_same_failure_domain_refuses(bench: Bench) -> None:
     bench.both("toys", [SAY])
     store = incidents.Store(bench.engine.store.ledger)
-    opened = store.open(incidents.Opening("dark", "cellar", "toy", a_signal(at=datetime.now(UTC)), "ann"))
+    opened = store.open(Opening("dark", "cellar", "toy", a_signal(at=datetime.now(UTC)), "ann"))
     assert opened is not None
     assert set(refusals(bench)) == {"open incidents"}
-    store.close(opened, incidents.Ending.CLEARED, "it is bright", actor="ann")
+    store.close(opened, IncidentEnding.CLEARED, "it is bright", actor="ann")
     assert refusals(bench) == {}
 
 
