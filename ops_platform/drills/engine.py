@@ -233,6 +233,7 @@ class Engine:
     def _person(self, held: Drill, step: AnyStep, *, wait: bool) -> bool:
         """A step that a person takes: its clock runs from when it was asked for."""
         record = self.store.begin_step(held, step.id, StepState.WAITING)
+        held = replace(held, state=self.store.get(held.id).state)  # another person's step may have changed it
         while (answer := self.store.answers(held.id).get(step.id)) is None:
             asked = record.started_at or self.clock.now()
             if self.clock.now() - asked > step.within:

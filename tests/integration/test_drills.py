@@ -289,6 +289,24 @@ def test_a_drill_waits_for_a_person_and_the_clock_runs(bench: Bench, tmp_path: P
         engine.store.answer(drill, "call", "again", {}, who="bob")
 
 
+def test_the_table_top_that_is_shipped_is_gone_through_with_evidence(bench: Bench) -> None:
+    bench.body["drills"]["plan"].append(
+        {"id": "people", "runbook": "table-top", "targets": ["hall"], "mode": "enforce"}
+    )
+    engine = bench.engine
+    started = bench.begin(engine, "people")
+    assert (begun := started.drill) is not None, [r.as_json() for r in started.result.rulings]
+    asked: list[str] = []
+    while (held := engine.run(begun.id, wait=False)).state is DrillState.WAITING:
+        (waiting,) = [r.step for r in engine.store.steps(held.id).values() if r.state is StepState.WAITING]
+        engine.store.answer(held, waiting, f"{waiting} is done", {"page.pdf": "0" * 64}, who="bob")
+        asked.append(waiting)
+    card = card_of(held)
+    assert card is not None
+    assert asked == ["alarm", "lead", "access", "keys", "order"]
+    assert (card.verdict, card.measured[0].name, len(card.answers)) == ("PASS", "decision", 5)
+
+
 def test_nobody_who_answers_in_time_fails_it(bench: Bench) -> None:
     bench.both("toys", [{"id": "call", "kind": "human", "asks": "Call.", "within": "1s"}])
     drill = bench.drill("toys")

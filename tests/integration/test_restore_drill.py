@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 import pytest
 
 from ops_platform.backup.archive import archive_status
 from ops_platform.backup.basebackup import run_backup
 from ops_platform.backup.receiver import Receiver
+from ops_platform.clients.postgres import connect
+from ops_platform.clients.processes import stop
+from ops_platform.drills.begin import Beginner, in_earnest
 from ops_platform.drills.model import DrillState
 from ops_platform.drills.scorecard import card_of
+from ops_platform.drills.steps.basics import processes_with
 from tests.drill_rig import Held, held_on
 from tests.rig import Cluster, Platform, eventually
 
@@ -58,3 +64,40 @@ def test_a_restore_drill_serves_measures_and_leaves_nothing(held: Held) -> None:
     entry = held.ledger.entries(kind="drill.scorecard")[-1]
     assert entry.body["verdict"] == "PASS"
     assert held.ledger.verify().ok
+
+
+def test_a_recovery_in_earnest_leaves_a_server_that_serves(held: Held) -> None:
+    """Approved by a second person; what it made stays, and the target is not asked."""
+    held.cluster.sql("create table t as select generate_series(1, 1000) n")
+    run_backup(held.platform.access, held.platform.target)
+    access, into = held.platform.access, held.platform.home / "recovered"
+    request = in_earnest(access, "restore-drill", "app-db", {"into": str(into)}, operator="ann")
+    beginner = Beginner(access, held.store)
+    digest = beginner.plan(request).plan.digest
+    assert beginner.begin(request).drill is None
+    held.store.approve(digest, "app-db", who="bob", valid_for=timedelta(hours=1))
+    begun = beginner.begin(request).drill
+    assert begun is not None
+    held.cluster.server.stop("immediate")
+    held.cluster.server.start()  # the ledger stands in the same cluster
+    drill = held.engine.run(begun.id)
+    card = card_of(drill)
+    assert card is not None
+    try:
+        assert (drill.mode, drill.verdict) == ("real", "PASS"), [(s.id, s.state, s.said) for s in card.steps]
+        assert {resource.kept for resource in card.teardown if resource.kind == "process"} == {True}
+        port = int((into / "port").read_text())
+        login = access.login(held.platform.target.connection, "127.0.0.1")
+        with connect(login, "127.0.0.1", port) as connection:
+            assert connection.execute("select count(*) from t").fetchone() == (1000,)
+    finally:
+        for process in processes_with(str(into / "data")):
+            assert stop(process, signal.SIGINT)
+
+
+def test_a_drill_whose_target_has_no_backup_is_refused(held: Held) -> None:
+    begun = held.begin("monthly")
+    assert begun.drill is None
+    refused = {ruling.guard: ruling.reason for ruling in begun.result.rulings if not ruling.allows}
+    assert set(refused) == {"preflight"}
+    assert not (held.platform.home / "drills").exists()

@@ -32,6 +32,7 @@ from ops_platform.recovery.restore import restore, sandbox_tablespaces
 from ops_platform.recovery.sandbox import Sandbox
 
 _LOOPBACK = "127.0.0.1"
+_LONGEST = 90  # bytes of a directory of sockets
 
 
 class To(Strict):
@@ -186,8 +187,8 @@ _CLOSED = {
 def serve(context: Context, given: Serve) -> Done:
     """Start the restored server. In a drill it listens on loopback alone, archives nothing and connects to nobody."""
     data = Path(context.fact(given.files, "directory"))
-    install, sockets = _install(context, given.files), _sockets(context)
-    context.register("directory", str(sockets), path=str(sockets))
+    install, sockets = _install(context, given.files), _sockets(context, data.parent)
+    context.register("directory", str(sockets), path=str(sockets), keep=context.held.real)
     context.register("process", str(data), word=str(data), signal="INT", seconds=60, keep=context.held.real)
     if not any(processes_with(str(data))):
         port = given.port or free_port(given.listen)
@@ -215,9 +216,10 @@ def _start(context: Context, install: PgInstall, data: Path, sockets: Path, list
     server.spawn({"listen_addresses": listen} | ({} if own else {"config_file": str(settings), **ours}))
 
 
-def _sockets(context: Context) -> Path:
-    """Short: the path of a socket may have 107 bytes."""
-    return Path(tempfile.gettempdir()) / f"ops-{context.held.id[-13:]}"
+def _sockets(context: Context, home: Path) -> Path:
+    """Beside the data; elsewhere where that is too long: the path of a socket may have 107 bytes."""
+    beside = home / "sockets"
+    return beside if len(str(beside)) <= _LONGEST else Path(tempfile.gettempdir()) / f"ops-{context.held.id[-13:]}"
 
 
 def _install(context: Context, step: str) -> PgInstall:
@@ -339,11 +341,15 @@ def lost(context: Context, given: Lost) -> Done:
 
 
 def _lost_in_earnest(context: Context, given: Lost) -> Done:
-    newest = context.fact(given.files, "newest_commit")
+    """What is gone cannot be asked: everything after the newest restored commit may have been lost, or after the backup's own end."""
+    newest, what = context.fact(given.files, "newest_commit"), "the newest restored commit"
     if newest is None:
-        return Done("not measured", measured=(measure(context, None, "no commit was replayed"),))
+        newest, what = (
+            context.fact(given.files, "backup")["ended_at"],
+            "the end of the backup, behind which there was no commit,",
+        )
     seconds = max(0.0, (context.held.started_at - moment_of(newest)).total_seconds())
-    how = f"from the newest restored commit ({newest}) to the beginning of the recovery"
+    how = f"from {what} ({newest}) to the beginning of the recovery"
     return Done(f"{seconds:.1f} s at most", measured=(measure(context, seconds, how, Confidence.BOUND),))
 
 
