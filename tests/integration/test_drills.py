@@ -294,8 +294,8 @@ def test_the_table_top_that_is_shipped_is_gone_through_with_evidence(bench: Benc
         {"id": "people", "runbook": "table-top", "targets": ["hall"], "mode": "enforce"}
     )
     engine = bench.engine
-    started = bench.begin(engine, "people")
-    assert (begun := started.drill) is not None, [r.as_json() for r in started.result.rulings]
+    begun = bench.begin(engine, "people").drill
+    assert begun is not None
     asked: list[str] = []
     while (held := engine.run(begun.id, wait=False)).state is DrillState.WAITING:
         (waiting,) = [r.step for r in engine.store.steps(held.id).values() if r.state is StepState.WAITING]
