@@ -1,27 +1,14 @@
 #!/usr/bin/env python3
 """Restores a backup without ops_platform, by docs/reference/repository-format.md alone.
 
-    standalone_restore.py SOURCE TARGET                        lists the backups of a target
-    standalone_restore.py SOURCE TARGET --into DIR             restores the newest one, or --backup ID; --to TIME with its zone
+    standalone_restore.py FOLDER TARGET [--backup ID] [--into DIR] [--to TIME]     without --into it lists the backups
 
-SOURCE is s3://BUCKET/PREFIX (read with boto3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_CA_BUNDLE …) or a
-folder with a copy of what stands below the prefix. Data keys are opened by Vault (VAULT_ADDR, VAULT_TOKEN, VAULT_CACERT; OPS_TRANSIT
-where the key is not transit/ops-backup) or with the key file that OPS_KEY_FILE names. An incremental backup needs the
-pg_combinebackup of its major in PATH. Needs the packages cryptography and zstandard; lz4 where lz4 was chosen; boto3 for S3.
+FOLDER is a copy of the repository (`aws s3 sync s3://BUCKET/PREFIX FOLDER`). Data keys are opened by Vault (VAULT_ADDR, VAULT_TOKEN,
+VAULT_CACERT; OPS_TRANSIT where the key is not transit/ops-backup) or with the key file OPS_KEY_FILE. An incremental backup needs the
+pg_combinebackup of its major in PATH. Needs the packages cryptography and zstandard, and lz4 where that was chosen.
 """
 
-import argparse
-import functools
-import hashlib
-import hmac
-import io
-import json
-import os
-import shutil
-import ssl
-import subprocess
-import tarfile
-import urllib.request
+import argparse, functools, hashlib, hmac, io, json, os, shutil, ssl, subprocess, tarfile, urllib.request  # noqa: E401, I001
 from base64 import b64decode
 from pathlib import Path
 
@@ -34,40 +21,13 @@ def need(holds, text):
         raise SystemExit(f"cannot restore: {text}")
 
 
-def lz4(stream):
-    import lz4.frame
-
-    return lz4.frame.open(stream)
-
-
-class Store:
-    """`get` and `list` over a folder or a bucket."""
-
-    def __init__(self, source):
-        self.bucket, _, prefix = source.removeprefix("s3://").partition("/")
-        self.folder = None if source.startswith("s3://") else Path(source)
-        self.prefix = f"{prefix.strip('/')}/" if prefix else ""
-        if self.folder is None:
-            import boto3
-
-            self.s3 = boto3.client("s3")
-
-    def get(self, key):
-        if self.folder is not None:
-            return (self.folder / key).read_bytes()
-        return self.s3.get_object(Bucket=self.bucket, Key=self.prefix + key)["Body"].read()
-
-    def list(self, prefix):
-        if self.folder is not None:
-            files = (self.folder / prefix).rglob("*")
-            return sorted(str(file.relative_to(self.folder)) for file in files if file.is_file())
-        pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
-        return [item["Key"][len(self.prefix) :] for page in pages for item in page.get("Contents", [])]
+HERE = {}  # at a second site: the wrapped keys of the first, and each as the key service of the copy wraps it
 
 
 @functools.cache
 def data_key(wrapped):
     """Open a wrapped data key: with the key file, or by asking Vault."""
+    wrapped = HERE.get(wrapped, wrapped)
     if wrapped.startswith("file:v1:"):
         raw, master = b64decode(wrapped[8:]), bytes.fromhex(Path(os.environ["OPS_KEY_FILE"]).read_text().strip())
         return AESGCM(master).decrypt(raw[:12], raw[12:], b"ops_platform data key")
@@ -80,55 +40,61 @@ def data_key(wrapped):
         return b64decode(json.load(answer)["data"]["plaintext"])
 
 
+def opened(comp, stream):
+    """A stream of plain bytes from one that was compressed."""
+    if comp == "lz4":
+        import lz4.frame
+
+        return lz4.frame.open(stream)
+    return zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True) if comp == "zstd" else stream
+
+
 def unseal(stored, place):
     """Open a sealed object that was read from the key `place`."""
     end = 12 + int.from_bytes(stored[8:12], "big")
     head = json.loads(stored[12:end])
     need(stored[:8] == b"OPSSEAL1" and head["v"] == 1 and head["place"] == place, f"{place}: not what belongs here")
     packed = AESGCM(data_key(head["key"])).decrypt(b64decode(head["nonce"]), stored[end:], stored[:end])
-    if head["comp"] == "zstd":
-        return zstandard.ZstdDecompressor().decompress(packed, max_output_size=head["raw"])
-    return lz4(io.BytesIO(packed)).read() if head["comp"] == "lz4" else packed
+    return opened(head["comp"], io.BytesIO(packed)).read()
 
 
-def manifest_of(store, target, backup):
-    key = f"{target}/backup/{backup}/manifest.json"
-    body = json.loads(store.get(key))
-    need(body["format"] == 1 and (body["target_id"], body["backup_id"]) == (target, backup), f"{key}: not its own")
-    mac, code = body.pop("mac"), hmac.new(data_key(body["key"]), b"ops_platform manifest", hashlib.sha256).digest()
+def manifest_of(folder, target, backup):
+    body = json.loads((folder / f"{target}/backup/{backup}/manifest.json").read_bytes())
+    own = body["format"] == 1 and (body["target_id"], body["backup_id"]) == (target, backup)
+    need(own, f"{backup}/manifest.json: not its own")
+    mac, code = body.pop("mac"), hmac.digest(data_key(body["key"]), b"ops_platform manifest", "sha256")
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-    need(hmac.compare_digest(mac, hmac.new(code, text, hashlib.sha256).hexdigest()), f"{key}: it was changed")
+    need(hmac.compare_digest(mac, hmac.digest(code, text, "sha256").hex()), f"{backup}/manifest.json: it was changed")
     return body
 
 
-def part(store, place):
-    stored = store.get(place["key"])
+def part(folder, place):
+    stored = (folder / place["key"]).read_bytes()
     need(hashlib.sha256(stored).hexdigest() == place["sha256"], f"{place['key']}: other bytes than were written")
     return unseal(stored, place["key"])
 
 
-class Joined:
+class Joined(io.RawIOBase):
     """The blocks of an archive as one file to read from."""
 
     def __init__(self, pieces):
         self.pieces, self.rest = pieces, b""
 
-    def read(self, size):
+    def read(self, size=-1):
         self.rest = self.rest or next(self.pieces, b"")
         given, self.rest = self.rest[:size], self.rest[size:]
         return given
 
 
-def restore_files(store, manifest, into):
+def restore_files(folder, manifest, into):
     """One backup's files. Each tablespace goes beside the data directory, as DIR.OID; returns these by oid."""
     spaces = {a["oid"]: Path(f"{into}.{a['oid']}") for a in manifest["archives"] if a["oid"] is not None}
     for archive in manifest["archives"]:
         place = spaces.get(archive["oid"], into)
         place.mkdir(mode=0o700, parents=True)  # fails where it exists: nothing is restored over files
-        stream = Joined(part(store, block) for block in archive["blocks"])
+        stream = Joined(part(folder, block) for block in archive["blocks"])
         if manifest["compress_at"] == "server":
-            zstd = zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
-            stream = zstd if manifest["compression"] == "zstd" else lz4(stream)
+            stream = opened(manifest["compression"], stream)
         with tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in tar:
                 if not member.issym():  # links to tablespaces, which are made below
@@ -136,73 +102,62 @@ def restore_files(store, manifest, into):
     for oid, place in spaces.items():
         (into / "pg_tblspc" / str(oid)).symlink_to(place.absolute())
     (into / "tablespace_map").unlink(missing_ok=True)
-    (into / "backup_manifest").write_bytes(part(store, manifest["pg_manifest"]))
+    (into / "backup_manifest").write_bytes(part(folder, manifest["pg_manifest"]))
     return spaces
 
 
-def restore_chain(store, chain, into):
+def restore_chain(folder, chain, into):
     """A full backup; or each one of a chain in a folder of its own, then put together by PostgreSQL's program."""
     if len(chain) == 1:
-        return restore_files(store, chain[0], into)
-    program = shutil.which("pg_combinebackup")
-    need(program, "this is an incremental backup, and pg_combinebackup is not in PATH")
-    folders = [Path(f"{into}.parts") / manifest["backup_id"] for manifest in chain]
-    spaces = [restore_files(store, manifest, folder) for manifest, folder in zip(chain, folders, strict=True)][-1]
+        return restore_files(folder, chain[0], into)
+    need(program := shutil.which("pg_combinebackup"), "it is incremental, and pg_combinebackup is not in PATH")
+    parts = [Path(f"{into}.parts") / manifest["backup_id"] for manifest in chain]
+    spaces = [restore_files(folder, manifest, place) for manifest, place in zip(chain, parts, strict=True)][-1]
     moved = [f"--tablespace-mapping={place.absolute()}={into.absolute()}.{oid}" for oid, place in spaces.items()]
-    subprocess.run([program, *folders, "-o", into, *moved], check=True)
+    subprocess.run([program, *parts, "-o", into, *moved], check=True)
     return shutil.rmtree(f"{into}.parts")
 
 
-def position(lsn):
-    high, low = lsn.split("/")
-    return (int(high, 16) << 32) + int(low, 16)
-
-
-def restore_wal(store, manifest, folder):
-    """All WAL from the backup's start on, without a hole, as plain files for `restore_command`."""
-    size = manifest["wal_segment_size"]
-    first, last = position(manifest["start_lsn"]) // size, (position(manifest["end_lsn"]) - 1) // size
-    files = {}
-    for key in store.list(f"{manifest['target_id']}/wal/{manifest['system_identifier']}/"):
-        name = key.rpartition("/")[2].removesuffix(".partial")
-        if len(name) == 24 or name.endswith(".history"):  # the others are notes of gaps
-            files.setdefault(name, key)  # a whole segment is listed before its .partial
-    per_id = (1 << 32) // size
-    numbers = {name: int(name[8:16], 16) * per_id + int(name[16:], 16) for name in files if len(name) == 24}
-    for number in range(first, last + 1):
-        name = f"{manifest['timeline']:08X}{number // per_id:08X}{number % per_id:08X}"
-        need(name in files, f"the backup needs the WAL segment {name}, which is not there")
-    there = set(numbers.values())
-    end = next(number for number in range(first, max(there) + 2) if number not in there)
-    folder.mkdir(mode=0o700)
-    for name, key in files.items():
-        if first <= numbers.get(name, first) < end:
-            plain = unseal(store.get(key), key)
-            (folder / name).write_bytes(plain.ljust(size, b"\0") if name in numbers else plain)
-    if later := sorted(name for name, number in numbers.items() if number > end):
-        print(f"the archive has a hole before {later[0]}: what was written after it cannot be recovered")
+def restore_wal(folder, manifest, into):
+    """All WAL from the backup's start on as plain files for `restore_command`, without a hole in what the backup needs."""
+    size, timeline = manifest["wal_segment_size"], f"{manifest['timeline']:08X}"
+    halves = [[int(half, 16) for half in manifest[name].split("/")] for name in ("start_lsn", "end_lsn")]
+    first, end = (((high << 32) + low - last) // size for last, (high, low) in enumerate(halves))
+    places = [divmod(number, (1 << 32) // size) for number in range(first, end + 1)]
+    needed = [f"{timeline}{high:08X}{low:08X}" for high, low in places]
+    into.mkdir(mode=0o700)
+    for file in sorted((folder / f"{manifest['target_id']}/wal/{manifest['system_identifier']}").rglob("*")):
+        name = file.name.removesuffix(".partial")  # a whole segment comes before its .partial
+        segment = len(name) == 24 and name[8:] >= needed[0][8:]
+        if (segment or name.endswith(".history")) and not (
+            into / name
+        ).exists():  # the others are old, or notes of gaps
+            plain = unseal(file.read_bytes(), str(file.relative_to(folder)))
+            (into / name).write_bytes(plain.ljust(size, b"\0") if segment else plain)
+    for name in needed:
+        need((into / name).exists(), f"the backup needs the WAL segment {name}, which is not there")
 
 
 def main():
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("source", "target", "--backup", "--into", "--to"):
+    for name in ("folder", "target", "--backup", "--into", "--to"):
         ask.add_argument(name)
     args = ask.parse_args()
-    store = Store(args.source)
-    names = [key.split("/")[2] for key in store.list(f"{args.target}/backup/") if key.endswith("/manifest.json")]
-    manifests = [manifest_of(store, args.target, name) for name in names if args.backup in (None, name)]
-    backups = sorted(manifests, key=lambda manifest: manifest["started_at"])
+    folder = Path(args.folder)
+    held = [json.loads(file.read_bytes()) for file in (folder / args.target / "keys").glob("*.json")]
+    HERE.update({entry["wrapped"]: entry["here"] for entry in held})
+    names = [file.parent.name for file in (folder / args.target / "backup").glob("*/manifest.json")]
+    backups = [manifest_of(folder, args.target, name) for name in names if args.backup in (None, name)]
+    backups.sort(key=lambda manifest: manifest["started_at"])
     need(backups, f"there is no such backup of {args.target}")
     if not args.into:
-        for manifest in backups:
-            print(manifest["backup_id"], manifest["ended_at"], manifest["kind"], f"{manifest['raw']} bytes")
+        print("\n".join(f"{m['backup_id']} {m['ended_at']} {m['kind']} {m['raw']} bytes" for m in backups))
         return
-    into, wal = Path(args.into), Path(f"{args.into}.wal").absolute()
-    chain = backups[-1:]
+    into, wal, chain = Path(args.into), Path(f"{args.into}.wal").absolute(), backups[-1:]
     while chain[0]["parent_id"]:
-        chain.insert(0, manifest_of(store, args.target, chain[0]["parent_id"]))
-    restore_wal(store, chain[-1], wal)
-    restore_chain(store, chain, into)
+        chain.insert(0, manifest_of(folder, args.target, chain[0]["parent_id"]))
+    restore_wal(folder, chain[-1], wal)
+    restore_chain(folder, chain, into)
     target = f"recovery_target_time = '{args.to}'\nrecovery_target_action = 'promote'\n" if args.to else ""
     with (into / "postgresql.auto.conf").open("a") as settings:
         settings.write(f"\nrestore_command = 'cp \"{wal}/%f\" \"%p\"'\narchive_mode = 'off'\n{target}")

@@ -188,6 +188,24 @@ def test_on_the_day_without_the_first_site_the_copy_is_the_repository(sites: Sit
         sites.platform.reload()
 
 
+def test_the_stand_alone_script_reads_a_copy(sites: Sites, tmp_path: Path) -> None:
+    sites.replicate()
+    store = sites.copy.store
+    for info in store.list("app-db/"):
+        file = tmp_path / info.key
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(store.get(info.key))
+    script = Path(__file__).parents[2] / "docs" / "standalone_restore.py"
+    words = [sys.executable, str(script), str(tmp_path), "app-db"]
+    into = tmp_path / "data"
+    full = ["--backup", sites.full.backup_id, "--into", str(into)]
+    key = {"OPS_KEY_FILE": sites.platform.body["key_services"]["c"]["path"]}
+    listed = subprocess.run(words, env=os.environ | key, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[0] for line in listed.splitlines()] == [sites.full.backup_id, sites.incremental.backup_id]
+    subprocess.run([*words, *full], env=os.environ | key, capture_output=True, check=True)
+    assert (into / "PG_VERSION").read_text() == "18\n"
+
+
 def test_proofs_stay_where_they_were_made(sites: Sites) -> None:
     source = sites.source
     moment = datetime.now(UTC)

@@ -35,7 +35,7 @@ from tests.rig import Cluster, Ground, Platform, scratch
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "standalone_restore.py"
 FORMAT = SCRIPT.parent / "reference" / "repository-format.md"
-ALLOWED = {"cryptography", "zstandard", "lz4", "boto3", *sys.stdlib_module_names}
+ALLOWED = {"cryptography", "zstandard", "lz4", *sys.stdlib_module_names}
 
 
 @pytest.fixture
@@ -78,18 +78,21 @@ def value(server: PostgresServer, query: str) -> Any:
 
 
 def of_ground(ground: Ground) -> dict[str, str]:
-    """The store and the key service as the script's user would name them."""
-    place = ground.place
+    """The key service as the script's user would name it."""
     return {
-        "AWS_ACCESS_KEY_ID": place.secret("s3.access_key"),
-        "AWS_SECRET_ACCESS_KEY": place.secret("s3.secret_key"),
-        "AWS_ENDPOINT_URL": f"https://127.0.0.1:{place.port('s3')}",
-        "AWS_CA_BUNDLE": str(place.secret_file("s3-ca.pem")),
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "VAULT_ADDR": f"http://127.0.0.1:{place.port('vault')}",
-        "VAULT_TOKEN": place.secret("vault.root_token"),
+        "VAULT_ADDR": f"http://127.0.0.1:{ground.place.port('vault')}",
+        "VAULT_TOKEN": ground.place.secret("vault.root_token"),
         "PATH": f"{find_postgres(18).bindir}:{os.environ['PATH']}",  # type: ignore[union-attr]
     }
+
+
+def sync(platform: Platform, folder: Path) -> None:
+    """The repository in a folder, as any S3 client copies it."""
+    store = platform.repository.store
+    for info in store.list():
+        file = folder / info.key
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(store.get(info.key))
 
 
 def test_it_imports_nothing_of_ours() -> None:
@@ -135,7 +138,7 @@ def test_it_opens_what_we_seal(compression: Any, size: int, folder: Path, monkey
         script.unseal(sealed, "a/c")
 
 
-def test_from_s3_and_vault_a_full_backup_and_a_chain(
+def test_with_vault_a_full_backup_and_a_chain(
     ground: Ground, new_cluster: Callable[..., Cluster], new_platform: Callable[..., Platform], folder: Path
 ) -> None:
     cluster = new_cluster(18)
@@ -158,7 +161,8 @@ def test_from_s3_and_vault_a_full_backup_and_a_chain(
         receiver.stop()
         assert receiver.join(60)
     assert [m.kind for m in (full, middle, newest)] == [BackupKind.FULL] + [BackupKind.INCREMENTAL] * 2
-    source, env = f"s3://tests/{platform.prefix}", of_ground(ground)
+    source, env = folder / "copy", of_ground(ground)
+    sync(platform, source)
 
     listed = restored(source, "app-db", env=env).splitlines()
     assert [line.split()[0] for line in listed] == [m.backup_id for m in (full, middle, newest)]
@@ -204,11 +208,7 @@ def copied(ground: Ground) -> Iterator[SimpleNamespace]:
         cluster.sql(f"create tablespace aside location '{home}/space'")
         cluster.sql("create table t tablespace aside as select i, repeat('x', 100) from generate_series(1, 20000) i")
         manifest = run_backup(platform.access, platform.target)
-        store = platform.repository.store
-        for info in store.list():
-            file = home / "copy" / info.key
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(store.get(info.key))
+        sync(platform, home / "copy")
         yield SimpleNamespace(
             manifest=manifest, folder=home / "copy", space=home / "space", env={"OPS_KEY_FILE": str(home / "key")}
         )
