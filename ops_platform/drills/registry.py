@@ -50,8 +50,11 @@ class Context:
 
     @property
     def target(self) -> Target:
-        """The subject, where the runbook is for PostgreSQL alone."""
-        return self.access.inventory.target(self.subject.id)
+        """The subject, where the runbook is for PostgreSQL alone; with the backups of a copy where the drill names one."""
+        from ops_platform.inventory.model import at_copy
+
+        target, copy = self.access.inventory.target(self.subject.id), self.held.parameters.get("copy")
+        return at_copy(target, str(copy)) if copy else target
 
     @property
     def workspace(self) -> Path:

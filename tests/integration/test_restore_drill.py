@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import signal
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import pytest
 
-from ops_platform.backup.archive import archive_status
+from ops_platform.backup.archive import archive_status, open_target_repository
 from ops_platform.backup.basebackup import run_backup
 from ops_platform.backup.receiver import Receiver
+from ops_platform.backup.replicate import replicate
 from ops_platform.clients.postgres import connect
 from ops_platform.clients.processes import stop
 from ops_platform.drills.begin import Beginner, in_earnest
 from ops_platform.drills.model import DrillState
 from ops_platform.drills.scorecard import card_of
 from ops_platform.drills.steps.basics import processes_with
+from ops_platform.inventory.model import at_copy
 from tests.drill_rig import Held, held_on
 from tests.rig import Cluster, Platform, eventually
 
@@ -64,6 +67,38 @@ def test_a_restore_drill_serves_measures_and_leaves_nothing(held: Held) -> None:
     entry = held.ledger.entries(kind="drill.scorecard")[-1]
     assert entry.body["verdict"] == "PASS"
     assert held.ledger.verify().ok
+
+
+def test_the_first_site_is_gone_and_the_copy_serves(held: Held) -> None:
+    """What came after the last copying is the loss, and nothing but the copy's store and keys is used."""
+    platform = held.platform
+    key = platform.home / "copy.key"
+    key.write_text(secrets.token_hex(32))
+    key.chmod(0o600)
+    platform.body["key_services"]["c"] = {"kind": "file", "path": str(key)}
+    platform.body["stores"]["c"] = {**platform.body["stores"]["s"], "prefix": f"{platform.prefix}-copy"}
+    platform.body["targets"][0]["repository"]["copies"] = [{"id": "second-site", "store": "c", "keys": "c"}]
+    platform.body["drills"]["plan"].append(
+        {"id": "site", "runbook": "site-drill", "targets": ["app-db"], "mode": "enforce"}
+    )
+    platform.reload()
+    held = Held(held.cluster, platform)
+    held.cluster.sql("create table t as select generate_series(1, 20000) n")
+    with receiving(held):
+        run_backup(platform.access, platform.target)
+        replicate(platform.access, platform.target, "second-site")
+        drill = held.drill("site", seconds_before=4)
+    card = card_of(drill)
+    assert card is not None
+    assert (drill.verdict, drill.scenario) == ("PASS", "site-gone"), [(s.id, s.state, s.said) for s in card.steps]
+    (rpo,) = [objective for objective in card.objectives if objective.name == "rpo"]
+    assert rpo.measured is not None
+    assert rpo.measured >= 4  # all that was written while the drill let it run had not been copied
+    assert (
+        card.backups[0]["id"]
+        == open_target_repository(platform.access, at_copy(platform.target, "second-site")).finished()[-1]
+    )
+    assert all(resource.gone for resource in card.teardown)
 
 
 def test_a_recovery_in_earnest_leaves_a_server_that_serves(held: Held) -> None:

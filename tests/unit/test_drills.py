@@ -105,7 +105,9 @@ def test_an_abort_condition_names_a_probe() -> None:
 
 
 def test_what_is_shipped_can_be_read_and_every_step_says_what_it_does() -> None:
-    assert set(shipped()) == {"restore-drill", "failover-drill", "freeze-drill", "switchover-drill", "table-top"}
+    assert set(shipped()) == {
+        "restore-drill", "site-drill", "failover-drill", "freeze-drill", "switchover-drill", "table-top",
+    }  # fmt: skip
     assert all(found.what for found in doings().values())
 
 
@@ -188,7 +190,7 @@ def test_the_interval_holds_the_expectation_and_grows_with_the_spread(factors: l
     found = predict(seen, 1000 << 20, 100 << 20)
     assert found is not None
     assert 0 < found.low <= found.high
-    assert found.low <= max(t.total for t in seen)
+    assert found.low <= max(t.total for t in seen) * (1 + 1e-9)  # of floating point
 
 
 def test_growth_says_when_the_objective_will_be_missed() -> None:
