@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,13 @@ from tests import elasticsearch_rig, kafka_rig, kube_rig, prometheus_rig, redis_
 from tests.rig import Cluster, Ground, Platform, scratch
 
 # How long something takes is measured in benchmarks/: on a machine that is busy no test is wrong because it is slow.
-settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Where a failure refuses a change (OPS_REQUIRE_SERVICES) the examples are the same each time; elsewhere new ones are looked for.
+settings.register_profile(
+    "here",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=os.environ.get("OPS_REQUIRE_SERVICES") == "1",
+)
 settings.load_profile("here")
 
 # A shell starts what it puts into the background deaf to Ctrl-C, and so would be all that the tests start and interrupt.
