@@ -297,7 +297,7 @@ def _say_card(found: Drill) -> None:
 )
 def answer(drill_id: str, step: str, text: str, files: tuple[Path, ...]) -> None:
     """Say that the STEP that DRILL waits for is done."""
-    from ops_platform.drills.engine import runbook_of
+    from ops_platform.drills.runbook import runbook_of
 
     try:
         evidence = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.drills.model import Done, Drill, DrillState, Ending, Resource, StepRecord, StepState
 from ops_platform.drills.registry import Context, TimedOutError, doing, remover
-from ops_platform.drills.runbook import AnyStep, Runbook, filled_in
+from ops_platform.drills.runbook import AnyStep, filled_in, runbook_of
 from ops_platform.drills.store import AbortedError, Store, this_host
 from ops_platform.errors import ConflictError, OpsError
 
@@ -325,8 +325,3 @@ def _removed(access: Access, resource: Resource) -> str | None:
         return str(error)
     except Exception as error:  # noqa: BLE001 - what could not be taken away is there
         return f"unexpected {type(error).__name__}: {error}"
-
-
-def runbook_of(drill: Drill) -> Runbook:
-    """As it was when the drill began, whatever the file says now."""
-    return Runbook.model_validate(drill.body)

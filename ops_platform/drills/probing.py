@@ -206,7 +206,7 @@ class Probing:
 
 
 def probe(word: str, opened: Callable[[], Access]) -> None:
-    from ops_platform.drills.engine import runbook_of
+    from ops_platform.drills.runbook import runbook_of
     from ops_platform.drills.store import Store
     from ops_platform.ledger import Ledger
 

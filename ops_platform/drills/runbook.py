@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from ops_platform.drills.model import Drill
 from ops_platform.errors import InventoryError
 from ops_platform.inventory.base import Strict
 from ops_platform.inventory.document import Document
@@ -233,3 +234,8 @@ def shapes(folder: Path | None) -> dict[str, Runbook]:
         except (InventoryError, ValidationError, ValueError, OSError):
             continue
     return found
+
+
+def runbook_of(drill: Drill) -> Runbook:
+    """As it was when the drill began, whatever the file says now."""
+    return Runbook.model_validate(drill.body)

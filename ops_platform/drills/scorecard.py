@@ -31,7 +31,7 @@ from ops_platform.drills.model import (
     StepState,
     finding_key,
 )
-from ops_platform.drills.runbook import AnyStep, Probe, Runbook
+from ops_platform.drills.runbook import AnyStep, Probe, Runbook, runbook_of
 from ops_platform.drills.store import Store, Wrong
 from ops_platform.drills.workspace import drills_of
 from ops_platform.recovery.model import Verdict
@@ -45,8 +45,6 @@ _VERSION, _BACKUP, _TARGET, _REACHED = "versions", "backup", "recovery_target", 
 
 def judge(access: Access, store: Store, held: Drill, actor: str, clock: Clock) -> Drill:
     """Write findings and scorecard, and end the drill. Done twice it is done once."""
-    from ops_platform.drills.engine import runbook_of
-
     book, records = runbook_of(held), store.steps(held.id)
     card = _card(access, store, held, book, records, clock)
     wrong, sound = _wrong(held, card), _sound(held, card)
