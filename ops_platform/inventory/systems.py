@@ -165,7 +165,7 @@ class SchemaRegistry(HttpEndpoint):
     url: Url = Field(description="Its address.")
 
 
-class KafkaSystem(System):
+class KafkaSystem(StoreSystem):
     """A Kafka cluster."""
 
     kind: Literal["kafka"] = Field(description="What it is.")
@@ -174,6 +174,13 @@ class KafkaSystem(System):
     ca: str | None = Field(default=None, description="PEM file of its certificate authority.")
     sasl: Sasl | None = Field(default=None, description="How we log in.")
     registry: SchemaRegistry | None = Field(default=None, description="Where the schemas of its messages are.")
+    topics: list[str] = Field(
+        default=["*"],
+        description="Backed up: the topics whose settings and groups are kept, names or patterns such as shop-*.",
+    )
+    records: list[str] = Field(
+        default=[], description="Backed up: of these among them every record is kept, too; names or patterns."
+    )
     timeout: PositiveDuration = Field(default=timedelta(seconds=15), description="One request takes at most this long.")
 
 

@@ -124,6 +124,7 @@ class Kind(Protocol):
 
 KINDS: Mapping[str, str] = {
     "git": "ops_platform.stores.git",
+    "kafka": "ops_platform.stores.kafka",
     "kubernetes": "ops_platform.stores.kubernetes",
     "redis": "ops_platform.stores.redis",
     "vault": "ops_platform.stores.vault",

@@ -1,0 +1,552 @@
+"""Kafka: topics with their settings, access rules, names of users, groups' offsets; and the records of chosen topics, one by one.
+
+Only committed records are read, up to where each partition stood when its reading began. In a sandbox their offsets begin at 0, so those
+of groups are translated: a group goes on with the record with which it would have gone on. A part `records-N` is one partition: for each
+record offset and timestamp (64 bits, ms since 1970), lengths of key and value (32 bits, -1: there is none), the number of headers (16 bits), then key,
+value, and each header's name and value with their lengths (16 and 32 bits), all big-endian.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import struct
+import subprocess
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, cast
+
+from ops_platform.clients.kafka import Kafka, Said, heard
+from ops_platform.clients.postgres_binaries import free_port
+from ops_platform.errors import ConflictError, CorruptionError, CouldNotVerifyError, OpsError, UnreachableError
+from ops_platform.stores.kind import FAILED, NOT_APPLICABLE, PASSED, Check, Dumped, Finding, Parts, Saved
+from ops_platform.stores.servers import Server, find_program
+
+if TYPE_CHECKING:
+    from ops_platform.clients.access import Access
+    from ops_platform.inventory.systems import KafkaSystem, StoreTarget
+
+_HEAD, _HEADER = struct.Struct(">qqiiH"), struct.Struct(">Hi")
+_BATCH = 1000
+_GATHERING = 0.1  # seconds
+_SILENT = 60.0  # seconds without a record or an end
+_PIECE = 1 << 20
+# Of the cluster that a topic was in, not of the topic: a single broker could not keep them.
+_NOT_HERE = ("min.insync.replicas", "leader.replication.throttled.replicas", "follower.replication.throttled.replicas")
+_CLUSTER_ID = "c2FuZGJveCBvZiBvcHMhIQ"
+_JVM = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Xms64m", "-Xmx512m")
+_HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Record:
+    """`timestamp` in milliseconds since 1970. Two at different offsets may be the same record."""
+
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes | None], ...]
+
+
+def open_store(access: Access, target: StoreTarget) -> KafkaStore:
+    return KafkaStore(access, target, cast("KafkaSystem", target.system))
+
+
+@dataclass(frozen=True)
+class KafkaStore:
+    """`stores.kind.Kind` over one cluster."""
+
+    access: Access
+    target: StoreTarget
+    system: KafkaSystem
+
+    # Dump
+
+    def dump(self, parts: Parts) -> Dumped:
+        kafka, said = self.access.kafka(self.system), Said()
+        admin = kafka.admin(said)
+        before = self._topics(kafka, admin, said)
+        facts: dict[str, Any] = {
+            "topics": before,
+            "acls": _acls(kafka, admin, said),
+            "users": _users(kafka, admin, said),
+            "groups": self._groups(kafka, admin, said, before),
+            "records": [],
+        }
+        chosen = [name for name in before if _fits(name, self.system.records)]
+        # A compacted topic is somebody's database: those first.
+        chosen.sort(key=lambda name: ("compact" not in before[name]["config"].get("cleanup.policy", ""), name))
+        for name in chosen:
+            for partition in range(before[name]["partitions"]):
+                with parts.part(f"records-{len(facts['records'])}") as write:
+                    read = _read_partition(kafka, said, name, partition, write)
+                facts["records"].append({"topic": name, "partition": partition, **read})
+        after = self._topics(kafka, admin, said)
+        changed = [name for name in chosen if after.get(name, {}).get("id") != before[name]["id"]]
+        if changed:
+            raise ConflictError(
+                f"the topic {changed[0]} was deleted or made anew during the dump",
+                where=kafka.where,
+                remedy="take it again",
+            )
+        return Dumped(source=kafka.where, server="Kafka", facts=facts)
+
+    def _topics(self, kafka: Kafka, admin: Any, said: Said) -> dict[str, dict[str, Any]]:
+        kinds = _admin_kinds()
+        with kafka.named(said), heard(admin):
+            listed = admin.list_topics(timeout=kafka.timeout).topics
+        names = sorted(n for n in listed if not n.startswith("__") and _fits(n, self.system.topics))
+        if not names:
+            return {}
+        found = kafka.topics(admin, said, names)
+        asked = admin.describe_configs([kinds.ConfigResource(kinds.ResourceType.TOPIC, name) for name in names])
+        out: dict[str, dict[str, Any]] = {}
+        for resource, answer in asked.items():
+            with kafka.named(said, resource.name), heard(admin):
+                entries = answer.result(kafka.timeout + 1)
+            own = {
+                e.name: e.value
+                for e in entries.values()
+                if e.source == kinds.ConfigSource.DYNAMIC_TOPIC_CONFIG.value and not e.is_sensitive
+            }
+            topic = found[resource.name]
+            if topic.leaderless:
+                raise UnreachableError(
+                    f"{topic.name} has partitions without a leader: {topic.leaderless}", where=kafka.where
+                )
+            out[topic.name] = {"id": topic.id, "partitions": len(topic.partitions), "config": own}
+        return out
+
+    def _groups(
+        self, kafka: Kafka, admin: Any, said: Said, topics: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, list[list[Any]]]:
+        from confluent_kafka import TopicPartition
+
+        with kafka.named(said), heard(admin):
+            listed = admin.list_consumer_groups().result(kafka.timeout + 1)
+        if listed.errors:
+            raise OpsError(f"not every broker lists its groups: {listed.errors[0]}", where=kafka.where)
+        where = [TopicPartition(name, n) for name, topic in topics.items() for n in range(topic["partitions"])]
+        out: dict[str, list[list[Any]]] = {}
+        for group in sorted(one.group_id for one in listed.valid):
+            # A consumer that never joins: the admin client's call ends the process where there is no coordinator yet (librdkafka 5040).
+            with (
+                contextlib.closing(kafka.consumer(said, group_id=group, enable_auto_commit=False)) as consumer,
+                kafka.named(said, group),
+            ):
+                found = consumer.committed(where, timeout=kafka.timeout) if where else []
+            if wrong := next((one for one in found if one.error is not None), None):
+                raise kafka.error(wrong.error, said, f"{group} in {wrong.topic}/{wrong.partition}")
+            committed = [[one.topic, one.partition, one.offset] for one in found if one.offset >= 0]
+            if committed:
+                out[group] = committed
+        return out
+
+    # Level 1
+
+    def files(self, saved: Saved) -> Iterator[Check]:
+        def ask() -> Finding:
+            total = 0
+            for number, known in enumerate(saved.facts["records"]):
+                counted = sum(1 for _ in read_records(saved.part(f"records-{number}")))
+                if counted != known["count"]:
+                    return Finding(
+                        FAILED, f"{known['topic']}/{known['partition']}: {counted} records, {known['count']} were read"
+                    )
+                total += counted
+            return Finding(PASSED, f"{total} records of {len(saved.facts['records'])} partitions")
+
+        yield Check("records", "Every record can be read", "the form of each, counted", ask)
+
+    # Level 2
+
+    @contextmanager
+    def restore(self, saved: Saved, home: Path) -> Generator[RestoredKafka]:
+        programs = self.target.sandbox.programs
+        java, jars = find_program("java", programs, "a JDK"), find_program("kafka", programs, "Apache Kafka")
+        place = home / "kafka"
+        place.mkdir(mode=0o700)
+        port, controller, password = free_port(), free_port(), secrets.token_hex(16)
+        file = _properties(place, port, controller, password)
+        libraries = Path(jars) / "libs"
+        path = f"{libraries if libraries.is_dir() else jars}/*"
+        done = subprocess.run(
+            [java, *_JVM, "-cp", path, "kafka.tools.StorageTool", "format", f"--cluster-id={_CLUSTER_ID}", f"--config={file}"],
+            capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        if done.returncode != 0:
+            raise CouldNotVerifyError(f"the sandbox's broker cannot be made: {(done.stdout + done.stderr)[-500:]}")
+        kafka = _SandboxKafka(port, password, self.access)
+        command = [java, *_JVM, "-cp", path, "kafka.Kafka", file]
+        # Its clients know TCP alone. It has no peers to call, and lets nobody in who does not know the password.
+        with Server("kafka", command, place, kafka.ready, alone=False, clock=self.access.clock):
+            restored = RestoredKafka(saved, kafka)
+            restored.load()
+            yield restored
+
+
+class _SandboxKafka(Kafka):
+    """The broker of the sandbox."""
+
+    def __init__(self, port: int, password: str, access: Access) -> None:
+        super().__init__("sandbox", [(_HOST, port)], tls=False, timeout=60.0, clock=access.clock)
+        self._word = password
+
+    def settings(self) -> dict[str, Any]:
+        login = {"sasl.mechanisms": "PLAIN", "sasl.username": "sandbox", "sasl.password": self._word}
+        return {**super().settings(), "security.protocol": "SASL_PLAINTEXT", **login}
+
+    def ready(self) -> bool:
+        from confluent_kafka import KafkaException
+
+        try:
+            return bool(self.admin(Said()).list_topics(timeout=2).brokers)
+        except KafkaException:
+            return False
+
+
+@dataclass(frozen=True)
+class RestoredKafka:
+    saved: Saved
+    kafka: Kafka
+    server: str = "Kafka, one broker"
+
+    def load(self) -> None:
+        """Topics, records, groups' offsets. Raises what keeps it from being whole."""
+        said = Said()
+        admin = self.kafka.admin(said)
+        self._create(admin, said)
+        for number, known in enumerate(self.saved.facts["records"]):
+            self._produce(known, self.saved.part(f"records-{number}"))
+        for group, committed in self.translated().items():
+            self._commit(said, group, committed)
+
+    def _create(self, admin: Any, said: Said) -> None:
+        kinds = _admin_kinds()
+        topics = self.saved.facts["topics"]
+        wanted = [
+            kinds.NewTopic(name, topic["partitions"], 1, config=_here(topic["config"]))
+            for name, topic in topics.items()
+        ]
+        for name, answer in (admin.create_topics(wanted) if wanted else {}).items():
+            with self.kafka.named(said, name), heard(admin):
+                answer.result(60)
+
+    def _produce(self, known: Mapping[str, Any], file: Path) -> None:
+        failed: list[str] = []
+
+        def note(error: Any, _message: Any) -> None:
+            if error is not None:
+                failed.append(str(error.str()))
+
+        producer = self.kafka.producer(Said(), message_max_bytes=1_000_000_000, linger_ms=5)
+        for record in read_records(file):
+            while True:
+                try:
+                    producer.produce(
+                        known["topic"], record.value, record.key, known["partition"], on_delivery=note,
+                        timestamp=max(0, record.timestamp), headers=list(record.headers),
+                    )  # fmt: skip
+                    break
+                except BufferError:
+                    producer.poll(0.5)
+        left = producer.flush(600)
+        if left or failed:
+            raise CouldNotVerifyError(
+                f"the sandbox did not take every record of {known['topic']}: {failed[0] if failed else f'{left} are left'}"
+            )
+
+    def _commit(self, said: Said, group: str, committed: Mapping[tuple[str, int], int]) -> None:
+        from confluent_kafka import TopicPartition
+
+        with contextlib.closing(self.kafka.consumer(said, group_id=group, enable_auto_commit=False)) as consumer:
+            offsets = [TopicPartition(topic, partition, offset) for (topic, partition), offset in committed.items()]
+            with self.kafka.named(said, group):
+                consumer.commit(offsets=offsets, asynchronous=False)
+
+    def translated(self) -> dict[str, dict[tuple[str, int], int]]:
+        """Where each group goes on here: as many records before it as there were before it at the source."""
+        kept = {(known["topic"], known["partition"]): n for n, known in enumerate(self.saved.facts["records"])}
+        out: dict[str, dict[tuple[str, int], int]] = {}
+        for group, committed in self.saved.facts["groups"].items():
+            for topic, partition, offset in committed:
+                if (topic, partition) in kept:
+                    file = self.saved.part(f"records-{kept[topic, partition]}")
+                    before = sum(1 for record in read_records(file) if record.offset < offset)
+                    out.setdefault(group, {})[topic, partition] = before
+        return out
+
+    # Checks
+
+    def checks(self) -> Iterator[Check]:
+        yield Check("topics", "Topics and their settings are the source's", "describe of each", self._topics)
+        for number, known in enumerate(self.saved.facts["records"]):
+            yield Check(
+                f"records-{number}", f"Every record of {known['topic']}/{known['partition']} is the source's",
+                "key, value, headers, timestamp, in order", lambda number=number, known=known: self._records(number, known),
+            )  # fmt: skip
+        yield Check(
+            "groups",
+            "Groups go on with the record with which they would have gone on",
+            "committed offsets",
+            self._groups,
+        )
+
+    def _topics(self) -> Finding:
+        kinds = _admin_kinds()
+        said, known = Said(), self.saved.facts["topics"]
+        if not known:
+            return Finding(NOT_APPLICABLE, "the source has no topic that was asked for")
+        admin = self.kafka.admin(said)
+        found = self.kafka.topics(admin, said, list(known))
+        asked = admin.describe_configs([kinds.ConfigResource(kinds.ResourceType.TOPIC, name) for name in known])
+        wrong = [name for name, topic in found.items() if len(topic.partitions) != known[name]["partitions"]]
+        for resource, answer in asked.items():
+            entries = answer.result(60)
+            wrong += [
+                f"{resource.name}: {key}"
+                for key, value in _here(known[resource.name]["config"]).items()
+                if entries[key].value != value
+            ]
+        text = f"differ: {', '.join(wrong[:10])}" if wrong else f"{len(known)} topics"
+        return Finding(FAILED if wrong else PASSED, text)
+
+    def _records(self, number: int, known: Mapping[str, Any]) -> Finding:
+        stamped = self.saved.facts["topics"][known["topic"]]["config"].get("message.timestamp.type") == "LogAppendTime"
+        here = _records_of(self.kafka, Said(), known["topic"], known["partition"])
+        compared = 0
+        for was in read_records(self.saved.part(f"records-{number}")):
+            now = next(here, None)
+            same = now is not None and (was.key, was.value, was.headers) == (now.key, now.value, now.headers)
+            if now is None or not same or not (stamped or was.timestamp == now.timestamp):
+                return Finding(
+                    FAILED, f"the record at offset {was.offset} is {'missing' if now is None else 'another one'}"
+                )
+            compared += 1
+        if next(here, None) is not None:
+            return Finding(FAILED, f"there are more than {compared} records")
+        return Finding(PASSED, f"{compared} records are the same")
+
+    def _groups(self) -> Finding:
+        from confluent_kafka import TopicPartition
+
+        wanted, wrong, said = self.translated(), list[str](), Said()
+        for group, committed in wanted.items():
+            where = [TopicPartition(topic, partition) for topic, partition in committed]
+            with (
+                contextlib.closing(self.kafka.consumer(said, group_id=group, enable_auto_commit=False)) as consumer,
+                self.kafka.named(said, group),
+            ):
+                found = {(one.topic, one.partition): one.offset for one in consumer.committed(where, timeout=60)}
+            wrong += [group] if found != committed else []
+        if not wanted:
+            return Finding(NOT_APPLICABLE, "no group has offsets in the topics whose records are kept")
+        text = f"differ: {', '.join(wrong[:10])}" if wrong else f"{len(wanted)} groups"
+        return Finding(FAILED if wrong else PASSED, text)
+
+
+# Reading
+
+
+def _read_partition(
+    kafka: Kafka, said: Said, topic: str, partition: int, write: Callable[[bytes], None]
+) -> dict[str, int]:
+    """Everything that is committed up to now."""
+    count, first, last, buffer = 0, -1, -1, bytearray()
+    for record in _records_of(kafka, said, topic, partition):
+        buffer += packed(record)
+        if len(buffer) >= _PIECE:
+            write(bytes(buffer))
+            buffer.clear()
+        first, last, count = (record.offset if first < 0 else first), record.offset, count + 1
+    write(bytes(buffer))
+    return {"count": count, "first": first, "last": last}
+
+
+def _records_of(kafka: Kafka, said: Said, topic: str, partition: int) -> Iterator[Record]:
+    """The committed records of one partition, up to where it stands now. Raises ConflictError where some went meanwhile."""
+    from confluent_kafka import KafkaError, TopicPartition
+
+    settings = {
+        "group_id": f"ops-backup-{secrets.token_hex(4)}", "enable_auto_commit": False, "auto_offset_reset": "error",
+        "isolation_level": "read_committed", "enable_partition_eof": True,
+    }  # fmt: skip
+    with contextlib.closing(kafka.consumer(said, **settings)) as consumer:
+        with kafka.named(said, topic):
+            low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=kafka.timeout)
+        if low >= high:
+            return
+        consumer.assign([TopicPartition(topic, partition, low)])
+        heard_at = kafka.clock.monotonic()
+        while True:
+            with kafka.named(said, topic):
+                # It waits for as many as were asked for, or for all of this time, also behind the last one.
+                batch = consumer.consume(_BATCH, timeout=_GATHERING)
+            if batch:
+                heard_at = kafka.clock.monotonic()
+            elif kafka.clock.monotonic() - heard_at > _SILENT:
+                raise UnreachableError(
+                    f"{topic}/{partition} was not read to its end: no answer for {_SILENT:.0f} s", where=kafka.where
+                )
+            for message in batch:
+                error = message.error()
+                if error is None:
+                    if cast("int", message.offset()) >= high:
+                        return
+                    yield _record(message)
+                elif error.code() == KafkaError._PARTITION_EOF:  # pyright: ignore[reportPrivateUsage] - its published name
+                    return
+                elif error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):  # pyright: ignore[reportPrivateUsage]
+                    raise ConflictError(
+                        f"records of {topic}/{partition} were removed before they were read", where=kafka.where,
+                        remedy="its retention was faster: take it again, or give it more time",
+                    )  # fmt: skip
+                else:
+                    raise kafka.error(error, said, topic)
+
+
+def _record(message: Any) -> Record:
+    _, timestamp = message.timestamp()
+    headers = tuple((name, value) for name, value in message.headers() or ())
+    return Record(message.offset(), timestamp, message.key(), message.value(), headers)
+
+
+def packed(record: Record) -> bytes:
+    """The stored form of a record; see the module's text."""
+    lengths = (-1 if record.key is None else len(record.key)), (-1 if record.value is None else len(record.value))
+    parts = [
+        _HEAD.pack(record.offset, record.timestamp, *lengths, len(record.headers)),
+        record.key or b"",
+        record.value or b"",
+    ]
+    for name, value in record.headers:
+        encoded = name.encode()
+        parts += [_HEADER.pack(len(encoded), -1 if value is None else len(value)), encoded, value or b""]
+    return b"".join(parts)
+
+
+def read_records(file: Path) -> Iterator[Record]:
+    """Raises CorruptionError for what is cut off."""
+    with file.open("rb") as stored:
+        while head := stored.read(_HEAD.size):
+            try:
+                offset, timestamp, key, value, headers = _HEAD.unpack(head)
+                body = _optional(stored, key), _optional(stored, value)
+                yield Record(offset, timestamp, *body, tuple(_read_header(stored) for _ in range(headers)))
+            except (struct.error, EOFError, UnicodeDecodeError):
+                raise CorruptionError("the records are cut off or no records", where=file.name) from None
+
+
+def _read_header(stored: IO[bytes]) -> tuple[str, bytes | None]:
+    name, value = _HEADER.unpack(stored.read(_HEADER.size))
+    return _exactly(stored, name).decode(), _optional(stored, value)
+
+
+def _optional(stored: IO[bytes], size: int) -> bytes | None:
+    return None if size < 0 else _exactly(stored, size)
+
+
+def _exactly(stored: IO[bytes], size: int) -> bytes:
+    found = stored.read(size)
+    if len(found) != size:
+        raise EOFError
+    return found
+
+
+# What else there is
+
+
+def _acls(kafka: Kafka, admin: Any, said: Said) -> list[list[str]] | None:
+    """None where the cluster has no authorizer."""
+    from confluent_kafka import KafkaError, KafkaException
+
+    kinds = _admin_kinds()
+    anything = kinds.AclBindingFilter(
+        kinds.ResourceType.ANY,
+        None,
+        kinds.ResourcePatternType.ANY,
+        None,
+        None,
+        kinds.AclOperation.ANY,
+        kinds.AclPermissionType.ANY,
+    )
+    try:
+        found = admin.describe_acls(anything).result(kafka.timeout + 1)
+    except KafkaException as error:
+        if error.args[0].code() == KafkaError.SECURITY_DISABLED:
+            return None
+        raise kafka.error(error.args[0], said, "access rules") from None
+    return sorted(
+        [
+            a.restype.name,
+            a.name,
+            a.resource_pattern_type.name,
+            a.principal,
+            a.host,
+            a.operation.name,
+            a.permission_type.name,
+        ]
+        for a in found
+    )
+
+
+def _users(kafka: Kafka, admin: Any, said: Said) -> dict[str, list[str]]:
+    """The names of SCRAM users, with their mechanisms. Their passwords cannot be read."""
+    with kafka.named(said, "users"), heard(admin):
+        found = admin.describe_user_scram_credentials().result(kafka.timeout + 1)
+    return {name: sorted(one.mechanism.name for one in user.scram_credential_infos) for name, user in found.items()}
+
+
+def _admin_kinds() -> Any:
+    """The nouns of the admin client, which does not say that it exports them."""
+    import confluent_kafka.admin
+
+    return confluent_kafka.admin
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _here(config: Mapping[str, str]) -> dict[str, str]:
+    """What of a topic's settings a single broker can keep."""
+    return {k: v for k, v in config.items() if k not in _NOT_HERE and not k.startswith("remote.")}
+
+
+def _properties(place: Path, port: int, controller: int, password: str) -> Path:
+    never = str(2**62)
+    login = f'org.apache.kafka.common.security.plain.PlainLoginModule required username="sandbox" password="{password}" user_sandbox="{password}";'
+    settings = {
+        "node.id": "1",
+        "process.roles": "broker,controller",
+        "controller.listener.names": "CONTROLLER",
+        "controller.quorum.voters": f"1@{_HOST}:{controller}",
+        "listeners": f"CLIENT://{_HOST}:{port},CONTROLLER://{_HOST}:{controller}",
+        "listener.security.protocol.map": "CLIENT:SASL_PLAINTEXT,CONTROLLER:SASL_PLAINTEXT",
+        "inter.broker.listener.name": "CLIENT",
+        "sasl.enabled.mechanisms": "PLAIN",
+        "sasl.mechanism.inter.broker.protocol": "PLAIN",
+        "sasl.mechanism.controller.protocol": "PLAIN",
+        "listener.name.client.plain.sasl.jaas.config": login,
+        "listener.name.controller.plain.sasl.jaas.config": login,
+        "log.dirs": str(place / "data"),
+        "auto.create.topics.enable": "false",
+        "message.max.bytes": str(1 << 30),
+        "offsets.topic.num.partitions": "1",
+        "offsets.topic.replication.factor": "1",
+        "transaction.state.log.replication.factor": "1",
+        "transaction.state.log.min.isr": "1",
+        "group.initial.rebalance.delay.ms": "0",
+        # Nothing may go by its age or be compacted while it is compared.
+        "log.retention.check.interval.ms": never,
+        "log.initial.task.delay.ms": never,
+        "log.cleaner.backoff.ms": never,
+    }
+    file = place / "server.properties"
+    file.touch(mode=0o600)
+    file.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
+    return file
