@@ -15,8 +15,9 @@ from pydantic import TypeAdapter
 from ops_platform.remediation.explain import Explained
 from ops_platform.remediation.model import Ending, Incident, State
 from ops_platform.remediation.replay import Report
+from tests import remediation_rig
 from tests.integration.test_commands import OPS
-from tests.remediation_rig import Desk, a_rule, new_desk
+from tests.remediation_rig import Desk, new_desk
 
 __all__ = ["new_desk"]
 NewDesk = Callable[..., Desk]
@@ -24,6 +25,11 @@ HOOK = {
     "playbook": "http.webhook",
     "parameters": {"url": "https://hooks.example.com/x", "secret": "env://HOOK_SECRET"},
 }
+
+
+def a_rule(**more: Any) -> dict[str, Any]:
+    """A desk goes by the real clock: what does not help is not waited for longer than it takes to see that."""
+    return remediation_rig.a_rule(**{"verify": {"within": "2s", "every": "1s"}, **more})
 
 
 def ops(desk: Desk, *words: str, code: int = 0, who: str = "ann", typed: str = "") -> subprocess.CompletedProcess[str]:

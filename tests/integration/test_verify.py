@@ -170,7 +170,7 @@ def test_turns_are_counted_by_proofs_that_were_turns(new_platform: MakePlatform,
     for number in range(7):
         for asked in (True, False):
             running = room.Verification(
-                platform.access, platform.target, pick=None, at=None, backup_id=None, full=False, data_docs=None,
+                platform.access, platform.target, pick=None, at=None, backup_id=None, full=False, alone=False, data_docs=None,
                 progress=no_progress, clock=SYSTEM_CLOCK,
             )  # fmt: skip
             if not asked:

@@ -331,5 +331,5 @@ def test_every_query_of_the_dashboard_and_every_rule_is_answered_by_a_real_prome
     assert [point["metric"]["target"] for point in watched.prometheus.query("ops:rpo:ratio < 1")] == ["app-db"]
     kept = watched.prometheus.query("ops_promise_kept")
     assert {(one["metric"]["promise"], one["value"][1]) for one in kept} == {
-        (name, "1") for name in ("backup_fresh", "wal_continuous", "proven", "rpo_met", "rto_met")
+        (name, "1") for name in ("backup_fresh", "wal_continuous", "proven", "rpo_met", "rto_met", "copied")
     }
