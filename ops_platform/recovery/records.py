@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from ops_platform.backup.archive import open_repository
@@ -22,6 +24,11 @@ def repository_of(access: Access, target: Backed) -> Repository | None:
     if where.store is None or where.keys is None:
         return None
     return open_repository(access, where.store, where.keys, target)
+
+
+def new_verification_id(began: datetime) -> str:
+    """Sorts by time to the millisecond, so that of two verifications in one second the newer one counts; the rest is random."""
+    return f"{began:%Y%m%dT%H%M%SZ}-{began.microsecond // 1000:03x}{secrets.token_hex(3)[:5]}"
 
 
 def scorecard_key(target_id: str, verification_id: str) -> str:

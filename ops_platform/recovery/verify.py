@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import secrets
 import shutil
 import time
 from collections.abc import Callable
@@ -98,7 +97,7 @@ class Verification:
         self.alone = alone
         self.started_at = clock.now()
         self._began = time.monotonic()
-        self.id = f"{self.started_at:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+        self.id = records.new_verification_id(self.started_at)
         self.record = Record(lambda title: progress(title, 0, None))
         self.steps: list[Step] = []
         self.notes: list[str] = []

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import os
 import random
-import secrets
 import shutil
 import time
 from collections.abc import Generator, Iterable
@@ -63,7 +62,7 @@ class StoreVerification:
         self._repository: Repository | None = None
         self.started_at = clock.now()
         self._began = time.monotonic()
-        self.id = f"{self.started_at:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+        self.id = records.new_verification_id(self.started_at)
         self.record = Record(lambda title: progress(title, 0, None))
         self.steps: list[Step] = []
         self.notes: list[str] = []

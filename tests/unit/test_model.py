@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ops_platform.backup.model import Lsn, RecoveryTarget, RecoveryWindow, segment_name, segment_start
+from ops_platform.recovery.records import new_verification_id
 
 SIZES = [1 << bits for bits in range(20, 31)]
 positions = st.integers(0, 2**64 - 1)
@@ -110,3 +111,11 @@ def test_a_window_with_a_gap_does_not_hold_the_moments_between() -> None:
     day = [datetime(2026, 1, number, tzinfo=UTC) for number in range(1, 9)]
     window = RecoveryWindow(day[0], day[5], [(day[0], day[2]), (day[4], day[5])], [])
     assert [window.holds(moment) for moment in day] == [True, True, True, False, True, True, False, False]
+
+
+def test_of_two_verifications_in_one_second_the_newer_one_sorts_last() -> None:
+    began = datetime(2026, 11, 25, 20, 45, 16, 41_000, tzinfo=UTC)
+    ids = [new_verification_id(began + timedelta(milliseconds=step)) for step in range(0, 950, 7)]
+    assert ids == sorted(ids)
+    assert ids[0].startswith("20261125T204516Z-029")
+    assert {len(one) for one in ids} == {25}
