@@ -29,6 +29,7 @@ from ops_platform.remediation.store import Store
 from ops_platform.remediation.worker import Worker, proposer
 
 SIGNALS, RULES, GUARDS = "read, checked, merged", "decided by the rules", "ruled on by the guards"
+_ONE_BY_ONE = "each guard rules on each alert by itself, and a tick lets only a hundred incidents come so far"
 TICK, WHOLE = "the first two: a tick", "all three"
 RULE_COUNT, SYSTEMS = 20, 500
 
@@ -130,7 +131,7 @@ def alerts_to_signals(count: int, rounds: int) -> Comparison:
         f"Our own time from the two answers' bytes to a ruling on each alert, with {RULE_COUNT} rules and {SYSTEMS} systems; without the network, "
         "Alertmanager and the platform's database. Read: one list of signals. Rules: target, playbook, parameters. Guards: each guard of a "
         "run, over a plan of one change, and cooldown, budgets, circuit breaker and failure domain beside what was admitted before.",
-        [Goal("signals, rules and guards < 1 s", WHOLE, most=1.0), Goal("what a tick of the sensor decides < 1 s", TICK, most=1.0)],
+        [Goal("signals, rules and guards < 1 s", WHOLE, most=1.0, if_missed=_ONE_BY_ONE), Goal("what a tick of the sensor decides < 1 s", TICK, most=1.0)],
     )  # fmt: skip
     answer = Answer(200, {}, body, "here")
     for _ in range(rounds):
