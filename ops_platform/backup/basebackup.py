@@ -606,7 +606,7 @@ def compare_with_store(repository: Repository, manifest: AnyManifest, etags: Map
     is another one now means that somebody wrote there since. Raises CorruptionError naming those that differ.
     """
     listed = {info.key: info for info in repository.objects_of(manifest.backup_id)}
-    expected = manifest.objects
+    expected = {item.key: item.stored for item in manifest.named}
     wrong = [
         f"{key} ({'missing' if info is None else f'{info.size} bytes, etag {info.etag}'}; {size} bytes were sent)"
         for key, size in expected.items()

@@ -484,7 +484,7 @@ class ExpiryAction:
 
     def _missing_objects(self, manifest: AnyManifest) -> list[str]:
         listed = {info.key: info.size for info in self._repository.objects_of(manifest.backup_id)}
-        wrong = [key for key, size in manifest.objects.items() if listed.get(key) != size]
+        wrong = [item.key for item in manifest.named if listed.get(item.key) != item.stored]
         if not wrong:
             return []
         return [f"{manifest.backup_id}: {len(wrong)} objects are not there as they were written, the first: {wrong[0]}"]

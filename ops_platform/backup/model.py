@@ -129,10 +129,10 @@ class Manifest(Frozen):
     mac: str = ""
 
     @property
-    def objects(self) -> dict[str, int]:
-        """Every stored object that it names, with its size."""
-        found = {block.key: block.stored for archive in self.archives for block in archive.blocks}
-        return found | {part.key: part.stored for part in (self.index, self.pg_manifest) if part}
+    def named(self) -> list[Block | StoredPart]:
+        """Every stored object that it names."""
+        blocks = [block for archive in self.archives for block in archive.blocks]
+        return [*blocks, *(part for part in (self.index, self.pg_manifest) if part)]
 
     @property
     def start(self) -> Lsn:
@@ -184,11 +184,9 @@ class StoreManifest(Frozen):
     mac: str = ""
 
     @property
-    def objects(self) -> dict[str, int]:
-        """Every stored object that it names, with its size."""
-        return {block.key: block.stored for part in self.parts for block in part.blocks} | {
-            self.facts.key: self.facts.stored
-        }
+    def named(self) -> list[Block | StoredPart]:
+        """Every stored object that it names."""
+        return [*(block for part in self.parts for block in part.blocks), self.facts]
 
 
 AnyManifest = Manifest | StoreManifest

@@ -208,6 +208,7 @@ class _Copying(_Work):
         for backup_id in self._wanted(finished):
             self._backup(backup_id)
         self._wal()  # what came while the backups were copied
+        self._tidy()
 
     # Backups
 
@@ -219,7 +220,7 @@ class _Copying(_Work):
     def _backup(self, backup_id: str) -> None:
         try:
             raw = self.source.store.get(self.source.manifest_key(backup_id))
-            manifest = self.source.any_manifest(backup_id)
+            manifest = self.source.read_manifest(backup_id, raw)
         except NotThereError:
             return  # expired meanwhile
         except CorruptionError as error:
@@ -232,7 +233,7 @@ class _Copying(_Work):
         self._keys.hold(manifest.key, self.source.keys.unwrap(manifest.key))
         here = {info.key: info for info in self.source.objects_of(backup_id)}
         there = {info.key: info for info in self.there.objects_of(backup_id)}
-        missing = [part for part in parts(manifest) if not _same(here.get(part.key), there.get(part.key))]
+        missing = [part for part in manifest.named if not _same(here.get(part.key), there.get(part.key))]
         step = f"copying {backup_id}"
         if self._each(lambda part: self._part(part, step), missing) and self._arrived(manifest, here):
             with contextlib.suppress(ConflictError):  # another run put it; it is the same, or the next look finds it
@@ -247,7 +248,7 @@ class _Copying(_Work):
     def _arrived(self, manifest: AnyManifest, here: dict[str, ObjectInfo]) -> bool:
         """What the copy's store lists is what was sent."""
         there = {info.key: info for info in self.there.objects_of(manifest.backup_id)}
-        lost = [part.key for part in parts(manifest) if not _same(here.get(part.key), there.get(part.key))]
+        lost = [part.key for part in manifest.named if not _same(here.get(part.key), there.get(part.key))]
         self.wrong += [f"{key}: the copy does not hold it as it was sent" for key in lost]
         return not lost
 
@@ -255,18 +256,16 @@ class _Copying(_Work):
 
     def _wal(self) -> None:
         oldest = self._oldest()
-        files = {item.info.key: item for item in self.source.wal_listing()}
 
-        def wanted() -> Iterator[ObjectInfo]:
+        def wanted() -> Iterator[tuple[ObjectInfo, WalObject | None]]:
             for info in _missing(self.source, self.there, self.source.wal_prefix()):
-                item = files.get(info.key)
+                item = self.source.wal_object(info)
                 if item is None and "/gaps/" not in info.key:
-                    continue  # it came after `files` was read, or is nothing of ours
+                    continue  # nothing of ours
                 if item is None or oldest is None or not _before(item, oldest):
-                    yield info
+                    yield info, item
 
-        self._each(lambda info: self._wal_object(info, files.get(info.key)), wanted())
-        self._tidy()
+        self._each(self._wal_object, wanted())
 
     def _oldest(self) -> Manifest | None:
         """The oldest backup of the copy; None where there is none, or it cannot be read and nobody knows what it needs."""
@@ -277,7 +276,8 @@ class _Copying(_Work):
             return None
         return oldest if isinstance(oldest, Manifest) else None
 
-    def _wal_object(self, info: ObjectInfo, item: WalObject | None) -> None:
+    def _wal_object(self, found: tuple[ObjectInfo, WalObject | None]) -> None:
+        info, item = found
         try:
             stored = self.source.store.get(info.key)
         except NotThereError:
@@ -294,12 +294,14 @@ class _Copying(_Work):
         self._count(len(stored), "copying WAL")
 
     def _tidy(self) -> None:
-        """A `.partial` whose segment is whole at the copy says nothing any more."""
-        listing = self.there.wal_listing()
-        whole = {(item.system_identifier, item.name) for item in listing if not item.partial}
-        for item in listing:
-            if item.partial and (item.system_identifier, item.name) in whole:
-                self.there.store.delete(item.info.key)
+        """A `.partial` whose segment is whole at the copy says nothing any more; it is listed right behind it."""
+        whole = ""
+        for info in self.there.store.list(self.there.wal_prefix()):
+            item = self.there.wal_object(info)
+            if item is not None and not item.partial:
+                whole = info.key
+            elif item is not None and info.key == f"{whole}.partial":
+                self.there.store.delete(info.key)
 
 
 class _Reading(_Work):
@@ -315,7 +317,7 @@ class _Reading(_Work):
             except CorruptionError as error:
                 self._mark(error)
                 continue
-            self._each(self._part, parts(manifest))
+            self._each(self._part, manifest.named)
 
     def _part(self, part: StoredPart | Block) -> None:
         self._repository.authenticated(part.key, part.stored, part.sha256)
@@ -328,14 +330,6 @@ class _Reading(_Work):
             return
         self._repository.opened_wal(item.info.key, stored)
         self._count(len(stored), "reading the copy")
-
-
-def parts(manifest: AnyManifest) -> list[StoredPart | Block]:
-    """Every object that a backup consists of, but for its manifest."""
-    if isinstance(manifest, StoreManifest):
-        return [*(block for part in manifest.parts for block in part.blocks), manifest.facts]
-    blocks: list[StoredPart | Block] = [block for archive in manifest.archives for block in archive.blocks]
-    return [*blocks, *([manifest.index] if manifest.index else []), manifest.pg_manifest]
 
 
 def _missing(source: Repository, there: Repository, prefix: str) -> Iterator[ObjectInfo]:

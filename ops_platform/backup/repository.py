@@ -110,7 +110,10 @@ class Repository:
 
     def any_manifest(self, backup_id: str) -> AnyManifest:
         """Of whatever kind it says to be: a base backup's names no store."""
-        raw = self.store.get(self.manifest_key(backup_id))
+        return self.read_manifest(backup_id, self.store.get(self.manifest_key(backup_id)))
+
+    def read_manifest(self, backup_id: str, raw: bytes) -> AnyManifest:
+        """The same from the object's bytes."""
         if b'"store":' in raw:
             return self._manifest(StoreManifest, backup_id, raw)
         return self._manifest(Manifest, backup_id, raw)
@@ -133,6 +136,10 @@ class Repository:
         if manifest.backup_id != backup_id or manifest.target_id != self.target_id:
             raise CorruptionError(f"this manifest belongs to {manifest.target_id}/{manifest.backup_id}", where=key)
         return manifest
+
+    def manifest_digest(self, backup_id: str) -> str:
+        """SHA-256 of the manifest object, which names the digest of every other one."""
+        return hashlib.sha256(self.store.get(self.manifest_key(backup_id))).hexdigest()
 
     def backups(self) -> list[Manifest]:
         """The finished backups, oldest first. Raises on the first manifest that cannot be read; `infos` names each."""
@@ -294,15 +301,17 @@ class Repository:
 
     def wal_listing(self, system_identifier: int | None = None) -> list[WalObject]:
         """Every stored WAL file, in the order of system identifier, timeline, name."""
-        base = f"{self.target_id}/wal/"
-        found: list[WalObject] = []
-        for info in self.store.list(self.wal_prefix(system_identifier)):
-            match = _WAL_KEY.fullmatch(info.key[len(base) :])
-            if match:  # others are gap notes
-                name = match["name"] or f"{match['timeline']}.history"
-                sysid, timeline = int(match["sysid"]), int(match["timeline"], 16)
-                found.append(WalObject(sysid, timeline, name, bool(match["partial"]), match["name"] is None, info))
-        return found
+        listed = map(self.wal_object, self.store.list(self.wal_prefix(system_identifier)))
+        return [found for found in listed if found is not None]
+
+    def wal_object(self, info: ObjectInfo) -> WalObject | None:
+        """The WAL file that is listed so; None for what stands beside them: notes of gaps, and what is not ours."""
+        match = _WAL_KEY.fullmatch(info.key.removeprefix(self.wal_prefix()))
+        if match is None:
+            return None
+        name = match["name"] or f"{match['timeline']}.history"
+        sysid, timeline = int(match["sysid"]), int(match["timeline"], 16)
+        return WalObject(sysid, timeline, name, bool(match["partial"]), match["name"] is None, info)
 
     # Proofs
 

@@ -180,7 +180,7 @@ def show(target: str, backup_id: str, copy_id: str | None, as_json: bool) -> Non
     for name in _SHOWN if isinstance(manifest, Manifest) else _SHOWN_OF_A_STORE:
         click.echo(f"{name.replace('_', ' '):14} {getattr(manifest, name)}")
     click.echo(f"{'taken':14} {stamp(manifest.started_at)} to {stamp(manifest.ended_at)} ({span(manifest.seconds)})")
-    click.echo(f"{'size':14} {size(manifest.raw)}, stored {size(manifest.stored)} in {len(manifest.objects)} objects")
+    click.echo(f"{'size':14} {size(manifest.raw)}, stored {size(manifest.stored)} in {len(manifest.named)} objects")
     if isinstance(manifest, Manifest):
         click.echo(f"{'chain':14} {' > '.join(detail.chain)}")
     else:

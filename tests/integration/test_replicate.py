@@ -281,7 +281,7 @@ def test_broken_off_anywhere_no_backup_is_there_in_part_and_the_next_run_complet
         copying(sites, puts).run()
     for manifest in sites.copy.backups():
         assert sites.copy.chain(manifest.backup_id)
-        assert all(sites.copy.authenticated(part.key, part.stored, part.sha256) for part in room.parts(manifest))
+        assert all(sites.copy.authenticated(part.key, part.stored, part.sha256) for part in manifest.named)
     done = sites.replicate()
     assert done.whole
     assert sites.copy.finished() == sites.source.finished()
