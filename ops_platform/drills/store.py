@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, LiteralString
@@ -18,7 +18,6 @@ from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
 from ops_platform.actions import Ruling
-from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.drills.model import (
     Checked,
     Drill,
@@ -34,10 +33,10 @@ from ops_platform.drills.model import (
     finding_id,
 )
 from ops_platform.errors import ConflictError, NotThereError, OpsError
-from ops_platform.ledger import Ledger, LedgerTransaction
+from ops_platform.ledger import LedgerTransaction, Tables
 
 _SPACE = 0x6F707364  # "opsd": advisory locks of drills
-_SETUP, _ADMISSION = 1, 2
+_ADMISSION = 2  # 1 is of `ledger.Tables`
 
 _SCHEMA: LiteralString = """
 create schema if not exists ops_drills;
@@ -202,23 +201,11 @@ class Wrong:
     detail: str
 
 
-class Store:
-    """The drills of one platform. Safe for threads and for several machines. Raises UnreachableError where PostgreSQL is away."""
+class Store(Tables):
+    """The drills of one platform."""
 
-    def __init__(self, ledger: Ledger, *, clock: Clock = SYSTEM_CLOCK) -> None:
-        self.ledger = ledger
-        self.clock = clock
-        self._ready = False
-
-    @contextlib.contextmanager
-    def transaction(self) -> Generator[LedgerTransaction]:
-        if not self._ready:
-            with self.ledger.transaction() as t:
-                t.connection.execute("select pg_advisory_xact_lock(%s, %s)", [_SPACE, _SETUP])
-                t.connection.execute(_SCHEMA)
-            self._ready = True
-        with self.ledger.transaction() as t:
-            yield t
+    SCHEMA = _SCHEMA
+    LOCKS = _SPACE
 
     # Drills
 
@@ -281,12 +268,7 @@ class Store:
         """Those that go on by their record, and on which nobody is at work: their workers were killed. One that waits for a person is not."""
         now = self.clock.now()
         with self.transaction() as t:
-            held = (
-                "exists (select from pg_locks l where l.locktype = 'advisory' and l.granted and l.objsubid = 2"
-                " and l.database = (select oid from pg_database where datname = current_database())"
-                f" and l.classid::bigint = {self.ledger.claim_space}"
-                " and l.objid::bigint = (hashtext('drill/' || d.id)::bigint & 4294967295))"
-            )
+            held = self.ledger.claimed("'drill/' || d.id")
             rows = t.connection.execute(
                 f"select d.id from ops_drills.drills d where d.state in ('running', 'ending') and not {held} and d.updated_at <= %s order by d.id",  # pyright: ignore[reportArgumentType] - constants alone
                 [now - lost_after],

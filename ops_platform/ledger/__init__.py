@@ -7,6 +7,7 @@ signs, `pack` the evidence that is verified without us.
 from ops_platform.ledger.audit import check_chain
 from ops_platform.ledger.chain import GENESIS, Break, Entry, Finding, LedgerCheck, canonical
 from ops_platform.ledger.ledger import Draft, Ledger, LedgerTransaction
+from ops_platform.ledger.tables import Tables
 
 __all__ = [
     "GENESIS",
@@ -17,6 +18,7 @@ __all__ = [
     "Ledger",
     "LedgerCheck",
     "LedgerTransaction",
+    "Tables",
     "canonical",
     "check_chain",
 ]

@@ -246,6 +246,14 @@ class Ledger:
                 connection.execute("select pg_advisory_unlock_all()")
             connection.close()
 
+    def claimed(self, name: LiteralString) -> str:
+        """SQL that holds where somebody has the claim of that name, which is an expression of SQL itself."""
+        return (
+            "exists (select from pg_locks l where l.locktype = 'advisory' and l.granted and l.objsubid = 2"
+            " and l.database = (select oid from pg_database where datname = current_database())"
+            f" and l.classid::bigint = {self.claim_space} and l.objid::bigint = (hashtext({name})::bigint & 4294967295))"
+        )
+
     # What is to be published
 
     def publish(self, kinds: Iterable[str]) -> None:

@@ -304,12 +304,7 @@ class Incidents(Tables):
         """
         now = self.clock.now()
         with self.transaction() as t:
-            held = (
-                "exists (select from pg_locks l where l.locktype = 'advisory' and l.granted and l.objsubid = 2"
-                " and l.database = (select oid from pg_database where datname = current_database())"
-                f" and l.classid::bigint = {self.ledger.claim_space}"
-                " and l.objid::bigint = (hashtext('incident/' || i.id)::bigint & 4294967295))"
-            )
+            held = self.ledger.claimed("'incident/' || i.id")
             rows = t.connection.execute(
                 f"""select i.id from ops_remediation.incidents i where i.state <> 'closed' and not {held} and (
                   (i.state in ('open', 'applying', 'verifying', 'undoing') and i.updated_at <= %(lost)s)

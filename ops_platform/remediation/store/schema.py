@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import LiteralString
 
 SPACE = 0x6F707372  # "opsr": advisory locks of remediation
-SETUP, ADMISSION, OPENING = 1, 2, 3
+ADMISSION, OPENING = 2, 3  # 1 is of `ledger.Tables`
 
 SCHEMA: LiteralString = """
 create schema if not exists ops_remediation;

@@ -1,33 +1,16 @@
-"""What every room of the store has: the ledger, the clock, a transaction over tables that are there."""
+"""What every room of the store has: a transaction over the tables of remediation, and whether all is paused."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Generator
-
-from ops_platform.clock import SYSTEM_CLOCK, Clock
-from ops_platform.ledger import Ledger, LedgerTransaction
+from ops_platform import ledger
+from ops_platform.ledger import LedgerTransaction
 from ops_platform.remediation.model import Pause
-from ops_platform.remediation.store.schema import SCHEMA, SETUP, SPACE
+from ops_platform.remediation.store.schema import SCHEMA, SPACE
 
 
-class Tables:
-    """Safe for threads and for several machines. Raises UnreachableError where PostgreSQL is away."""
-
-    def __init__(self, ledger: Ledger, *, clock: Clock = SYSTEM_CLOCK) -> None:
-        self.ledger = ledger
-        self.clock = clock
-        self._ready = False
-
-    @contextlib.contextmanager
-    def transaction(self) -> Generator[LedgerTransaction]:
-        if not self._ready:
-            with self.ledger.transaction() as t:
-                t.connection.execute("select pg_advisory_xact_lock(%s, %s)", [SPACE, SETUP])
-                t.connection.execute(SCHEMA)
-            self._ready = True
-        with self.ledger.transaction() as t:
-            yield t
+class Tables(ledger.Tables):
+    SCHEMA = SCHEMA
+    LOCKS = SPACE
 
 
 def pause_of(t: LedgerTransaction) -> Pause | None:
