@@ -7,8 +7,9 @@ the teardown steps run, everything that was registered is taken away or put back
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -47,10 +48,7 @@ class Engine:
 
         Raises ConflictError where somebody else works on it. Never raises for what the drill meets: that is its verdict.
         """
-        with self.store.work_on(drill_id) as ours:
-            if not ours:
-                raise ConflictError("somebody else works on this drill", where=drill_id)
-            held = self._taken(self.store.get(drill_id))
+        with self._holding(drill_id) as held:
             if held.state is DrillState.ENDED:
                 return held
             if held.state is DrillState.ENDING:
@@ -94,10 +92,7 @@ class Engine:
 
     def step(self, drill_id: str, step_id: str) -> StepRecord:
         """One attempt of one step, waiting for a person where it is one's. Raises StepFailedError, AbortedError, ConflictError."""
-        with self.store.work_on(drill_id) as ours:
-            if not ours:
-                raise ConflictError("somebody else works on this drill", where=drill_id)
-            held = self._taken(self.store.get(drill_id))
+        with self._holding(drill_id) as held:
             if held.state not in (DrillState.RUNNING, DrillState.WAITING):
                 raise ConflictError(f"the drill is {held.state.value}: nothing of it is tried again", where=drill_id)
             self._take(held, runbook_of(held).step(step_id), wait=True)
@@ -105,10 +100,7 @@ class Engine:
 
     def end(self, drill_id: str, ending: Ending, reason: str) -> Drill:
         """Tear down and judge, unless that is done already."""
-        with self.store.work_on(drill_id) as ours:
-            if not ours:
-                raise ConflictError("somebody else works on this drill", where=drill_id)
-            held = self._taken(self.store.get(drill_id))
+        with self._holding(drill_id) as held:
             if held.state is DrillState.ENDED:
                 return held
             if held.abort is not None and ending is not Ending.COMPLETED:
@@ -145,6 +137,14 @@ class Engine:
         return any(now - (r.started_at or now) > book.step(r.step).within for r in waiting)
 
     # One attempt
+
+    @contextlib.contextmanager
+    def _holding(self, drill_id: str) -> Generator[Drill]:
+        """The drill, at a version that is ours. Raises ConflictError where somebody else works on it."""
+        with self.store.work_on(drill_id) as ours:
+            if not ours:
+                raise ConflictError("somebody else works on this drill", where=drill_id)
+            yield self._taken(self.store.get(drill_id))
 
     def _taken(self, drill: Drill) -> Drill:
         if drill.state is DrillState.ENDED:

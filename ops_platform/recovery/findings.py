@@ -36,6 +36,14 @@ class Record:
         self.gates: list[Gate] = []
         self._told = told
 
+    def broken_off(self, status: GateStatus, error: OpsError) -> None:
+        """The verification did not come to its end."""
+        self.gates.append(
+            Gate(
+                id="run", title="The verification ran to its end", status=status, query="", result=str(error), seconds=0
+            )
+        )
+
     def check(self, gate_id: str, title: str, query: str, ask: Callable[[], Finding]) -> Finding:
         """Ask, time it, write it down. Never raises for what the asking met; KeyboardInterrupt passes."""
         import psycopg

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -55,6 +55,12 @@ class Objective(Part):
     measured_seconds: float | None
     met: bool | None
     how: str
+
+    @classmethod
+    def judged(cls, name: str, promised: timedelta, measured: float | None, how: str) -> Self:
+        seconds = promised.total_seconds()
+        met = None if measured is None else measured <= seconds
+        return cls(name=name, objective_seconds=seconds, measured_seconds=measured, met=met, how=how)
 
 
 class Scorecard(Part):

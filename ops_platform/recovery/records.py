@@ -84,6 +84,12 @@ def last_turn(repository: Repository) -> int | None:
     return next((card.turn for card in cards if card.turn is not None), None)
 
 
+def next_turn(repository: Repository | None) -> int:
+    """Of the proofs by turns. Those that were asked for, and those that follow each backup, are no turns: they would skip some."""
+    last = last_turn(repository) if repository is not None else None
+    return 0 if last is None else last + 1
+
+
 def last_proof(proofs: Sequence[Proof]) -> Proof | None:
     """The newest PASS."""
     return max((p for p in proofs if p.verdict == "PASS"), key=lambda proof: proof.verified_at, default=None)

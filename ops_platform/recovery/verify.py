@@ -6,11 +6,9 @@ pass. The scorecard is stored whatever the verdict, and the sandbox goes whateve
 
 from __future__ import annotations
 
-import hashlib
 import random
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -36,9 +34,10 @@ from ops_platform.errors import CorruptionError, CouldNotVerifyError, OpsError, 
 from ops_platform.recovery import canary, gates, records
 from ops_platform.recovery.canary import SourceMoment
 from ops_platform.recovery.findings import Finding, Record
-from ops_platform.recovery.model import Gate, GateStatus, Objective, Scorecard, Step, Verdict
+from ops_platform.recovery.model import Gate, GateStatus, Objective, Scorecard, Verdict
 from ops_platform.recovery.restore import needed_bytes, sandbox_tablespaces
 from ops_platform.recovery.sandbox import Sandbox, network_namespace, temporary_home
+from ops_platform.recovery.steps import Steps
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
@@ -96,10 +95,9 @@ class Verification:
         self.pick, self.at, self.backup_id, self.full, self.data_docs = pick, at, backup_id, full, data_docs
         self.alone = alone
         self.started_at = clock.now()
-        self._began = time.monotonic()
         self.id = records.new_verification_id(self.started_at)
         self.record = Record(lambda title: progress(title, 0, None))
-        self.steps: list[Step] = []
+        self.steps = Steps()
         self.notes: list[str] = []
         self.backups: list[BackupInfo] = []
         self.choice: Choice | None = None
@@ -133,36 +131,17 @@ class Verification:
         except UsageError as error:
             if self.at is not None or self.backup_id is not None:
                 raise  # what was asked for does not exist: that is no verdict on anything
-            self._broken_off(GateStatus.COULD_NOT_CHECK, error)
+            self.record.broken_off(GateStatus.COULD_NOT_CHECK, error)
         except CorruptionError as error:
-            self._broken_off(GateStatus.FAILED, error)
+            self.record.broken_off(GateStatus.FAILED, error)
         except OpsError as error:
-            self._broken_off(GateStatus.COULD_NOT_CHECK, error)
+            self.record.broken_off(GateStatus.COULD_NOT_CHECK, error)
         finally:
             if home is not None:
                 shutil.rmtree(home, ignore_errors=True)
         if home is not None and (sandbox := self._sandbox) is not None:
             self.record.check("teardown", "The sandbox is gone", *gates.gone(sandbox, home))
         return self._scorecard()
-
-    def _broken_off(self, status: GateStatus, error: OpsError) -> None:
-        self.record.gates.append(
-            Gate(
-                id="run", title="The verification ran to its end", status=status, query="", result=str(error), seconds=0
-            )
-        )
-
-    def _step(self, name: str, work: Callable[[], int | None]) -> None:
-        """Time a part; it is written down even where it fails."""
-        began = time.monotonic()
-        moved: int | None = None
-        try:
-            moved = work()
-        finally:
-            now = time.monotonic()
-            self.steps.append(
-                Step(name=name, started=round(began - self._began, 3), seconds=round(now - began, 3), bytes=moved)
-            )
 
     # The source and the choice
 
@@ -171,17 +150,15 @@ class Verification:
             self.notes.append("nothing but the repository was used: nothing is compared with the source")
             return
 
-        def look() -> None:
-            if self.policy.canary:
-                self.moment = canary.take(self.access, self.target, self.id, self.clock)
-            else:
-                self.moment = canary.observe(self.access, self.target, self.id, self.clock)
-                self.notes.append(
-                    "no canary rows (verification.canary: false): nothing marks the moment, the proof is weaker"
-                )
-
         try:
-            self._step("canary", look)
+            with self.steps.timed("canary"):
+                if self.policy.canary:
+                    self.moment = canary.take(self.access, self.target, self.id, self.clock)
+                else:
+                    self.moment = canary.observe(self.access, self.target, self.id, self.clock)
+                    self.notes.append(
+                        "no canary rows (verification.canary: false): nothing marks the moment, the proof is weaker"
+                    )
         except UnreachableError as error:
             # The database is away: what stands in the store is still worth proving, and this is when it matters most.
             self.notes.append(f"the source could not be asked, so nothing is compared with it: {error}")
@@ -204,11 +181,11 @@ class Verification:
         self._note_chosen(self.choice.backup)
 
     def _note_chosen(self, backup: BackupInfo) -> None:
-        """Its chain, and the SHA-256 of its manifest object, which names the digest of every block. Ours alone have them."""
+        """Its chain, and its digest. Ours alone have them."""
         if self.engine.name != "native":
             return
         repository = open_target_repository(self.access, self.target)
-        self.backup_digest = hashlib.sha256(repository.store.get(repository.manifest_key(backup.backup_id))).hexdigest()
+        self.backup_digest = repository.manifest_digest(backup.backup_id)
         if backup.parent_id is not None:
             self.chain = [manifest.backup_id for manifest in repository.chain(backup.backup_id)]
 
@@ -258,10 +235,8 @@ class Verification:
         return self._to_now(backups[-1], window, "the newest backup")
 
     def _turn(self) -> Pick:
-        """The next of the policy's list. Proofs that were asked for, and those that follow each backup, are no turns: they would skip some."""
-        repository = records.repository_of(self.access, self.target)
-        last = records.last_turn(repository) if repository else None
-        self.turn = 0 if last is None else last + 1  # noted even where it fails: it does not come again and again
+        """The next of the policy's list; noted even where the proof fails, so that it does not come again and again."""
+        self.turn = records.next_turn(records.repository_of(self.access, self.target))
         return self.policy.pick[self.turn % len(self.policy.pick)]
 
     def _to_now(self, backup: BackupInfo, window: RecoveryWindow, why: str) -> Choice:
@@ -325,21 +300,24 @@ class Verification:
         with ExitStack() as stack:
             runner = self._expectations_begin(stack)
             began = time.monotonic()
-            self._step("fetch", lambda: self._fetch(data, home))
+            with self.steps.timed("fetch") as moved:
+                moved.bytes = self._fetch(data, home)
             self._sandbox = sandbox = Sandbox(install, data, work, clock=self.clock)
             stack.callback(sandbox.stop, "immediate")
             # The check of the files is no part of a recovery in earnest: its time is not counted as RTO.
             paused = time.monotonic()
-            self._step("check files", lambda: self._check_files(sandbox))
+            with self.steps.timed("check files"):
+                self._check_files(sandbox)
             aside = time.monotonic() - paused
-            self._step("replay", lambda: self._replay(stack, sandbox, home))
+            with self.steps.timed("replay") as moved:
+                moved.bytes = self._replay(stack, sandbox, home)
             self._gates_at_target(sandbox)
-            timeline = choice.backup.timeline
-            promoting = time.monotonic()
-            self.record.check("promotes", "It leaves recovery on a new timeline", *gates.promotes(sandbox, timeline))
-            self.steps.append(_step_since("promote", promoting, self._began))
+            asked = gates.promotes(sandbox, choice.backup.timeline)
+            with self.steps.timed("promote"):
+                self.record.check("promotes", "It leaves recovery on a new timeline", *asked)
             self.rto_seconds = round(time.monotonic() - began - aside, 3)
-            self._step("checks", lambda: self._look(sandbox, runner))
+            with self.steps.timed("checks"):
+                self._look(sandbox, runner)
 
     def _fetch(self, data: Path, home: Path) -> int:
         choice = self._chosen
@@ -535,7 +513,7 @@ class Verification:
             server=f"PostgreSQL {self.install.version} ({self.install.source})" if self.install else "none",
             strength="canary" if self.moment is not None and self.moment.canary is not None else "observed",
             objectives=self._objectives(),
-            steps=self.steps,
+            steps=self.steps.taken,
             gates=self.record.gates,
             notes=list(dict.fromkeys(notes)),
             backup_digest=self.backup_digest,
@@ -547,9 +525,9 @@ class Verification:
     def _objectives(self) -> list[Objective]:
         promised = self.target.objectives
         return [
-            _objective("rpo", promised.rpo, *self._rpo()),
-            _objective("rto", promised.rto, self.rto_seconds, "fetch, replay and promotion of this restore"),
-            _objective("rto-full", promised.rto, *self._rto_full()),
+            Objective.judged("rpo", promised.rpo, *self._rpo()),
+            Objective.judged("rto", promised.rto, self.rto_seconds, "fetch, replay and promotion of this restore"),
+            Objective.judged("rto-full", promised.rto, *self._rto_full()),
         ]
 
     def _rpo(self) -> tuple[float | None, str]:
@@ -597,15 +575,6 @@ class Verification:
             return None
         rate = (lsn - day[0].end) / (moment - day[0].ended_at).total_seconds()
         return rate * self.target.backup.max_age.total_seconds()
-
-
-def _objective(name: str, promised: timedelta, measured: float | None, how: str) -> Objective:
-    met = None if measured is None else measured <= promised.total_seconds()
-    return Objective(name=name, objective_seconds=promised.total_seconds(), measured_seconds=measured, met=met, how=how)
-
-
-def _step_since(name: str, began: float, origin: float) -> Step:
-    return Step(name=name, started=round(began - origin, 3), seconds=round(time.monotonic() - began, 3))
 
 
 def _random_moment(window: RecoveryWindow, seed: str) -> datetime:

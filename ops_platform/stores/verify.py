@@ -7,12 +7,11 @@ own sums, age. Level 2 is reached when the restored store answered every check.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import random
 import shutil
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -25,8 +24,9 @@ from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import CorruptionError, CouldNotVerifyError, OpsError, UsageError
 from ops_platform.recovery import records
 from ops_platform.recovery.findings import FAILED, PASSED, UNCHECKED, Finding, Record
-from ops_platform.recovery.model import Gate, GateStatus, Objective, Scorecard, Step
+from ops_platform.recovery.model import Objective, Scorecard
 from ops_platform.recovery.sandbox import temporary_home
+from ops_platform.recovery.steps import Steps
 from ops_platform.recovery.verify import stored, verdict_of
 from ops_platform.stores.fetch import fetch_backup
 from ops_platform.stores.kind import NOT_APPLICABLE, Check, Kind, Saved, open_kind
@@ -61,10 +61,9 @@ class StoreVerification:
         self.pick, self.backup_id = pick, backup_id
         self._repository: Repository | None = None
         self.started_at = clock.now()
-        self._began = time.monotonic()
         self.id = records.new_verification_id(self.started_at)
         self.record = Record(lambda title: progress(title, 0, None))
-        self.steps: list[Step] = []
+        self.steps = Steps()
         self.notes: list[str] = []
         self.infos: list[BackupInfo] = []
         self.manifest: StoreManifest | None = None
@@ -83,36 +82,17 @@ class StoreVerification:
         except UsageError as error:
             if self.backup_id is not None and self.manifest is None:
                 raise  # what was asked for does not exist: that is no verdict on anything
-            self._broken_off(UNCHECKED, error)
+            self.record.broken_off(UNCHECKED, error)
         except CorruptionError as error:
-            self._broken_off(FAILED, error)
+            self.record.broken_off(FAILED, error)
         except OpsError as error:
-            self._broken_off(UNCHECKED, error)
+            self.record.broken_off(UNCHECKED, error)
         finally:
             if home is not None:
                 shutil.rmtree(home, ignore_errors=True)
         if home is not None:
             self.record.check("teardown", "The sandbox is gone", _GONE, lambda at=home: _gone(at))
         return self._scorecard()
-
-    def _broken_off(self, status: GateStatus, error: OpsError) -> None:
-        self.record.gates.append(
-            Gate(
-                id="run", title="The verification ran to its end", status=status, query="", result=str(error), seconds=0
-            )
-        )
-
-    @contextlib.contextmanager
-    def _step(self, name: str, size: int | None = None) -> Generator[None]:
-        """Time a part; it is written down even where it fails."""
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            now = time.monotonic()
-            self.steps.append(
-                Step(name=name, started=round(began - self._began, 3), seconds=round(now - began, 3), bytes=size)
-            )
 
     @property
     def repository(self) -> Repository:
@@ -146,9 +126,8 @@ class StoreVerification:
         return self.repository.store_manifest(chosen.backup_id)
 
     def _turn(self) -> Pick:
-        """The next of the policy's list, as for PostgreSQL: proofs that were asked for are no turns."""
-        last = records.last_turn(self.repository)
-        self.turn = 0 if last is None else last + 1
+        """The next of the policy's list, as for PostgreSQL."""
+        self.turn = records.next_turn(self.repository)
         choices = self.target.backup.verification.pick
         return choices[self.turn % len(choices)]
 
@@ -178,11 +157,11 @@ class StoreVerification:
             return
         self.level = 1
         with contextlib.ExitStack() as stack:
-            with self._step("restore"):
+            with self.steps.timed("restore"):
                 restored = stack.enter_context(self.kind.restore(saved, home))
             self.rto_seconds = round(time.monotonic() - began, 3)
             self.server = restored.server
-            with self._step("checks"):
+            with self.steps.timed("checks"):
                 asked = len(self.record.gates)
                 self._ask(restored.checks())
             found = self.record.gates[asked:]
@@ -197,7 +176,8 @@ class StoreVerification:
             blocks = sum(len(part.blocks) for part in manifest.parts)
             return Finding(PASSED, f"{len(manifest.parts)} parts, {manifest.raw} bytes in {blocks} blocks")
 
-        with self._step("fetch", manifest.raw):
+        with self.steps.timed("fetch") as moved:
+            moved.bytes = manifest.raw
             found = self.record.check(
                 "whole", "Every byte is as it was stored", "SHA-256 and seal of each block, SHA-256 of each part", ask
             )
@@ -246,7 +226,7 @@ class StoreVerification:
             server=self.server,
             strength=LEVELS[self.level],
             objectives=self._objectives(moments[-1] if moments else None),
-            steps=self.steps,
+            steps=self.steps.taken,
             gates=self.record.gates,
             notes=list(dict.fromkeys(self.notes)),
             backup_digest=self._digest(),
@@ -258,28 +238,18 @@ class StoreVerification:
     def _objectives(self, newest: datetime | None) -> list[Objective]:
         promised = self.target.objectives
         lost = None if newest is None else max(0.0, round((self.started_at - newest).total_seconds(), 3))
-        measured = [
-            ("rpo", promised.rpo, lost, "age of the newest backup: what came after it would be lost"),
-            ("rto", promised.rto, self.rto_seconds, "fetch and restore of this backup, until the store served"),
-        ]
+        aged = "age of the newest backup: what came after it would be lost"
+        served = "fetch and restore of this backup, until the store served"
         return [
-            Objective(
-                name=name,
-                objective_seconds=allowed.total_seconds(),
-                measured_seconds=value,
-                met=None if value is None else value <= allowed.total_seconds(),
-                how=how,
-            )
-            for name, allowed, value, how in measured
+            Objective.judged("rpo", promised.rpo, lost, aged),
+            Objective.judged("rto", promised.rto, self.rto_seconds, served),
         ]
 
     def _digest(self) -> str | None:
-        """SHA-256 of the manifest object, which names the digest of every block."""
         if self.manifest is None:
             return None
         with contextlib.suppress(OpsError):  # the store is away: the verdict says so
-            key = self.repository.manifest_key(self.manifest.backup_id)
-            return hashlib.sha256(self.repository.store.get(key)).hexdigest()
+            return self.repository.manifest_digest(self.manifest.backup_id)
         return None
 
 
