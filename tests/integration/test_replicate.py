@@ -234,6 +234,8 @@ def test_what_comes_later_follows(sites: Sites) -> None:
 
 
 def test_an_unfinished_segment_is_replaced_and_goes_when_the_whole_one_is_there(sites: Sites) -> None:
+    sites.cluster.sql("select pg_switch_wal()")  # nothing else that writes may fill the segment meanwhile
+    sites.archive_more()
     sites.replicate()
     partial = [item for item in sites.copy.wal_listing() if item.partial]
     assert len(partial) == 1
