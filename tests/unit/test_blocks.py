@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -202,3 +204,29 @@ def test_leaving_by_an_error_does_not_go_on_trying() -> None:
     closing.join(30)
     assert not closing.is_alive()
     assert len(clock.waits) <= 2
+
+
+_LARGE_BLOCKS = """
+import os
+from tests.unit.test_blocks import Shelf, writer
+
+def resident():
+    status = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
+
+with writer(Shelf(), size=512):
+    noise, kept, before = os.urandom(16 << 20), [], resident()
+    for _ in range(4):
+        blocks = []
+        for _ in range(8):
+            blocks.append(bytearray(noise))
+            kept.append(bytearray(100_000))  # what a process allocates meanwhile and goes on to use
+        del blocks
+    print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
+def test_a_block_that_is_done_with_is_given_back_to_the_system() -> None:
+    done = subprocess.run([sys.executable, "-c", _LARGE_BLOCKS], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 16, "large blocks stay in the heap, under what is allocated after them"
