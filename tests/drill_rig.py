@@ -54,11 +54,11 @@ class Held:
         return self.engine.run(begun.drill.id)
 
 
-def ledger_database(cluster: Cluster, home: Any) -> dict[str, Any]:
+def ledger_database(cluster: Cluster, home: Any, name: str = "ops") -> dict[str, Any]:
     """A database for the platform in the cluster, as `platform.database` names it."""
-    cluster.sql("create database ops owner ops_backup")
+    cluster.sql(f"create database {name} owner ops_backup")
     return {
-        "host": "127.0.0.1", "port": cluster.port, "dbname": "ops", "user": "ops_backup",
+        "host": "127.0.0.1", "port": cluster.port, "dbname": name, "user": "ops_backup",
         "password": f"file://{home}/password", "tls": {"mode": "disable"},
     }  # fmt: skip
 

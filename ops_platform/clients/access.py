@@ -295,6 +295,14 @@ class Access:
         scheme = "ApiKey" if system.kind == "elasticsearch" else "Bearer"
         return tuple(self._http(f"{system.id} {url}", system.kind.capitalize(), system, url, scheme) for url in urls)
 
+    def http_sandbox(self, system: ElasticsearchSystem) -> tuple[HttpApi, ...]:
+        """The cluster in which its snapshots are restored, once for each address: itself where the inventory names no other."""
+        restore = system.restore
+        named = tuple(
+            self._http(f"{system.id} sandbox {url}", "Elasticsearch", restore, url, "ApiKey") for url in restore.urls
+        )
+        return named or self.http(system)
+
     def _http(
         self, name: str, what: str, endpoint: HttpEndpoint, url: str, scheme: Literal["Bearer", "ApiKey"] = "Bearer"
     ) -> HttpApi:

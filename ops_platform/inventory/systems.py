@@ -9,7 +9,16 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from ops_platform.inventory.backups import BackupPolicy, Objectives, Repository, Sandbox
-from ops_platform.inventory.base import AnyClassification, Classification, HostPort, Strict, VaultAuth, Weekly
+from ops_platform.inventory.base import (
+    AnyClassification,
+    AnyMode,
+    Classification,
+    HostPort,
+    Mode,
+    Strict,
+    VaultAuth,
+    Weekly,
+)
 from ops_platform.inventory.matchers import AlertMatcher
 from ops_platform.inventory.values import Id, PositiveDuration, SecretRef, Size, Url
 
@@ -210,11 +219,83 @@ class RedisSystem(StoreSystem):
         return self
 
 
-class ElasticsearchSystem(System, HttpEndpoint):
+class SlmRetention(Strict):
+    """How long the cluster itself keeps the snapshots of its policy."""
+
+    expire_after: str | None = Field(
+        default=None, pattern=r"^[1-9][0-9]*[dhm]$", description="Older ones are deleted, such as 30d."
+    )
+    min_count: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Kept whatever their age.")
+    max_count: Annotated[int, Field(ge=1)] | None = Field(default=None, description="More than these are not kept.")
+
+
+class SlmPolicy(Strict):
+    """A policy of snapshot lifecycle management, as the cluster should have it."""
+
+    id: Id = Field(description="Its id in the cluster.")
+    schedule: str = Field(description="When, in Elasticsearch's cron syntax: 0 30 1 * * ?")
+    name: str = Field(default="<nightly-{now/d}>", description="Names of its snapshots, with date math.")
+    indices: list[str] = Field(default=["*"], description="What it takes: names or patterns.")
+    retention: SlmRetention = Field(default=SlmRetention(), description="How long they stay.")
+
+
+class Snapshots(Strict):
+    """Where a cluster's snapshots go, and by which policy it takes its own: as code, compared with what the cluster has."""
+
+    repository: Id = Field(description="Name of the snapshot repository in the cluster; it may not be read-only there.")
+    type: str | None = Field(
+        default=None, description="fs, s3, gcs, azure, …: as it should be registered; where not given it is only used."
+    )
+    settings: dict[str, str | int | bool] = Field(
+        default={}, description="Its settings, such as bucket and base_path. No credentials: those are in the keystore."
+    )
+    policy: SlmPolicy | None = Field(default=None, description="The cluster's own policy, if it should have one.")
+    mode: AnyMode = Field(
+        default=Mode.OBSERVE,
+        description="observe says what differs; enforce registers it with the next backup, and removes snapshots of backups that expired.",
+    )
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.settings and self.type is None:
+            raise ValueError("settings needs type")
+        return self
+
+
+class ElasticsearchRestore(HttpEndpoint):
+    """Where snapshots are restored to be looked at: under other names, in the cluster itself or in a sandbox cluster."""
+
+    urls: list[Url] = Field(
+        default=[],
+        description="Nodes of a sandbox cluster that has the same repository by the same name, read-only; the cluster itself where not given.",
+    )
+    indices: list[str] = Field(default=["*"], description="Of these some are restored: names or patterns.")
+    sample: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="So many of them each time, by chance; all of them where not given."
+    )
+    documents: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        default=100, description="Documents of each index that are compared, by chance."
+    )
+
+
+class ElasticsearchSystem(StoreSystem, HttpEndpoint):
     """An Elasticsearch cluster. `auth.token` is an API key there."""
 
     kind: Literal["elasticsearch"] = Field(description="What it is.")
     urls: Annotated[list[Url], Field(min_length=1)] = Field(description="Some of its nodes.")
+    indices: list[str] = Field(
+        default=["*"], description="Backed up: indices and data streams, names or patterns; those of the system never."
+    )
+    snapshots: Snapshots | None = Field(default=None, description="Where its snapshots go. A backup needs it.")
+    restore: ElasticsearchRestore = Field(
+        default=ElasticsearchRestore(), description="How a snapshot is restored to be verified."
+    )
+
+    @model_validator(mode="after")
+    def _snapshotted(self) -> Self:
+        if self.backup is not None and self.snapshots is None:
+            raise ValueError("backup needs snapshots")
+        return self
 
 
 class VaultRestore(Strict):

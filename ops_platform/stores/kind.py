@@ -123,6 +123,7 @@ class Kind(Protocol):
 
 
 KINDS: Mapping[str, str] = {
+    "elasticsearch": "ops_platform.stores.elasticsearch",
     "git": "ops_platform.stores.git",
     "kafka": "ops_platform.stores.kafka",
     "kubernetes": "ops_platform.stores.kubernetes",

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from ops_platform.actions import Action, Applied, Change, Check, Outcome, Plan, Verification
+from ops_platform.clients.elasticsearch import Elasticsearch
 from ops_platform.clients.http import BadAnswerError
 from ops_platform.clock import wait_until
 from ops_platform.errors import AccessDeniedError, NotThereError, OpsError, RefusedError, UnreachableError
@@ -23,38 +24,16 @@ INDEX, SHARD = "index", "shard"
 BLOCK = "index.blocks.read_only_allow_delete"
 _BLOCK_ID = "12"  # of this block in the cluster's state: IndexMetadata.INDEX_READ_ONLY_ALLOW_DELETE_BLOCK
 _WATERMARK = "cluster.routing.allocation.disk.watermark.high"
-_LARGEST = 256 << 20
 _SETTLES = 10.0
 _MOVED = {Outcome.APPLIED, Outcome.ALREADY_DONE}
 _UNITS = {"b": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40, "pb": 1 << 50}
 
 
-class _Desk:
-    """Calls to one cluster, by the first of its nodes that answers. A refusal names the privilege that is missing."""
+class _Desk(Elasticsearch):
+    """Calls to one cluster, as the playbooks ask."""
 
     def __init__(self, context: Context[Any]) -> None:
-        system = context.access.inventory.system(context.subject.id, ElasticsearchSystem)
-        self._apis = context.access.http(system)
-
-    def ask(
-        self, right: str, method: str, path: str, query: Mapping[str, str] | None = None, body: Any = None
-    ) -> dict[str, Any]:
-        failures: list[UnreachableError] = []
-        for api in self._apis:
-            try:
-                found = api.request(method, path, query or {}, body=body, largest=_LARGEST).json()
-            except UnreachableError as error:
-                failures.append(error)
-            except AccessDeniedError as error:
-                if " 403 " not in f"{error.what} ":  # 401: then it is the login that is refused
-                    raise
-                raise AccessDeniedError(error.what, where=error.where, remedy=f"give our role {right}") from None
-            else:
-                if not isinstance(found, dict):
-                    raise BadAnswerError("the answer is no JSON object", where=f"{api.host}{path}")
-                return found
-        said = "; ".join(f"{failure.where}: {failure.what}" for failure in failures)
-        raise UnreachableError(f"no node answers: {said}", remedy=failures[0].remedy)
+        super().__init__(context.access.http(context.access.inventory.system(context.subject.id, ElasticsearchSystem)))
 
     def state(self, metric: str, wanted: str) -> Any:
         """A part of the cluster's state; None where it is empty."""
