@@ -1,4 +1,4 @@
-"""Kafka: topics with their settings, access rules, names of users, groups' offsets; and the records of chosen topics, one by one.
+"""Kafka: topics with their settings, access rules, names of users, groups' offsets, schemas; and the records of chosen topics, one by one.
 
 Only committed records are read, up to where each partition stood when its reading began. In a sandbox their offsets begin at 0, so those
 of groups are translated: a group goes on with the record with which it would have gone on. A part `records-N` is one partition: for each
@@ -9,6 +9,7 @@ value, and each header's name and value with their lengths (16 and 32 bits), all
 from __future__ import annotations
 
 import contextlib
+import json
 import secrets
 import struct
 import subprocess
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
+from urllib.parse import quote
 
 from ops_platform.clients.kafka import Kafka, Said, heard
 from ops_platform.clients.postgres_binaries import free_port
@@ -27,6 +29,7 @@ from ops_platform.stores.servers import Server, find_program
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
+    from ops_platform.clients.http import HttpApi
     from ops_platform.inventory.systems import KafkaSystem, StoreTarget
 
 _HEAD, _HEADER = struct.Struct(">qqiiH"), struct.Struct(">Hi")
@@ -34,6 +37,8 @@ _BATCH = 1000
 _GATHERING = 0.1  # seconds
 _SILENT = 60.0  # seconds without a record or an end
 _PIECE = 1 << 20
+SUBJECTS = "subjects"
+_WIRE = 5  # bytes: a zero and the schema's id, before the value itself
 # Of the cluster that a topic was in, not of the topic: a single broker could not keep them.
 _NOT_HERE = ("min.insync.replicas", "leader.replication.throttled.replicas", "follower.replication.throttled.replicas")
 _CLUSTER_ID = "c2FuZGJveCBvZiBvcHMhIQ"
@@ -76,6 +81,7 @@ class KafkaStore:
             "users": _users(kafka, admin, said),
             "groups": self._groups(kafka, admin, said, before),
             "records": [],
+            "subjects": None,
         }
         chosen = [name for name in before if _fits(name, self.system.records)]
         # A compacted topic is somebody's database: those first.
@@ -85,6 +91,9 @@ class KafkaStore:
                 with parts.part(f"records-{len(facts['records'])}") as write:
                     read = _read_partition(kafka, said, name, partition, write)
                 facts["records"].append({"topic": name, "partition": partition, **read})
+        if (registry := self.access.schema_registry(self.system)) is not None:
+            with parts.part(SUBJECTS) as write:
+                facts["subjects"] = _read_subjects(registry, write)
         after = self._topics(kafka, admin, said)
         changed = [name for name in chosen if after.get(name, {}).get("id") != before[name]["id"]]
         if changed:
@@ -160,7 +169,14 @@ class KafkaStore:
                 total += counted
             return Finding(PASSED, f"{total} records of {len(saved.facts['records'])} partitions")
 
+        def subjects() -> Finding:
+            counted = sum(1 for _ in read_subjects(saved))
+            same = counted == saved.facts["subjects"]
+            return Finding(PASSED if same else FAILED, f"{counted} versions of subjects")
+
         yield Check("records", "Every record can be read", "the form of each, counted", ask)
+        if saved.facts.get("subjects") is not None:
+            yield Check("subjects", "Every version of every subject can be read", "JSON, counted", subjects)
 
     # Level 2
 
@@ -224,6 +240,26 @@ class RestoredKafka:
             self._produce(known, self.saved.part(f"records-{number}"))
         for group, committed in self.translated().items():
             self._commit(said, group, committed)
+        self._let_in(admin, said)
+
+    def _let_in(self, admin: Any, said: Said) -> None:
+        """Access rules, and users under their own names: with passwords that nobody knows, because the source's cannot be read."""
+        kinds = _admin_kinds()
+        rules = [_rule(row) for row in self.saved.facts["acls"] or ()]
+        users = [
+            kinds.UserScramCredentialUpsertion(
+                name, kinds.ScramCredentialInfo(kinds.ScramMechanism[mechanism], 4096), secrets.token_bytes(24)
+            )
+            for name, mechanisms in self.saved.facts["users"].items()
+            for mechanism in mechanisms
+        ]
+        asked = {
+            **(admin.create_acls(rules) if rules else {}),
+            **(admin.alter_user_scram_credentials(users) if users else {}),
+        }
+        for answer in asked.values():
+            with self.kafka.named(said, "access rules and users"), heard(admin):
+                answer.result(60)
 
     def _create(self, admin: Any, said: Said) -> None:
         kinds = _admin_kinds()
@@ -295,6 +331,48 @@ class RestoredKafka:
             "committed offsets",
             self._groups,
         )
+        yield Check("acls", "Access rules are the source's", "describe of all", self._acls)
+        yield Check("users", "SCRAM users have the source's names and mechanisms", "describe of all", self._users)
+        if self.saved.facts.get("subjects") is not None:
+            yield Check(
+                "schemas", "Every record's schema is kept", "the schema id of each value in Confluent's wire format", self._schemas
+            )  # fmt: skip
+
+    def _acls(self) -> Finding:
+        known, said = self.saved.facts["acls"], Said()
+        if known is None:
+            return Finding(NOT_APPLICABLE, "the source has no authorizer")
+        here = _acls(self.kafka, self.kafka.admin(said), said) or []
+        wrong = [row for row in known if row not in here] + [row for row in here if row not in known]
+        text = f"differ: {'; '.join(' '.join(row) for row in wrong[:5])}" if wrong else f"{len(known)} rules"
+        return Finding(FAILED if wrong else PASSED, text)
+
+    def _users(self) -> Finding:
+        known, said = self.saved.facts["users"], Said()
+        here = _users(self.kafka, self.kafka.admin(said), said)
+        wrong = sorted(name for name in {*known, *here} if known.get(name) != here.get(name))
+        text = f"differ: {', '.join(wrong[:10])}" if wrong else f"{len(known)} users"
+        return Finding(FAILED if wrong else PASSED, text)
+
+    def _schemas(self) -> Finding:
+        """Of topics that have a subject by the usual name: another producer's first byte may be zero, too."""
+        found = list(read_subjects(self.saved))
+        ids, subjects = {one["id"] for one in found}, {one["subject"] for one in found}
+        lost: dict[str, int] = {}
+        counted = 0
+        for number, known in enumerate(self.saved.facts["records"]):
+            if f"{known['topic']}-value" not in subjects:
+                continue
+            for record in read_records(self.saved.part(f"records-{number}")):
+                value = record.value or b""
+                if len(value) >= _WIRE and value[0] == 0:
+                    counted += 1
+                    if int.from_bytes(value[1:_WIRE], "big") not in ids:
+                        lost[known["topic"]] = record.offset
+        if lost:
+            some = ", ".join(f"{topic} at offset {offset}" for topic, offset in list(lost.items())[:5])
+            return Finding(FAILED, f"schemas of records are not kept: {some}")
+        return Finding(PASSED, f"{len(found)} versions of {len(subjects)} subjects, for {counted} records")
 
     def _topics(self) -> Finding:
         kinds = _admin_kinds()
@@ -494,6 +572,40 @@ def _acls(kafka: Kafka, admin: Any, said: Said) -> list[list[str]] | None:
     )
 
 
+def _rule(row: Sequence[str]) -> Any:
+    """What `_acls` made a row of."""
+    kinds = _admin_kinds()
+    resource, name, pattern, principal, host, operation, permission = row
+    return kinds.AclBinding(
+        kinds.ResourceType[resource], name, kinds.ResourcePatternType[pattern], principal, host,
+        kinds.AclOperation[operation], kinds.AclPermissionType[permission],
+    )  # fmt: skip
+
+
+def _read_subjects(registry: HttpApi, write: Callable[[bytes], None]) -> int:
+    """Every version of every subject of the registry, a line of JSON each, with the subject's compatibility where it has its own."""
+    count = 0
+    for subject in sorted(registry.get("/subjects").json()):
+        path = f"/subjects/{quote(subject, safe='')}/versions"
+        compatibility = registry.get(f"/config/{quote(subject, safe='')}", good=(200, 404))
+        level = compatibility.json().get("compatibilityLevel") if compatibility.status == 200 else None
+        for version in sorted(registry.get(path).json()):
+            found = registry.get(f"{path}/{version}").json()
+            kept = {key: found.get(key) for key in ("subject", "version", "id", "schemaType", "schema", "references")}
+            write(json.dumps({**kept, "compatibility": level}, sort_keys=True).encode() + b"\n")
+            count += 1
+    return count
+
+
+def read_subjects(saved: Saved) -> Iterator[dict[str, Any]]:
+    """Raises CorruptionError."""
+    for number, line in enumerate(saved.part(SUBJECTS).read_bytes().splitlines(), 1):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            raise CorruptionError(f"line {number} of the subjects cannot be read", where=saved.backup_id) from None
+
+
 def _users(kafka: Kafka, admin: Any, said: Said) -> dict[str, list[str]]:
     """The names of SCRAM users, with their mechanisms. Their passwords cannot be read."""
     with kafka.named(said, "users"), heard(admin):
@@ -531,6 +643,8 @@ def _properties(place: Path, port: int, controller: int, password: str) -> Path:
         "sasl.enabled.mechanisms": "PLAIN",
         "sasl.mechanism.inter.broker.protocol": "PLAIN",
         "sasl.mechanism.controller.protocol": "PLAIN",
+        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        "super.users": "User:sandbox",
         "listener.name.client.plain.sasl.jaas.config": login,
         "listener.name.controller.plain.sasl.jaas.config": login,
         "log.dirs": str(place / "data"),
