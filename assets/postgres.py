@@ -250,12 +250,15 @@ def promise_check(
     text: str,
     partitions: dg.PartitionsDefinition[str],
     subjects: Callable[[Any, Access], Sequence[Backed]],
+    *,
+    judged: Callable[[str, Access, Any], Kept] = judge,
+    blocking: bool = True,
 ) -> dg.AssetChecksDefinition:
     # A check may yield its events, whatever the type of the decorator says.
-    @dg.asset_check(asset=key, name=name, description=text, blocking=True, partitions_def=partitions)  # pyright: ignore[reportArgumentType]
+    @dg.asset_check(asset=key, name=name, description=text, blocking=blocking, partitions_def=partitions)  # pyright: ignore[reportArgumentType]
     def check(context: dg.AssetCheckExecutionContext, platform: PlatformResource) -> Iterator[Any]:
         with platform.access() as access:
-            found = [judge(name, access, target) for target in subjects(context, access)]
+            found = [judged(name, access, target) for target in subjects(context, access)]
         if context.has_partition_key:
             yield check_result(found[0])
             return
@@ -264,7 +267,7 @@ def promise_check(
             result = check_result(kept)
             yield dg.AssetCheckEvaluation(
                 key, name, result.passed, result.metadata, severity=result.severity, description=result.description,
-                blocking=True, partition=kept.target_id,
+                blocking=blocking, partition=kept.target_id,
             )  # fmt: skip
         if not found:
             raise dg.Failure("the inventory has no target: no target at all is no kept promise")

@@ -4,7 +4,7 @@ One partition for each system of the kind, as for the targets of PostgreSQL.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import dagster as dg
 
@@ -21,10 +21,11 @@ from assets.postgres import (
 )
 from ops_platform.clients.access import Access
 from ops_platform.inventory.model import Backed, Inventory
-from ops_platform.inventory.systems import StoreTarget
-from ops_platform.promises import STORE_PROMISES
+from ops_platform.inventory.systems import KubernetesSystem, StoreTarget
+from ops_platform.promises import STORE_PROMISES, Kept
 from ops_platform.resources import PlatformResource
 
+AS_IN_GIT = "as_in_git"
 _TEXTS = {
     "backup_fresh": "The newest backup is younger than backup.max_age, judged from the store.",
     "proven": "A backup was restored and its data checked within verification.proven_within.",
@@ -150,7 +151,33 @@ def _of_kind(kind: str, targets: list[StoreTarget]) -> tuple[list[Any], list[dg.
         promise_check(name, promise_key(kind, name), _TEXTS[name], partitions, _subjects(kind))
         for name in STORE_PROMISES
     ]
+    if has_manifests(targets):
+        text = "The cluster is what its manifests in Git say: nothing is missing, extra or changed."
+        checks.append(
+            promise_check(
+                AS_IN_GIT, backup_key(kind), text, partitions, _subjects(kind), judged=_as_in_git, blocking=False
+            )
+        )
     return [backup, verification, copy], checks
+
+
+def has_manifests(targets: list[StoreTarget]) -> bool:
+    return any(getattr(target.system, "manifests", ()) for target in targets)
+
+
+def _as_in_git(_name: str, access: Access, target: StoreTarget) -> Kept:
+    """Drift keeps no backup from its proof: it is somebody's to look at."""
+    from ops_platform.errors import OpsError
+    from ops_platform.stores.drift import find_drift
+
+    if not has_manifests([target]):
+        return Kept(target.id, True, "Git says nothing of it")
+    try:
+        found = find_drift(access, cast("KubernetesSystem", target.system))
+    except OpsError as error:
+        return Kept(target.id, False, str(error), known=False)
+    numbers = {"missing": len(found.missing), "extra": len(found.extra), "changed": len(found.changed)}
+    return Kept(target.id, found.none, "\n".join(found.lines()), {name: float(n) for name, n in numbers.items()})
 
 
 def _subjects(kind: str) -> Callable[[Any, Access], list[Backed]]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import dagster as dg
 
-from assets.stores import backup_key, copy_key, kinds_of, promise_key, verification_key
+from assets.stores import AS_IN_GIT, backup_key, copy_key, has_manifests, kinds_of, promise_key, verification_key
 from jobs.each_target import each_target
 from ops_platform.inventory.model import Inventory
 from ops_platform.promises import STORE_PROMISES
@@ -13,9 +13,11 @@ from ops_platform.promises import STORE_PROMISES
 def build_jobs(inventory: Inventory) -> dict[str, Any]:
     jobs: dict[str, Any] = {}
     tags = {"ops/domain": "backup"}
-    for kind in kinds_of(inventory):
+    for kind, targets in kinds_of(inventory).items():
         backup, proof = backup_key(kind), verification_key(kind)
         checks = [dg.AssetCheckKey(promise_key(kind, name), name) for name in STORE_PROMISES]
+        if has_manifests(targets):
+            checks.append(dg.AssetCheckKey(backup, AS_IN_GIT))
         made = [
             dg.define_asset_job(
                 f"backup_{kind}",

@@ -116,6 +116,32 @@ def list_(ctx: click.Context, targets: tuple[str, ...], copy_id: str | None, as_
     ctx.exit(each.code)
 
 
+@backup.command()
+@click.argument("systems", nargs=-1)
+@json_option
+@click.pass_context
+def drift(ctx: click.Context, systems: tuple[str, ...], as_json: bool) -> None:
+    """Compare Kubernetes clusters with their manifests in Git (all that have some by default). 1: they differ."""
+    from ops_platform.inventory.systems import KubernetesSystem
+    from ops_platform.stores.drift import Drift, find_drift, with_manifests
+
+    found: list[Drift] = []
+    with opened() as access:
+        chosen = [access.inventory.system(name, KubernetesSystem) for name in systems] or with_manifests(
+            access.inventory
+        )
+        each = Each(chosen)
+        for system in each:
+            with each.going_on(system):
+                found.append(find_drift(access, system))
+    if as_json:
+        emit(list[Drift], found)
+    else:
+        for one in found:
+            click.echo("\n".join(one.lines()))
+    ctx.exit(each.code or int(any(not one.none for one in found)))
+
+
 def _catalog(access: Access, target: Backed) -> tuple[list[BackupInfo], RecoveryWindow]:
     from ops_platform.backup.engine import catalog
     from ops_platform.recovery import records

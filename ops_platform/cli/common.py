@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from ops_platform.actions import ActionResult
     from ops_platform.clients.access import Access
     from ops_platform.inventory.model import Backed, Inventory, Target
+    from ops_platform.inventory.systems import System
 
 F = TypeVar("F", bound=Callable[..., Any])
 B = TypeVar("B", bound="Backed")
+S = TypeVar("S", bound="Backed | System")
 
 
 class Commands(click.Group):
@@ -82,21 +84,21 @@ def chosen_backed(inventory: Inventory, ids: tuple[str, ...], everything: bool) 
     return inventory.all_backed() if everything else [inventory.backed(name) for name in ids]
 
 
-class Each(Generic[B]):
+class Each(Generic[S]):
     """Works on targets one after the other: one that fails is said at once, and does not keep the others from their turn.
 
     A single target's error is simply raised. `code` is the worst exit code so far: 1 before 2 before 3.
     """
 
-    def __init__(self, targets: Sequence[B]) -> None:
+    def __init__(self, targets: Sequence[S]) -> None:
         self._targets = targets
         self._codes: set[int] = set()
 
-    def __iter__(self) -> Iterator[B]:
+    def __iter__(self) -> Iterator[S]:
         return iter(self._targets)
 
     @contextmanager
-    def going_on(self, target: B) -> Generator[None]:
+    def going_on(self, target: S) -> Generator[None]:
         try:
             yield
         except OpsError as error:

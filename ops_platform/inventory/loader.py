@@ -347,12 +347,19 @@ def _references(raw: dict[Any, Any]) -> Iterator[tuple[KeyPath, Any, dict[Any, A
     checkpoints = _table(_table(raw.get("platform")).get("ledger"))
     yield ("platform", "ledger", "store"), checkpoints.get("store"), stores, "store"
     yield ("platform", "ledger", "vault"), checkpoints.get("vault"), vaults, "vault"
+    gits: dict[Any, Any] = {
+        entry["id"]: entry
+        for entry in map(_table, _list(raw.get("systems")))
+        if entry.get("kind") == "git" and isinstance(entry.get("id"), str)
+    }
     for number, system in enumerate(_list(raw.get("systems"))):
         here, entry = ("systems", number), _table(system)
         yield (*here, "owner"), entry.get("owner"), owners, "owner"
         yield (*here, "environment"), entry.get("environment"), environments, "environment"
         yield (*here, "vault"), entry.get("vault"), vaults, "vault"
         yield from _repository_references((*here, "repository"), entry.get("repository"), stores, services)
+        for place, manifests in enumerate(_list(entry.get("manifests"))):
+            yield (*here, "manifests", place, "git"), _table(manifests).get("git"), gits, "Git system"
     yield from _remediation_references(raw)
     yield from _drill_references(raw, owners)
     for number, target in enumerate(_list(raw.get("targets"))):

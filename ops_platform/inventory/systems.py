@@ -144,6 +144,23 @@ class StoreTarget:
         return self.system.legal_hold
 
 
+class Manifests(Strict):
+    """Manifests in Git that a cluster should hold: rendered YAML or JSON, no templates."""
+
+    git: Id = Field(description="The id of a system of kind git.")
+    repository: Id = Field(description="The name of one of its repositories.")
+    ref: str = Field(default="HEAD", pattern=r"^[A-Za-z0-9_][^\s]*$", description="A branch, tag or commit.")
+    path: str = Field(
+        default="",
+        pattern=r"^(\w[\w.-]*(/\w[\w.-]*)*)?$",
+        description="The folder in it, with all below; the whole repository by default.",
+    )
+    namespaces: list[str] = Field(
+        default=[],
+        description="Managed by Git alone: an object in one of these that Git does not have is reported, too; names or patterns.",
+    )
+
+
 class KubernetesSystem(StoreSystem):
     """A Kubernetes cluster."""
 
@@ -157,6 +174,7 @@ class KubernetesSystem(StoreSystem):
         description="Playbooks act in these alone, names or patterns such as shop-*; empty: in every namespace."
         " Those of the cluster itself (kube-…, openshift-…) count only where they are named in full.",
     )
+    manifests: list[Manifests] = Field(default=[], description="What Git says of it, compared by `ops backup drift`.")
     timeout: PositiveDuration = Field(default=timedelta(seconds=15), description="One request takes at most this long.")
 
 

@@ -224,6 +224,18 @@ def _git(words: Sequence[str], where: str, *, at: Path | None = None, token: str
     raise OpsError(f"git {words[0]}: {said}", where=where)
 
 
+def checkout(url: str, ref: str, into: Path, token: str | None) -> str:
+    """The files of a ref below `into`, which must not exist; its commit. Raises NotThereError where there is no such ref."""
+    _git(["clone", "--quiet", "--no-checkout", "--", url, str(into)], url, token=token)
+    names = [ref] if ref == "HEAD" else [f"refs/remotes/origin/{ref}", f"refs/tags/{ref}", ref]
+    for name in names:
+        found = _run(["rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}"], at=into)
+        if found.returncode == 0:
+            _git(["checkout", "--quiet", "--detach", found.stdout.strip()], url, at=into)
+            return found.stdout.strip()
+    raise NotThereError(f"there is no branch, tag or commit {ref}", where=url, remedy="correct `ref` in the inventory")
+
+
 def _output(words: Sequence[str], at: Path) -> Iterator[bytes]:
     with (
         tempfile.TemporaryFile() as said,

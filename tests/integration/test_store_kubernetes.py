@@ -88,6 +88,17 @@ def shop(kube: kube_rig.Kube) -> str:
     kube.api.post(f"/apis/stores.test/v1/namespaces/{name}/widgets",
                   {"apiVersion": "stores.test/v1", "kind": "Widget", "metadata": {"name": "w"}, "spec": {"size": 3}})  # fmt: skip
     assert apps
+    # A controller's own, and one that merely goes with another.
+    owner = kube.api.get(f"{apps}/deployments/web")["metadata"]
+    for config, controls in (("made", True), ("goes-with", False)):
+        reference = {
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "name": "web",
+            "uid": owner["uid"],
+            "controller": controls,
+        }
+        kube.api.post(f"{core}/configmaps", {"metadata": {"name": config, "ownerReferences": [reference]}})
     return name
 
 
@@ -102,6 +113,8 @@ def test_objects_are_created_again_in_an_empty_server_and_are_the_same(platform:
     saved = fetch_backup(repository, manifest, platform.home / "looked-at")
     kept = {(resource.kind, found["metadata"].get("name")) for resource, found in read_objects(saved.part("objects"))}
     assert {("Deployment", "web"), ("Secret", "login"), ("Widget", "w"), ("Job", "once"), ("Namespace", shop)} <= kept
+    assert ("ConfigMap", "goes-with") in kept
+    assert ("ConfigMap", "made") not in kept
     # What a controller made of them is not kept: it makes it again.
     assert {"Pod", "ReplicaSet", "Endpoints", "Event", "Lease", "Node"}.isdisjoint(kind for kind, _ in kept)
     assert VALUE not in card.model_dump_json() + manifest.model_dump_json()
@@ -128,13 +141,29 @@ class Changed(KubernetesStore):
         return iter(())
 
 
-def test_a_custom_resource_without_its_definition_fails_by_its_name(platform: Platform, shop: str) -> None:
+BINDING = {
+    "resource": {"group": "rbac.authorization.k8s.io", "version": "v1", "plural": "clusterrolebindings",
+                 "kind": "ClusterRoleBinding", "namespaced": False},
+    "object": {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": {"name": "cluster-admin"},
+               "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "view"}},
+}  # fmt: skip
+
+
+def test_a_custom_resource_without_its_definition_and_a_field_that_cannot_be_changed_fail_by_their_names(
+    platform: Platform, shop: str
+) -> None:
+    """The sandbox's server makes a binding of that name itself, with a role that nobody can change any more."""
     dump(platform, entry(platform, shop))
     target = with_store(platform, entry(platform, shop))
-    kind = type("Lacking", (Changed,), {"kind": "CustomResourceDefinition", "change": staticmethod(lambda line: None)})
+    kind = type(
+        "Lacking", (Changed,), {"kind": "CustomResourceDefinition", "change": staticmethod(lambda line: BINDING)}
+    )
     card = prove(platform, entry(platform, shop), kind=kind(platform.access, target, target.system))
     assert card.verdict is Verdict.FAIL
     assert "widgets.stores.test" in gate(card, "created").result
+    assert "cluster-admin: 422" in gate(card, "created").result
+    assert "field is immutable" in gate(card, "created").result
+    assert "roleRef.name" in gate(card, "compared").result
     assert gates(card)["teardown"] == "passed"
 
 
