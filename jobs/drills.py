@@ -49,23 +49,30 @@ def op_name(step: str) -> str:
     return f"step_{step.replace('-', '_')}"
 
 
+def _in(plan: PlannedDrill, node: str) -> str:
+    """The definition behind a node: in a code location no two may have one name, and each drill begins, takes steps and ends."""
+    return f"{job_name(plan.id)}__{node}"
+
+
 def drill_job(plan: PlannedDrill, book: Runbook) -> dg.JobDefinition:
     steps = [step for step in book.steps_for("drill") if step.kind != "teardown"]
     dependencies: dict[Any, Any] = {}
     for step in steps:
         before = [DependencyDefinition(op_name(need)) for need in sorted(book.needs_of(step, "drill"))]
-        dependencies[NodeInvocation(op_name(step.id))] = {
+        node = op_name(step.id)
+        dependencies[NodeInvocation(_in(plan, node), alias=node)] = {
             "drill": DependencyDefinition(BEGIN),
             **({"after": MultiDependencyDefinition(before)} if before else {}),
         }
     everything = [DependencyDefinition(op_name(step.id)) for step in steps]
-    dependencies[NodeInvocation(END)] = {
+    dependencies[NodeInvocation(_in(plan, BEGIN), alias=BEGIN)] = {}
+    dependencies[NodeInvocation(_in(plan, END), alias=END)] = {
         "drill": DependencyDefinition(BEGIN), "after": MultiDependencyDefinition(everything),
     }  # fmt: skip
     graph = GraphDefinition(
         name=job_name(plan.id),
         description=f"{book.title}. {book.description}",
-        node_defs=[_begin(plan), *(_step(step) for step in steps), _end()],
+        node_defs=[_begin(plan), *(_step(plan, step) for step in steps), _end(plan)],
         dependencies=dependencies,
     )
     tags = {"ops/domain": "drills", "ops/drill": plan.id}
@@ -73,7 +80,10 @@ def drill_job(plan: PlannedDrill, book: Runbook) -> dg.JobDefinition:
 
 
 def _begin(plan: PlannedDrill) -> dg.OpDefinition:
-    @dg.op(name=BEGIN, description="Plan, guards, approval, claim. A refusal fails the run, and nothing was touched.")
+    @dg.op(
+        name=_in(plan, BEGIN),
+        description="Plan, guards, approval, claim. A refusal fails the run, and nothing was touched.",
+    )
     def begin(context: dg.OpExecutionContext, config: DrillConfig, platform: PlatformResource) -> str:
         from ops_platform.drilling import open_store
         from ops_platform.drills.begin import Beginner, planned
@@ -95,12 +105,12 @@ def _begin(plan: PlannedDrill) -> dg.OpDefinition:
     return begin
 
 
-def _step(step: AnyStep) -> dg.OpDefinition:
+def _step(plan: PlannedDrill, step: AnyStep) -> dg.OpDefinition:
     delay = step.retry_after.total_seconds()
     policy = dg.RetryPolicy(max_retries=step.retries, delay=delay) if step.retries else None
 
     @dg.op(
-        name=op_name(step.id),
+        name=_in(plan, op_name(step.id)),
         description=f"{step.kind}: {step.name} ({step.does})",
         ins={"drill": dg.In(str), "after": dg.In(dg.Nothing)},
         out=dg.Out(dg.Nothing),
@@ -127,9 +137,9 @@ def _step(step: AnyStep) -> dg.OpDefinition:
     return take
 
 
-def _end() -> dg.OpDefinition:
+def _end(plan: PlannedDrill) -> dg.OpDefinition:
     @dg.op(
-        name=END,
+        name=_in(plan, END),
         description="Take away what was made, put back what was broken, look whether it is gone; judge, and write the page.",
         ins={"drill": dg.In(str), "after": dg.In(dg.Nothing)},
     )

@@ -110,7 +110,10 @@ def daemon(place: Place) -> Generator[None]:
 
 
 def await_end(store: Any, event_id: str, tell: Callable[[str], None], place: Place) -> Any:
-    """The incident of that event, once it has come to rest; each of its states is told. Raises OpsError where it does not end."""
+    """The incident of that event, once it has come to rest; each of its states is told. Raises OpsError where it does not end.
+
+    Where an event of a demonstration that was broken off came first, its incident ended the session, and it is that one.
+    """
     until, told = SYSTEM_CLOCK.monotonic() + PATIENCE, 0
     while SYSTEM_CLOCK.monotonic() < until:
         found = [one for one in store.list(all_=True) if one.signal.labels.get("id") == event_id]
@@ -120,12 +123,21 @@ def await_end(store: Any, event_id: str, tell: Callable[[str], None], place: Pla
                 tell(f"{state.value:10} {reason}")
             told = len(steps)
             if not found[0].is_open or found[0].state.value in ("escalated", "waiting", "observed"):
-                return found[0]
+                return _of_the_same_session(store, found[0])
         SYSTEM_CLOCK.sleep(0.5)
     raise OpsError(
         f"the daemon did not see to it within {PATIENCE:.0f} s", where=str(place.log("demo-daemon")),
         remedy="read this log from its end upwards",
     )  # fmt: skip
+
+
+def _of_the_same_session(store: Any, incident: Any) -> Any:
+    """The incident that an earlier event opened meanwhile, where it left nothing to do for this one."""
+    if incident.ending is None or incident.ending.value != "cleared":
+        return incident
+    since = incident.signal.starts_at
+    others = [one for one in store.list(all_=True) if one.rule == incident.rule and one.opened_at >= since]
+    return next((one for one in others if one.ending and one.ending.value == "helped"), incident)
 
 
 def await_run(place: Place) -> None:

@@ -51,6 +51,15 @@ def test_a_drill_is_a_job_with_an_op_for_each_step(bench: Bench) -> None:
     assert bench.remains() == []
 
 
+def test_two_drills_stand_in_one_code_location(bench: Bench) -> None:
+    bench.both("toys", [SAY])
+    bench.both("other-toys", [SAY])
+    # As Dagster's servers do, which refuse a name that stands twice.
+    definitions(bench).get_repository_def().load_all_definitions()
+    assert run(bench, "drill_toys").success
+    assert run(bench, "drill_other_toys").success
+
+
 def test_an_op_that_fails_ends_the_drill_and_puts_back_what_was_broken(bench: Bench) -> None:
     bench.both("toys", [
         {"id": "server", "kind": "act", "does": "toy.process"},
