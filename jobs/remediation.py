@@ -6,7 +6,7 @@ from urllib.parse import quote
 import dagster as dg
 
 from assets.remediation import INCIDENTS
-from ops_platform.errors import ConflictError
+from ops_platform.errors import NotOurTurnError
 from ops_platform.resources import PlatformResource
 
 INCIDENT_TAG, SUBJECT_TAG, RULE_TAG = "ops/incident", "ops/subject", "ops/rule"
@@ -32,7 +32,7 @@ def work_on_incident(context: dg.OpExecutionContext, config: IncidentConfig, pla
         worker = Worker(access, store, Sources(access, store), f"dagster run {context.run_id}")
         try:
             incident = worker.work(config.incident, config.version or None)
-        except ConflictError as error:
+        except NotOurTurnError as error:
             context.log.info(f"left alone: {error}")
             return
         record = store.record_of(incident)

@@ -56,6 +56,10 @@ class ConflictError(OpsError):
     """Somebody else holds it, or it exists already with other content."""
 
 
+class NotOurTurnError(ConflictError):
+    """Somebody else is at it, or was faster: nothing is wrong, and nothing is to be done here."""
+
+
 class RefusedError(OpsError):
     """A guard refused."""
 

@@ -75,15 +75,18 @@ def _events(job: Any, number: int) -> dg.SensorDefinition:
 def _incidents(job: Any) -> dg.SensorDefinition:
     @dg.sensor(
         name="incidents", job=job, minimum_interval_seconds=INCIDENTS_EVERY, default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Goes on with incidents: approved, to be looked at again, to be undone, or whose run was lost. Tells people.",
+        description="Goes on with incidents: approved, to be looked at again, to be undone, or whose run was lost. Tells people, forgets what is old.",
     )  # fmt: skip
     def incidents(context: dg.SensorEvaluationContext, platform: PlatformResource) -> dg.SensorResult:
         from datetime import timedelta
 
+        from ops_platform.remediation.sources import forget_old_signals
         from ops_platform.remediation.tell import tell_everybody
 
         with platform.access() as access, _opened(access) as store:
             due = store.due(lost_after=timedelta(seconds=LOST_AFTER))
+            if forgotten := forget_old_signals(access, store):
+                context.log.info(f"{forgotten} signals are older than remediation.signals_kept, and were forgotten")
             try:
                 for text in tell_everybody(access, store):
                     context.log.warning(text)

@@ -124,9 +124,11 @@ def replay(since: str, until: str | None, file: Path | None, system: str | None,
 
 
 def _past(access: Access, system: str | None, since: datetime, until: datetime) -> list[Signal]:
+    from ops_platform.clock import SYSTEM_CLOCK
     from ops_platform.inventory.systems import PrometheusSystem
     from ops_platform.ledger import Ledger
     from ops_platform.remediation.replay import spans, step_of
+    from ops_platform.remediation.rules import remediation_of
     from ops_platform.remediation.store import Store
 
     if system is not None:
@@ -135,6 +137,9 @@ def _past(access: Access, system: str | None, since: datetime, until: datetime) 
         prometheus = access.prometheus(access.inventory.system(system, PrometheusSystem))
         return alert_history(prometheus, since, until, step_of(since, until))
     with Ledger(access.platform_db) as ledger:
+        kept_since = SYSTEM_CLOCK.now() - remediation_of(access.inventory).signals_kept
+        if since < kept_since:
+            click.echo(f"signals from before {stamp(kept_since)} are forgotten (remediation.signals_kept)", err=True)
         return spans(Store(ledger).history(since, until))
 
 

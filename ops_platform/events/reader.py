@@ -72,18 +72,26 @@ class Batch:
         return any(one.messages for one in self.lag)
 
 
+_URL_SAFE = str.maketrans("+/", "-_")  # as Kafka's own tools write the id of a topic
+
+
 @dataclass
 class _Part:
-    """One partition while it is read. `next` is the first offset that was not yet taken; `prefix` begins its fingerprints."""
+    """One partition while it is read. `next` is the first offset that was not yet taken; `prefix` begins its fingerprints.
+
+    `topic_id` stands in them: a topic that was made anew begins at offset 0 again, and means other events.
+    """
 
     wanted: Range
     next: int
+    topic_id: str | None = None
     signals: list[Signal] = field(default_factory=list[Signal])
     poison: list[Poison] = field(default_factory=list[Poison])
     prefix: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.prefix = f"{self.wanted.topic}/{self.wanted.partition}/"
+        mark = "@" + self.topic_id.translate(_URL_SAFE) if self.topic_id else ""
+        self.prefix = f"{self.wanted.topic}{mark}/{self.wanted.partition}/"
 
 
 @dataclass(frozen=True)
@@ -161,7 +169,7 @@ class EventReader:
         ranges = share([Range(*where, at, seen.marks[where].high) for where, at in starts.items()], limit)
         consumer = self._open()
         self._tell_group(consumer, cursor)
-        parts = {(one.topic, one.partition): _Part(one, one.start) for one in ranges}
+        parts = {(one.topic, one.partition): _Part(one, one.start, seen.topics[one.topic].id) for one in ranges}
         if parts:
             self._consume(consumer, parts, min(until - min(_LETTERS, budget / 3), until))
         else:

@@ -227,6 +227,11 @@ class Remediation(Strict):
         default=Budget(count=20, per=timedelta(hours=1)), description="Actions of all rules together."
     )
     breaker: CircuitBreaker = Field(default=CircuitBreaker(), description="For each playbook.")
+    signals_kept: PositiveDuration = Field(
+        default=timedelta(days=400),
+        description="Alerts and events as they were seen, for `ops rules replay`; they are forgotten after this time, but for what still "
+        "fires.",
+    )
     approval_valid_for: PositiveDuration = Field(
         default=timedelta(hours=1), description="An approval that is older counts no more."
     )

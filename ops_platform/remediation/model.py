@@ -17,8 +17,8 @@ class Signal:
     """One alert or event, whatever brought it.
 
     `fingerprint` identifies what it is about: Alertmanager's own for an alert (several instances merged have the same), and
-    `topic/partition/offset` for an event. `labels`: an alert's labels; of an event its attributes, and `data.a.b` for scalars of
-    its data. `seen_at` is when we saw it.
+    `topic@id/partition/offset` for an event; `@id` is the topic's own, where the broker gives one. `labels`: an alert's labels; of an
+    event its attributes, and `data.a.b` for scalars of its data. `seen_at` is when we saw it.
     """
 
     source: Literal["alertmanager", "kafka", "watchdog", "person", "history"]
@@ -94,12 +94,16 @@ class Ending(StrEnum):
     BY_HAND = "by hand"  # escalated, and then the signal ended or a person closed it
 
 
+_STANDS = ("begun", "applied", "failed")
+
+
 @dataclass(frozen=True)
 class Incident:
     """One row: one for each rule and fingerprint that is not closed.
 
     `version` grows with every change of the row and is the fencing token: whoever holds an older one changes nothing.
-    `plan` is the newest plan's JSON; `outcomes` what became of its changes; `attempts` counts admissions.
+    `plan` is the newest plan's JSON; `outcomes` what became of its changes, `earlier` of those of the attempts before, oldest first.
+    `attempts` counts admissions.
     """
 
     id: str
@@ -118,6 +122,7 @@ class Incident:
     digest: str | None = None
     rulings: tuple[Mapping[str, Any], ...] = ()
     outcomes: tuple[Mapping[str, Any], ...] = ()
+    earlier: tuple[tuple[Mapping[str, Any], ...], ...] = ()
     retry_at: datetime | None = None  # SUPPRESSED: when it is looked at again; WAITING: when nobody decided in time
     deadline: datetime | None = None  # VERIFYING: good by then
     undo_at: datetime | None = None  # HELD: undone then
@@ -134,15 +139,21 @@ class Incident:
     @property
     def touched(self) -> bool:
         """Whether a change was begun: applied, failed in the middle, or begun by somebody who was killed."""
-        return any(entry.get("outcome") in ("begun", "applied", "failed") for entry in self.outcomes)
+        return any(entry.get("outcome") in _STANDS for entry in self.outcomes)
 
     @property
     def can_be_undone(self) -> bool:
         """Whether something stands, or may stand, that its playbook calls reversible."""
-        return any(
-            entry.get("outcome") in ("begun", "applied", "failed") and entry["change"]["reversible"]
-            for entry in self.outcomes
-        )
+        return any(entry["change"]["reversible"] for attempt in self.standing.values() for entry in attempt)
+
+    @property
+    def standing(self) -> dict[int, list[Mapping[str, Any]]]:
+        """What stands, or may stand, of each attempt, the newest first, by its place in `earlier` and `outcomes`. Never empty lists."""
+        found = {
+            place: [one for one in entries if one.get("outcome") in _STANDS and not one.get("undone")]
+            for place, entries in reversed(list(enumerate((*self.earlier, self.outcomes))))
+        }
+        return {place: entries for place, entries in found.items() if entries}
 
 
 def incident_id(rule: str, fingerprint: str, starts_at: datetime, number: int = 0) -> str:

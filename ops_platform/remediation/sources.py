@@ -181,6 +181,11 @@ def read_events(access: Access, store: Store, number: int, *, cursor: str | None
     return EventsRead(taken.opened, str(batch.cursor), tuple(notes))
 
 
+def forget_old_signals(access: Access, store: Store) -> int:
+    """By remediation.signals_kept. They hold labels, which people may ask to be erased. How many were forgotten."""
+    return store.forget_signals(store.clock.now() - remediation_of(access.inventory).signals_kept)
+
+
 # What the world may know of: backups, proofs, incidents, actions, and what was lost of events.
 PUBLISHED = ("backup.", "incident.", "action.", "remediation.", "events.")
 

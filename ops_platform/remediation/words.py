@@ -43,6 +43,7 @@ def plan_lines(incident: Incident) -> list[str]:
     for change in changes[:_MOST]:
         done = became.get(change["object"])
         what = f"{done['outcome']}: {done['reason']}" if done else f"{change['before']} → {change['after']}"
+        what += "; undone" if done and done.get("undone") else ""
         found.append(
             f"    {change['kind']} {change['object']}: {what}" + ("" if change["reversible"] else "; cannot be undone")
         )

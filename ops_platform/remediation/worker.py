@@ -30,7 +30,7 @@ from ops_platform.actions import (
 )
 from ops_platform.clients.prometheus import Measured
 from ops_platform.clock import SYSTEM_CLOCK, Clock
-from ops_platform.errors import ConflictError, OpsError, RefusedError
+from ops_platform.errors import NotOurTurnError, OpsError, RefusedError
 from ops_platform.inventory.base import Mode
 from ops_platform.inventory.remediation import MetricCheck, Rule
 from ops_platform.remediation import guards as g
@@ -86,13 +86,13 @@ class Worker:
     traces: Traces = field(default_factory=Traces, init=False)
 
     def work(self, incident_id: str, version: int | None = None) -> Incident:
-        """Bring it as far as it goes now. Raises ConflictError where somebody else works on it, or went on since `version`."""
+        """Bring it as far as it goes now. Raises NotOurTurnError where somebody else works on it, or went on since `version`."""
         with self.store.work_on(incident_id) as ours:
             if not ours:
-                raise ConflictError("another run works on this incident", where=incident_id)
+                raise NotOurTurnError("another run works on this incident", where=incident_id)
             incident = self.store.get(incident_id)
             if version is not None and incident.version != version:
-                raise ConflictError(
+                raise NotOurTurnError(
                     f"this run is late: it was asked for at version {version}, and the incident is at {incident.version}",
                     where=incident_id,
                 )
@@ -422,11 +422,12 @@ class Worker:
 
     # Undoing
 
-    def _undoing(self, incident: Incident, decision: Decision) -> Action | None:
+    def _undoing(self, incident: Incident, decision: Decision, place: int | None = None) -> Action | None:
+        """The undo of one attempt, by its place in `Incident.standing`; of the newest one where not given."""
+        standing = incident.standing.get(len(incident.earlier) if place is None else place, [])
         done = [
             Done(_change(entry["change"]), Applied(Outcome.APPLIED, entry["reason"], entry.get("detail", {})))
-            for entry in incident.outcomes
-            if entry.get("outcome") in ("applied", "begun", "failed")
+            for entry in standing
         ]
         if not done:
             return None
@@ -438,8 +439,8 @@ class Worker:
         return self._move(incident, State.UNDOING, reason)
 
     def _undo(self, incident: Incident, decision: Decision) -> Incident:
-        action = self._undoing(incident, decision)
-        if action is None:
+        """Attempt by attempt, the newest first: each found the system as the one before had left it."""
+        if not incident.standing:
             return self._escalate(incident, "there is no way to undo it: look at what stands")
         if pause := self.store.paused():
             return self._escalate(
@@ -447,16 +448,25 @@ class Worker:
             )
         if not self.store.claim_again(incident):
             return incident  # somebody acts in its failure domain: it has its turn after that
+        for place in incident.standing:
+            if problem := self._undo_attempt(incident, decision, place):
+                return self._escalate(incident, problem)
+            incident = self.store.note_undone(incident, place)
+        return self._undone(incident)
+
+    def _undo_attempt(self, incident: Incident, decision: Decision, place: int) -> str | None:
+        """Why the attempt is not undone; None where it is."""
+        action = self._undoing(incident, decision, place)
+        if action is None:
+            return "there is no way to undo it: look at what stands"
         try:
             result = run_action(
                 Fenced(action, self, incident, wanted=False), ledger=self.store.ledger, actor=self.actor, clock=self.clock,
                 guards=[ModeGuard(Mode.ENFORCE, "the undo of what was applied"), g.NotPaused(self.store.paused)],
             )  # fmt: skip
         except OpsError as error:
-            return self._escalate(incident, f"the undo failed: {error}")
-        if not result.ok:
-            return self._escalate(incident, f"the undo is not complete ({result.status.value}): {_failures(result)}")
-        return self._undone(incident)
+            return f"the undo failed: {error}"
+        return None if result.ok else f"the undo is not complete ({result.status.value}): {_failures(result)}"
 
     def _undone(self, incident: Incident) -> Incident:
         if incident.undo_at is not None and self.clock.now() >= incident.undo_at:

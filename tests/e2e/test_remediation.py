@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from dagster import DagsterInstance
 
 from ops_platform.clients.processes import Process, spawn, stop
 from ops_platform.ledger import Ledger
@@ -46,9 +48,9 @@ def daemon() -> Iterator[Any]:
     home = scratch("ops-dagster-")
     running: list[Process] = []
 
-    def start(platform: Platform) -> Process:
+    def start(platform: Platform, settings: str = "") -> Process:
         (home / "dagster.yaml").write_text(
-            "telemetry: {enabled: false}\nrun_monitoring: {enabled: true, poll_interval_seconds: 5}\n"
+            "telemetry: {enabled: false}\nrun_monitoring: {enabled: true, poll_interval_seconds: 5}\n" + settings
         )
         env = {**platform.env, "DAGSTER_HOME": str(home), "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "dagster._daemon", "run", "-m", "ops_platform.definitions"]
@@ -148,7 +150,14 @@ def test_an_alert_is_seen_acted_on_verified_and_recorded(
             assert store.ledger.verify().ok
 
 
-def test_an_event_is_read_once_and_acted_on(
+# The tick itself launches its runs, and the first launch kills the daemon.
+DYING = """
+run_coordinator: {module: dagster._core.run_coordinator, class: DefaultRunCoordinator}
+run_launcher: {module: tests.e2e.dying_launcher, class: DyingLauncher}
+"""
+
+
+def test_an_event_is_read_once_and_acted_on_although_the_daemon_dies_before_it_launches_the_run(
     ground: Ground,
     new_platform: Any,
     shared_cluster: Cluster,
@@ -170,11 +179,22 @@ def test_an_event_is_read_once_and_acted_on(
         b'"data":{"database":"app-db"}}'
     )
     kafka.produce(topic, body, headers=[("content-type", b"application/cloudevents+json")])
-    daemon(platform)
+    killed = daemon(platform, DYING)
+    said = lambda: (daemon.home / "daemon.log").read_text(errors="replace")[-6000:]  # noqa: E731
+    eventually(lambda: not killed.alive, seconds=240, why=said)
+    asked_for = (daemon.home / "died").read_text()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(killed.pid, signal.SIGKILL)  # the code server that it left
     with store_of(platform) as store:
+        (begun,) = store.list(all_=True)
+        assert (begun.state, begun.attempts) == (State.OPEN, 0), "the cursor has passed the event, and nobody works on it"
+        daemon(platform, DYING)
         incident = closed(store, daemon.home)
-        assert (incident.state, incident.ending) == (State.CLOSED, Ending.HELPED)
-        assert incident.fingerprint == f"{topic}/0/0"
-        assert len([one for one in store.list(all_=True) if one.fingerprint == incident.fingerprint]) == 1
+        assert (incident.state, incident.ending, incident.attempts) == (State.CLOSED, Ending.HELPED, 1)
+        assert re.fullmatch(rf"{topic}(@[\w-]+)?/0/0", incident.fingerprint)
+        assert [one.id for one in store.list(all_=True)] == [begun.id]
+    with DagsterInstance.from_config(str(daemon.home)) as instance:
+        runs = eventually(lambda: [r for r in instance.get_runs() if r.job_name == "remediate" and r.is_finished], why=said)
+    assert [(run.run_id, run.is_success) for run in runs] == [(asked_for, True)], "the tick was resumed with the run that it had stored"
     with pytest.raises(psycopg.OperationalError):
         blocked.execute("select 1")

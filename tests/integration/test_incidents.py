@@ -12,6 +12,7 @@ from ops_platform.clients.prometheus import Measured
 from ops_platform.errors import ConflictError, UnreachableError
 from ops_platform.remediation.intake import take
 from ops_platform.remediation.model import Ending, Peers, Signal, State
+from ops_platform.remediation.sources import forget_old_signals
 from ops_platform.remediation.store import Store
 from tests.remediation_rig import Engine, KilledError, a_rule, a_signal, new_engine
 
@@ -112,6 +113,35 @@ def test_what_was_meant_for_a_time_is_undone_when_it_is_over(new_engine: NewEngi
     done = engine.work(incident)
     assert (done.state, done.ending) == (State.CLOSED, Ending.HELPED)
     assert [to for _, _, to in engine.lamps.switched] == ["off", "on"]
+
+
+def test_an_undo_that_was_asked_for_undoes_what_every_attempt_applied(new_engine: NewEngine) -> None:
+    """The newest first, each once, also where whoever undid it was killed in between."""
+    engine = new_engine([a_rule(undo="ask", parameters={"lamps": ["a", "b"]})])
+    engine.lamps.put("a", "on")
+    engine.clock.slept = lambda: engine.lamps.put("b", "on") if len(engine.lamps.switched) == 1 else None
+    done = engine.work(engine.fire())
+    assert (done.state, done.attempts) == (State.ESCALATED, 2)
+    assert [lamp for _, lamp, _ in engine.lamps.switched] == ["a", "b"]
+    assert done.can_be_undone
+    asked = engine.store.move(done, State.UNDOING, "ann asked for it", actor="ann")
+    noted, engine.store.note_undone = engine.store.note_undone, killed_after(engine.store.note_undone)  # type: ignore[method-assign]
+    with pytest.raises(KilledError):
+        engine.work(asked)
+    assert engine.lamps.switched[2:] == [(done.id, "b", "on")]
+    engine.store.note_undone = noted  # type: ignore[method-assign]
+    undone = engine.work(done.id)
+    assert [(lamp, to) for _, lamp, to in engine.lamps.switched[2:]] == [("b", "on"), ("a", "on")]
+    assert (undone.state, undone.can_be_undone) == (State.ESCALATED, False)
+    assert undone.reason.startswith("undone.")
+
+
+def killed_after(call: Callable[..., Any]) -> Callable[..., Any]:
+    def once(*given: Any) -> None:
+        call(*given)
+        raise KilledError
+
+    return once
 
 
 def test_the_alert_that_ends_while_the_run_waits_is_left_alone(new_engine: NewEngine) -> None:
@@ -533,6 +563,19 @@ def test_what_is_silenced_opens_nothing_and_is_kept_for_replay(new_engine: NewEn
     taken = take(engine.store, engine.inventory, [a_signal("a", silenced=True)], complete=True)
     assert taken.opened == ()
     assert len(engine.store.firing("alertmanager")) == 1
+
+
+def test_signals_are_forgotten_after_their_time_but_for_what_still_fires(new_engine: NewEngine) -> None:
+    engine = new_engine(signals_kept="30d")
+    began = engine.clock.now()
+    event = Signal("kafka", "t/0/0", "Blocked", {"id": "1"}, began, began)
+    take(engine.store, engine.inventory, [a_signal("ended"), a_signal("firing"), event], complete=True)
+    take(engine.store, engine.inventory, [a_signal("firing")], complete=True)
+    assert forget_old_signals(engine.access, engine.store) == 0
+    engine.clock.at += timedelta(days=31)
+    assert forget_old_signals(engine.access, engine.store) == 3
+    assert [signal.fingerprint for _, signal in engine.store.history(began, engine.clock.now())] == ["firing"]
+    assert [signal.fingerprint for signal in engine.store.firing("alertmanager")] == ["firing"]
 
 
 def test_what_flaps_is_left_alone_until_it_has_fired_for_long_enough(new_engine: NewEngine) -> None:

@@ -264,7 +264,7 @@ def test_an_undo_is_asked_for_where_something_can_be_undone_alone(new_desk: NewD
     refused = ops(desk, "incidents", "undo", observed.id, code=1)
     assert "nothing was applied here that can be undone" in refused.stderr
     assert desk.store.get(observed.id).state is State.OBSERVED
-    desk = new_desk([a_rule()])
+    desk = new_desk([a_rule(undo="ask", max_attempts=1)])
     (incident,) = desk.fire("a")
     assert desk.work(incident).can_be_undone
     for outcome in desk.store.get(incident.id).outcomes:

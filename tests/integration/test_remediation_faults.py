@@ -22,6 +22,7 @@ from ops_platform.remediation.intake import MOST, take
 from ops_platform.remediation.model import Ending, Incident, State
 from ops_platform.remediation.sources import Sources, poll_alerts, read_events
 from ops_platform.remediation.store import Store
+from ops_platform.remediation.worker import Worker
 from ops_platform.resources import PlatformResource
 from sensors.remediation import LOST_AFTER, build_sensors
 from tests import prometheus_rig
@@ -239,6 +240,31 @@ def test_the_run_of_an_older_version_succeeds_and_changes_nothing(new_desk: NewD
     assert desk.store.get(incident.id) == moved
     assert [entry.kind for entry in desk.store.ledger.entries()] == before
     assert desk.lamps.switched == []
+
+
+def test_the_run_of_a_conflict_that_is_none_of_turns_fails(new_desk: NewDesk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = new_desk()
+    (incident,) = desk.fire("a")
+
+    def conflict(*_: object) -> None:
+        raise ConflictError("an incident that is open cannot become undoing")
+
+    monkeypatch.setattr(Worker, "work", conflict)
+    done = build_jobs()["remediate"].execute_in_process(
+        run_config={"ops": {"work_on_incident": {"config": {"incident": incident.id}}}},
+        resources={"platform": PlatformResource(inventory_path=str(desk.file))},
+        raise_on_error=False,
+    )
+    assert not done.success
+
+
+def test_the_sensor_that_goes_on_with_incidents_forgets_what_is_old(new_desk: NewDesk) -> None:
+    desk = new_desk(signals_kept="1d")
+    began = desk.store.clock.now() - timedelta(days=2)
+    desk.store.saw([a_signal("old", at=began, ends_at=began + timedelta(hours=1)), a_signal("firing", at=began)])
+    ticked(desk, "incidents")
+    kept = desk.store.history(began, desk.store.clock.now())
+    assert [signal.fingerprint for _, signal in kept] == ["firing"]
 
 
 # What nobody would come back to

@@ -43,9 +43,12 @@ class Admission(Incidents):
                 [claim.incident, claim.attempt, claim.rule, claim.subject, claim.domain, claim.playbook, claim.at],
             )
             reason = f"attempt {claim.attempt} of {claim.playbook}"
+            # What an attempt left standing is undone with the newest one's, if it comes to that.
+            earlier = (*incident.earlier, incident.outcomes) if incident.outcomes else incident.earlier
             moved = self._move(
-                t, incident, State.APPLYING, reason, actor=actor, attempts=claim.attempt, outcomes=[], **fields
-            )
+                t, incident, State.APPLYING, reason, actor=actor, attempts=claim.attempt, outcomes=[], earlier=earlier,
+                **fields,
+            )  # fmt: skip
             return rulings, moved
 
     def claims(self, since: datetime) -> list[Claim]:

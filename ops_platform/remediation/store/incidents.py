@@ -11,7 +11,7 @@ from typing import Any, LiteralString
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from ops_platform.errors import ConflictError, NotThereError
+from ops_platform.errors import ConflictError, NotOurTurnError, NotThereError
 from ops_platform.ledger import Entry, LedgerTransaction
 from ops_platform.remediation.machine import ending_without_signal, need_allowed
 from ops_platform.remediation.model import Ending, Incident, Opening, Pause, Signal, State, incident_id
@@ -20,16 +20,16 @@ from ops_platform.remediation.store.tables import Tables, pause_of
 
 _COLUMNS: LiteralString = (
     "id, rule, fingerprint, subject, playbook, state, signal, opened_at, updated_at, version, attempts, reason, plan, digest,"
-    " rulings, outcomes, retry_at, deadline, undo_at, signal_ended_at, proposed_by, ending, closed_at, thread"
+    " rulings, outcomes, earlier, retry_at, deadline, undo_at, signal_ended_at, proposed_by, ending, closed_at, thread"
 )
 # What a change of state may set besides; `None` is a value, what is not named stays.
 _SETTABLE = frozenset(
     {
-        "plan", "digest", "rulings", "outcomes", "retry_at", "deadline", "undo_at", "signal_ended_at", "proposed_by",
+        "plan", "digest", "rulings", "outcomes", "earlier", "retry_at", "deadline", "undo_at", "signal_ended_at", "proposed_by",
         "ending", "closed_at", "attempts", "signal",
     }
 )  # fmt: skip
-_JSON = frozenset({"plan", "rulings", "outcomes", "signal"})
+_JSON = frozenset({"plan", "rulings", "outcomes", "earlier", "signal"})
 
 
 class Incidents(Tables):
@@ -198,6 +198,19 @@ class Incidents(Tables):
                 raise _moved_on(incident)
         return replace(incident, outcomes=tuple(outcomes))
 
+    def note_undone(self, incident: Incident, place: int) -> Incident:
+        """That the attempt at this place of `standing` was undone. Raises ConflictError where the incident moved on."""
+        whole = [*incident.earlier, incident.outcomes]
+        whole[place] = tuple({**entry, "undone": True} for entry in whole[place])
+        with self.transaction() as t:
+            done = t.connection.execute(
+                "update ops_remediation.incidents set outcomes = %s, earlier = %s, updated_at = %s where id = %s and version = %s",
+                [Jsonb(whole[-1]), Jsonb(whole[:-1]), self.clock.now(), incident.id, incident.version],
+            )
+            if done.rowcount != 1:
+                raise _moved_on(incident)
+        return replace(incident, outcomes=whole[-1], earlier=tuple(whole[:-1]))
+
     def still_mine(self, incident: Incident) -> Pause | None:
         """Right before a change: raises ConflictError where the incident moved on; the pause that holds, if one does."""
         with self.transaction() as t:
@@ -330,20 +343,18 @@ def _event(opening: Opening) -> tuple[str, str, str]:
     return opening.rule, labels.get("source", ""), labels.get("id") or opening.signal.fingerprint
 
 
-def _moved_on(incident: Incident) -> ConflictError:
-    return ConflictError(
+def _moved_on(incident: Incident) -> NotOurTurnError:
+    return NotOurTurnError(
         f"the incident is not any more at version {incident.version}: somebody else went on with it", where=incident.id
     )
 
 
 def _plain(value: Any) -> Any:
-    return (
-        value.as_json()
-        if isinstance(value, Signal)
-        else [dict(v) for v in value]
-        if isinstance(value, list | tuple)
-        else value
-    )
+    if isinstance(value, Signal):
+        return value.as_json()
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _incident(row: Mapping[str, Any]) -> Incident:
@@ -354,5 +365,6 @@ def _incident(row: Mapping[str, Any]) -> Incident:
         "signal": Signal.from_json(row["signal"]),
         "rulings": tuple(row["rulings"]),
         "outcomes": tuple(row["outcomes"]),
+        "earlier": tuple(map(tuple, row["earlier"])),
     }
     return Incident(**values)

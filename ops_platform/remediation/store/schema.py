@@ -37,6 +37,11 @@ create table if not exists ops_remediation.incidents (
   thread text,
   check ((state = 'closed') = (closed_at is not null) and (state = 'closed') = (ending is not null))
 );
+do $$ begin  -- tables of before have it added; whoever may not alter them must not need to
+  if not exists (select from pg_attribute where attrelid = 'ops_remediation.incidents'::regclass and attname = 'earlier') then
+    alter table ops_remediation.incidents add column earlier jsonb not null default '[]';
+  end if;
+end $$;
 create unique index if not exists incidents_one_open on ops_remediation.incidents (rule, fingerprint) where state <> 'closed';
 create index if not exists incidents_open on ops_remediation.incidents (state, retry_at) where state <> 'closed';
 create index if not exists incidents_opened on ops_remediation.incidents (opened_at);

@@ -56,11 +56,12 @@ class Signals(Tables):
         return [(row[0], Signal.from_json(row[1])) for row in rows]
 
     def forget_signals(self, before: datetime) -> int:
-        """Delete what is older, but for the newest of each; they hold labels, which people may ask to be erased."""
+        """Delete what is older, but for alerts that still fire; how many that were."""
         with self.transaction() as t:
             return t.connection.execute(
-                "delete from ops_remediation.signals s where at < %s and exists (select from ops_remediation.signals n"
-                " where n.source = s.source and n.fingerprint = s.fingerprint and n.id > s.id)",
+                "delete from ops_remediation.signals s where at < %s and (source = 'kafka' or signal ->> 'ends_at' is not null"
+                " or exists (select from ops_remediation.signals n"
+                " where n.source = s.source and n.fingerprint = s.fingerprint and n.id > s.id))",
                 [before],
             ).rowcount
 
