@@ -5,8 +5,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from dagster import LaunchRunContext
-from dagster._core.launcher import DefaultRunLauncher
+from dagster._core.launcher import DefaultRunLauncher, LaunchRunContext
 
 
 class DyingLauncher(DefaultRunLauncher):

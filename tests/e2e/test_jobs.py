@@ -56,19 +56,16 @@ class Company:
         return self.platform.access.inventory.target(name)
 
     def execute(
-        self, job: str, target: str | None = None, *, code: int = 0, config: dict[str, Any] | None = None,
-        processes: bool = False,
-    ) -> str:  # fmt: skip
-        """Its log. Without a target: a run over all of them. `processes`: one for each step, as by default; the others are quicker."""
+        self, job: str, target: str | None = None, *, code: int = 0, config: dict[str, Any] | None = None
+    ) -> str:
+        """Its log. Without a target: a run over all of them."""
         command = [sys.executable, "-m", "dagster", "job", "execute", "-m", "ops_platform.definitions", "-j", job]
         if target is not None:
             command += ["--tags", json.dumps({"dagster/partition": target})]
-        run: dict[str, Any] = {"ops": {op: {"config": values} for op, values in (config or {}).items()}}
-        if not processes:
-            run["execution"] = {"config": {"in_process": {}}}
-        file = self.platform.home / "run.yaml"
-        file.write_text(yaml.safe_dump(run))
-        command += ["--config", str(file)]
+        if config is not None:
+            file = self.platform.home / "run.yaml"
+            file.write_text(yaml.safe_dump({"ops": {op: {"config": values} for op, values in config.items()}}))
+            command += ["--config", str(file)]
         done = subprocess.run(command, env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == code, done.stderr[-6000:]
         return done.stderr + done.stdout
@@ -119,7 +116,7 @@ def company(
 def test_a_night_of_one_target_and_what_follows_it(company: Callable[..., tuple[Company, Cluster]]) -> None:
     it, cluster = company(["app-db"])
     it.receive("app-db")
-    it.execute("nightly_backup", "app-db", processes=True)
+    it.execute("nightly_backup", "app-db")
     (card,) = it.cards("app-db")
     assert (card.verdict, card.turn, [card.backup_id]) == (Verdict.PASS, None, it.backups("app-db"))
     it.execute("observe_sources", "app-db")
@@ -161,11 +158,9 @@ def test_a_promise_that_is_not_kept_fails_the_night(company: Callable[..., tuple
 def test_a_night_of_all_targets_and_one_that_is_broken(company: Callable[..., tuple[Company, Cluster]]) -> None:
     it, _ = company(["a-shop", "b-shop", "c-shop"])
     it.receive("a-shop", "b-shop", "c-shop")
-    it.execute("nightly_backup", processes=True)
+    it.execute("nightly_backup")
     for name in ("a-shop", "b-shop", "c-shop"):
         assert [(card.verdict, card.turn) for card in it.cards(name)] == [(Verdict.PASS, None)], name
-    it.execute("observe_sources")
-    it.execute("check_promises")
 
     # In the middle there is one that cannot be backed up, and of the last one nobody receives the WAL.
     b_shop = next(target for target in it.platform.body["targets"] if target["id"] == "b-shop")

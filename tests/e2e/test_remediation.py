@@ -187,14 +187,20 @@ def test_an_event_is_read_once_and_acted_on_although_the_daemon_dies_before_it_l
         os.killpg(killed.pid, signal.SIGKILL)  # the code server that it left
     with store_of(platform) as store:
         (begun,) = store.list(all_=True)
-        assert (begun.state, begun.attempts) == (State.OPEN, 0), "the cursor has passed the event, and nobody works on it"
+        assert (begun.state, begun.attempts) == (State.OPEN, 0), (
+            "the cursor has passed the event, and nobody works on it"
+        )
         daemon(platform, DYING)
         incident = closed(store, daemon.home)
         assert (incident.state, incident.ending, incident.attempts) == (State.CLOSED, Ending.HELPED, 1)
         assert re.fullmatch(rf"{topic}(@[\w-]+)?/0/0", incident.fingerprint)
         assert [one.id for one in store.list(all_=True)] == [begun.id]
     with DagsterInstance.from_config(str(daemon.home)) as instance:
-        runs = eventually(lambda: [r for r in instance.get_runs() if r.job_name == "remediate" and r.is_finished], why=said)
-    assert [(run.run_id, run.is_success) for run in runs] == [(asked_for, True)], "the tick was resumed with the run that it had stored"
+        runs = eventually(
+            lambda: [r for r in instance.get_runs() if r.job_name == "remediate" and r.is_finished], why=said
+        )
+    assert [(run.run_id, run.is_success) for run in runs] == [(asked_for, True)], (
+        "the tick was resumed with the run that it had stored"
+    )
     with pytest.raises(psycopg.OperationalError):
         blocked.execute("select 1")
