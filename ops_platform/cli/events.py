@@ -26,7 +26,7 @@ def events() -> None:
 
 @events.group(cls=Commands)
 def cursor() -> None:
-    """Where reading stands, as the sensor's cursor says and as the brokers do. Needs platform.dagster."""
+    """Where reading stands, as the sensor's cursor says and as the brokers do. Needs platform.dagster, or a running `ops ui`."""
 
 
 @cursor.command()

@@ -14,22 +14,20 @@ def ui(port: int | None, host: str) -> None:
     """Dagster's web UI and daemon over the local stack, until Ctrl-C."""
     import sys
 
-    from ops_platform.local import dagster_home
+    from ops_platform.local import dagster_home, told_web_ui
+    from ops_platform.local.parts import inventory_file
 
     env = dagster_home.prepare()
     chosen = port or _free(host)
     code = ["-m", "ops_platform.definitions"]
     url = f"http://{f'[{host}]' if ':' in host else host}:{chosen}"
     click.echo(f"{url}  (ready in some seconds; Ctrl-C ends it; the local stack stays up)", err=True)
-    raise SystemExit(
-        _together(
-            [
-                [sys.executable, "-m", "dagster_webserver", *code, "-h", host, "-p", str(chosen)],
-                [sys.executable, "-m", "dagster._daemon", "run", *code],
-            ],
-            env,
-        )
-    )
+    commands = [
+        [sys.executable, "-m", "dagster_webserver", *code, "-h", host, "-p", str(chosen)],
+        [sys.executable, "-m", "dagster._daemon", "run", *code],
+    ]
+    with told_web_ui(url, inventory_file()):
+        raise SystemExit(_together(commands, env))
 
 
 def _together(commands: list[list[str]], env: dict[str, str]) -> int:

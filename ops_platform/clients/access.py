@@ -21,7 +21,7 @@ from ops_platform.errors import (
     UsageError,
 )
 from ops_platform.inventory.loader import LoadedInventory
-from ops_platform.inventory.model import LedgerCheckpoints, ObjectLock, PostgresConnection, Target, Tls
+from ops_platform.inventory.model import DagsterWeb, LedgerCheckpoints, ObjectLock, PostgresConnection, Target, Tls
 from ops_platform.inventory.systems import HttpAuth, HttpEndpoint
 from ops_platform.inventory.values import Secret, SecretRef
 
@@ -333,13 +333,17 @@ class Access:
         return tuple(self._http(f"{target.id} patroni {url}", "Patroni", api, url) for url in api.urls)
 
     def dagster(self) -> HttpApi:
-        """Our own Dagster's web server. Raises UsageError where the inventory names none."""
+        """Our own Dagster's web server; where the inventory names none the one of `ops ui`. Raises UsageError without either."""
+        from ops_platform.local import web_ui
+
         web = self.inventory.platform.dagster
+        if web is None and (url := web_ui(self.loaded.path)) is not None:
+            web = DagsterWeb(url=url)
         if web is None:
             raise UsageError(
-                "the inventory names no Dagster web server",
+                "the inventory names no Dagster web server, and ops ui runs none over it",
                 where=str(self.loaded.path),
-                remedy="declare platform.dagster",
+                remedy="declare platform.dagster, or start ops ui",
             )
         return self._http("dagster", "Dagster", web, web.url)
 

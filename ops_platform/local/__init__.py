@@ -5,14 +5,17 @@ This face is light: it reads the state that `stack` writes, so that `local://NAM
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ops_platform.errors import UnreachableError
 
 STATE_FILE = "stack.json"
+_UI_FILE = "ui.json"
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,26 @@ class Endpoint:
     host: str
     port: int
     url: str
+
+
+@contextlib.contextmanager
+def told_web_ui(url: str, inventory: Path) -> Generator[None]:
+    """For as long as Dagster's web server runs at `url` over this inventory: commands find it there."""
+    file = state_dir() / _UI_FILE
+    file.write_text(json.dumps({"url": url, "inventory": str(inventory.resolve())}))
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def web_ui(inventory: Path) -> str | None:
+    """The address of the web server that `ops ui` runs over this inventory; None where it runs over none, or another one."""
+    try:
+        found = json.loads((state_dir() / _UI_FILE).read_text())
+        return str(found["url"]) if found["inventory"] == str(inventory.resolve()) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 SHARED = Path("/var/lib/ops_platform")

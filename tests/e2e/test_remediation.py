@@ -150,11 +150,8 @@ def test_an_alert_is_seen_acted_on_verified_and_recorded(
             assert store.ledger.verify().ok
 
 
-# The tick itself launches its runs, and the first launch kills the daemon.
-DYING = """
-run_coordinator: {module: dagster._core.run_coordinator, class: DefaultRunCoordinator}
-run_launcher: {module: tests.e2e.dying_launcher, class: DyingLauncher}
-"""
+# The first run of an incident that is handed over kills the daemon.
+DYING = "run_coordinator: {module: tests.e2e.dying_coordinator, class: DyingCoordinator}\n"
 
 
 def test_an_event_is_read_once_and_acted_on_although_the_daemon_dies_before_it_launches_the_run(

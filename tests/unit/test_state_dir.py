@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from ops_platform.local import SHARED, closed_folder, state_dir
+from ops_platform.clients.access import Access
+from ops_platform.errors import UsageError
+from ops_platform.inventory import LoadedInventory
+from ops_platform.local import SHARED, closed_folder, state_dir, told_web_ui, web_ui
+from tests.remediation_rig import inventory as an_inventory
 
 
 @pytest.fixture
@@ -55,3 +59,17 @@ def test_an_ordinary_user_has_it_in_their_own_home_however_closed(
     checkout.parent.chmod(0o700)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert state_dir() == checkout / ".state" / "local"
+
+
+def test_the_web_ui_is_found_while_it_runs_and_by_its_own_inventory_alone(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPS_STATE_DIR", str(checkout.parent))
+    mine, another = checkout / "platform.yaml", checkout / "another.yaml"
+    access = Access(LoadedInventory(an_inventory([]), mine))
+    with pytest.raises(UsageError, match="ops ui"):
+        access.dagster()
+    with told_web_ui("http://127.0.0.1:3001", mine):
+        assert access.dagster().host == "127.0.0.1:3001"
+        assert web_ui(another) is None
+    assert web_ui(mine) is None
