@@ -360,7 +360,8 @@ def fragile():
 def slow():
     wait()
 
-defs = dg.Definitions(jobs=[tidy, plain, fragile, slow])
+# As ours: no process of its own for each step.
+defs = dg.Definitions(jobs=[tidy, plain, fragile, slow], executor=dg.in_process_executor)
 """
 
 
