@@ -110,8 +110,16 @@ class Replicated:
 
     NAME = "main"
 
-    def __init__(self, directory: Path, *, replicas: int = 1, sentinels: int = 0, password: str = "") -> None:
-        self.servers = [Redis(directory, password=password) for _ in range(1 + replicas)]
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        replicas: int = 1,
+        sentinels: int = 0,
+        password: str = "",
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
+        self.servers = [Redis(directory, settings, password=password) for _ in range(1 + replicas)]
         self.sentinels: list[Redis] = []
         self.password = password
         self._directory = directory
@@ -220,9 +228,12 @@ def _quoted(text: str) -> str:
 
 
 @contextmanager
-def replicated(*, replicas: int = 1, sentinels: int = 0, password: str = "") -> Iterator[Replicated]:
+def replicated(
+    *, replicas: int = 1, sentinels: int = 0, password: str = "", settings: Mapping[str, str] | None = None
+) -> Iterator[Replicated]:
+    """`settings` as in redis.conf, of the master and its replicas."""
     with folder("ops-redis-") as directory:
-        made = Replicated(directory, replicas=replicas, sentinels=sentinels, password=password)
+        made = Replicated(directory, replicas=replicas, sentinels=sentinels, password=password, settings=settings)
         try:
             made.start()
             yield made

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ops_platform.backup.archive import open_target_repository
+from ops_platform.clients.postgres_binaries import free_port
 from ops_platform.clients.redis import SLOTS, RdbStream, slot_ranges
 from ops_platform.definitions import build_defs
 from ops_platform.errors import AccessDeniedError, ConflictError, UnreachableError
@@ -22,6 +23,7 @@ from ops_platform.stores import redis as stores_redis
 from ops_platform.stores.kind import Check, Saved
 from ops_platform.stores.redis import missing_slots
 from tests import redis_rig
+from tests.authority import Authority
 from tests.rig import Ground, Platform, eventually
 from tests.stores_rig import dump, gate, gates, prove, with_store
 
@@ -161,6 +163,27 @@ def test_a_wrong_password_says_so_and_shows_nothing(platform: Platform, single: 
 
 
 # Sentinel, and a failover in the middle
+
+
+def test_over_tls_all_is_read_and_a_server_of_another_authority_is_not_believed(platform: Platform) -> None:
+    authority, other = platform.home / "authority", platform.home / "other"
+    for folder in (authority, other):
+        folder.mkdir()
+    ours = Authority(authority)
+    chain, key = ours.issue("redis", "redis", hosts=("127.0.0.1",))
+    port = free_port()
+    settings = {"tls-port": str(port), "tls-cert-file": str(chain), "tls-key-file": str(key),
+                "tls-ca-cert-file": str(ours.ca), "tls-auth-clients": "no"}  # fmt: skip
+    with redis_rig.replicated(replicas=0, password=PASSWORD, settings=settings) as made:
+        fill(made.master, many=50)
+        system = entry(port, platform, id="tls-cache", tls=True, ca=str(ours.ca))
+        dump(platform, system)
+        card = prove(platform, system)
+        assert card.verdict is Verdict.PASS, card.reason
+        with pytest.raises(UnreachableError, match="TLS with Redis failed"):
+            dump(platform, {**system, "ca": str(Authority(other).ca)})
+        with pytest.raises(UnreachableError):
+            dump(platform, {**system, "hosts": [{"host": "127.0.0.1", "port": made.master.port}]})
 
 
 def test_under_sentinel_the_master_is_dumped_and_a_failover_meanwhile_is_a_failure(platform: Platform) -> None:

@@ -31,7 +31,7 @@ from ops_platform.stores import servers, vault
 from ops_platform.stores.dump import run_backup
 from ops_platform.stores.kind import Check, Saved
 from ops_platform.stores.verify import verify
-from tests.rig import Cluster, Ground, Platform
+from tests.rig import Cluster, Ground, Platform, eventually
 from tests.servers import Daemon, answers
 from tests.stores_rig import POLICY, MovedClock, dump, gate, gates, prove, store_platform, with_store
 
@@ -238,6 +238,74 @@ def test_a_dump_that_breaks_off_leaves_nothing_that_counts(
     with pytest.raises(CorruptionError, match="cut off"):
         run_backup(taken.access, target)
     assert [info.backup_id for info in repository.infos()] == before
+
+
+def test_a_vault_that_a_seal_opens_is_restored_and_opened_by_it(
+    ground: Ground, new_platform: Callable[..., Platform], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No shares there are: the stanza names the key by reference, and is read when the copy is started."""
+    import hvac
+
+    port = free_port()
+    (tmp_path / "raft").mkdir()
+    key, other = tmp_path / "seal.key", tmp_path / "other.key"
+    for file in (key, other):
+        file.touch(mode=0o600)
+        file.write_bytes(secrets.token_bytes(32))
+    stanza = {"static": {"current_key_id": "one", "current_key": f"file://{key}"}}
+    config = {
+        "storage": {"raft": {"path": str(tmp_path / "raft"), "node_id": "one", "performance_multiplier": "1"}},
+        "listener": [{"tcp": {"address": f"127.0.0.1:{port}", "tls_disable": True}}],
+        "api_addr": f"http://127.0.0.1:{port}", "cluster_addr": f"http://127.0.0.1:{free_port()}", "seal": stanza,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [program("bao", "openbao"), "server", f"-config={tmp_path / 'config.json'}"]
+    url = f"http://127.0.0.1:{port}"
+    daemon = Daemon("bao", [str(word) for word in command], lambda: answers(f"{url}/v1/sys/seal-status"),
+                    log=tmp_path / "log", env={"HOME": str(tmp_path)})  # fmt: skip
+    daemon.start()
+    try:
+        client: Any = hvac.Client(url=url, timeout=20)
+        client.token = client.sys.initialize(recovery_shares=1, recovery_threshold=1)["root_token"]
+        eventually(lambda: client.sys.read_leader_status()["is_self"], why="it becomes active")
+        client.sys.enable_secrets_engine("kv", path="secret", options={"version": "2"})
+        eventually(lambda: _written(client), why="the engine comes up")
+        platform = new_platform({})
+        for name, content in (("token", client.token), ("seal", json.dumps(stanza))):
+            (platform.home / name).touch(mode=0o600)
+            (platform.home / name).write_text(content)
+        login = {"method": "token", "token": f"file://{platform.home}/token"}
+        platform.body["vaults"]["sealed"] = {"url": url, "auth": login}
+        restore = {"shares": [], "seal": f"file://{platform.home}/seal", "canary": CANARY}
+        system = {**entry(ground), "vault": "sealed", "restore": restore}
+        dump(platform, system)
+        card = prove(platform, system)
+        assert card.verdict is Verdict.PASS, card.reason
+        assert gate(card, "unseal").result == "opened by its seal"
+        assert gates(card)["canary"] == "passed"
+        # With another key it is another seal: the copy does not open, and nobody says that it did.
+        (platform.home / "seal").write_text(
+            json.dumps({"static": {**stanza["static"], "current_key": f"file://{other}"}})
+        )
+        monkeypatch.setattr(vault, "_SEALED_FOR", 2.0)
+        card = prove(platform, system)
+        assert card.verdict is Verdict.FAIL, card.reason
+        assert "its seal does not open it" in gate(card, "unseal").result
+        assert "canary" not in gates(card)
+        assert gates(card)["teardown"] == "passed"
+    finally:
+        daemon.stop()
+
+
+def _written(client: Any) -> bool:
+    """Whether the canary could be written: an engine of version 2 is made ready for a moment."""
+    import hvac.exceptions
+
+    try:
+        client.secrets.kv.v2.create_or_update_secret(path="ops/canary", secret={"value": "a bird"})
+    except hvac.exceptions.VaultError:
+        return False
+    return True
 
 
 def test_a_server_without_raft_is_told_what_to_do(
