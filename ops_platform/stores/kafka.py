@@ -15,13 +15,14 @@ import struct
 import subprocess
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
 from ops_platform.clients.kafka import Kafka, Said, heard
+from ops_platform.clients.kafka_quotas import Quota, describe_quotas, set_quotas
 from ops_platform.clients.postgres_binaries import free_port
 from ops_platform.errors import ConflictError, CorruptionError, CouldNotVerifyError, OpsError, UnreachableError
 from ops_platform.stores.kind import FAILED, NOT_APPLICABLE, PASSED, Check, Dumped, Finding, Parts, Saved
@@ -79,6 +80,7 @@ class KafkaStore:
             "topics": before,
             "acls": _acls(kafka, admin, said),
             "users": _users(kafka, admin, said),
+            "quotas": [asdict(quota) for quota in describe_quotas(kafka)],
             "groups": self._groups(kafka, admin, said, before),
             "records": [],
             "subjects": None,
@@ -245,6 +247,8 @@ class RestoredKafka:
     def _let_in(self, admin: Any, said: Said) -> None:
         """Access rules, and users under their own names: with passwords that nobody knows, because the source's cannot be read."""
         kinds = _admin_kinds()
+        if quotas := _quotas(self.saved):
+            set_quotas(self.kafka, quotas)
         rules = [_rule(row) for row in self.saved.facts["acls"] or ()]
         users = [
             kinds.UserScramCredentialUpsertion(
@@ -332,6 +336,7 @@ class RestoredKafka:
             self._groups,
         )
         yield Check("acls", "Access rules are the source's", "describe of all", self._acls)
+        yield Check("quotas", "Client quotas are the source's", "describe of all", self._quotas)
         yield Check("users", "SCRAM users have the source's names and mechanisms", "describe of all", self._users)
         if self.saved.facts.get("subjects") is not None:
             yield Check(
@@ -353,6 +358,12 @@ class RestoredKafka:
         wrong = sorted(name for name in {*known, *here} if known.get(name) != here.get(name))
         text = f"differ: {', '.join(wrong[:10])}" if wrong else f"{len(known)} users"
         return Finding(FAILED if wrong else PASSED, text)
+
+    def _quotas(self) -> Finding:
+        known, here = _quotas(self.saved), describe_quotas(self.kafka)
+        wrong = [quota for quota in known if quota not in here] + [quota for quota in here if quota not in known]
+        text = "; ".join(str(dict(quota.entity)) for quota in wrong[:5])
+        return Finding(FAILED if wrong else PASSED, f"differ: {text}" if wrong else f"{len(known)} quotas")
 
     def _schemas(self) -> Finding:
         """Of topics that have a subject by the usual name: another producer's first byte may be zero, too."""
@@ -570,6 +581,13 @@ def _acls(kafka: Kafka, admin: Any, said: Said) -> list[list[str]] | None:
         ]
         for a in found
     )
+
+
+def _quotas(saved: Saved) -> list[Quota]:
+    def pairs(found: Any) -> tuple[Any, ...]:
+        return tuple((key, value) for key, value in found)
+
+    return [Quota(pairs(one["entity"]), pairs(one["limits"])) for one in saved.facts.get("quotas", ())]
 
 
 def _rule(row: Sequence[str]) -> Any:

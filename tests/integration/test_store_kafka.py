@@ -16,7 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ops_platform.backup.archive import open_target_repository
-from ops_platform.errors import ConflictError, CorruptionError, NotThereError
+from ops_platform.clients.kafka import Kafka
+from ops_platform.clients.kafka_quotas import Quota, describe_quotas, set_quotas
+from ops_platform.errors import AccessDeniedError, ConflictError, CorruptionError, NotThereError, UnreachableError
 from ops_platform.recovery.model import Verdict
 from ops_platform.stores.dump import run_backup
 from ops_platform.stores.fetch import fetch_backup
@@ -87,7 +89,8 @@ def test_topics_records_and_groups_are_the_same_in_another_broker(
     assert card.verdict is Verdict.PASS, card.reason
     assert gates(card) == {
         "whole": "passed", "age": "passed", "records": "passed", "topics": "passed", "records-0": "passed",
-        "records-1": "passed", "records-2": "passed", "groups": "passed", "acls": "passed", "users": "passed", "teardown": "passed",
+        "records-1": "passed", "records-2": "passed", "groups": "passed", "acls": "passed", "quotas": "passed", "users": "passed",
+        "teardown": "passed",
     }  # fmt: skip
     # Compacted ones first; what a transaction took back is no record.
     assert gate(card, "records").result == "26 records of 3 partitions"
@@ -100,6 +103,14 @@ def test_rules_users_and_schemas_are_kept_and_come_back(
     topic = f"{prefix}-kept-state"
     kafka.add_user(f"{prefix}-user")
     kafka.grant(f"{prefix}-user", AclOperation.READ, AclOperation.WRITE, topic=topic)
+    quotas = [
+        Quota(
+            (("client-id", None), ("user", f"{prefix}-user")),
+            (("producer_byte_rate", 1.5e6), ("request_percentage", 25.5)),
+        ),
+        Quota((("user", prefix),), (("consumer_byte_rate", 1024.0),)),
+    ]
+    set_quotas(platform.access.kafka(with_store(platform, entry(kafka, platform, prefix)).system), quotas)  # type: ignore[arg-type]
     schema = {"type": "record", "name": "State", "fields": [{"name": "of", "type": "string"}]}
     known = registry.register(f"{topic}-value", schema)
     kafka.produce(topic, b"\0" + known.to_bytes(4, "big") + b"\x02a", key="k")
@@ -111,6 +122,9 @@ def test_rules_users_and_schemas_are_kept_and_come_back(
     assert (gates(card)["acls"], gates(card)["users"], gates(card)["subjects"]) == ("passed", "passed", "passed")
     repository = open_target_repository(platform.access, with_store(platform, system))
     saved = fetch_backup(repository, manifest, platform.home / "subjects")
+    assert set(quotas) <= set(describe_quotas(platform.access.kafka(with_store(platform, system).system)))  # type: ignore[arg-type]
+    assert ["user", prefix] in [pair for quota in saved.facts["quotas"] for pair in quota["entity"]]
+    assert gates(card)["quotas"] == "passed"
     assert saved.facts["users"][f"{prefix}-user"] == ["SCRAM_SHA_512"]
     rules = [(rule[1], rule[3], rule[5]) for rule in saved.facts["acls"] if rule[1] == topic]
     assert rules == [(topic, f"User:{prefix}-user", "READ"), (topic, f"User:{prefix}-user", "WRITE")]
@@ -140,15 +154,47 @@ class OnlySchemas(RestoredKafka):
 def test_rules_and_users_that_are_not_the_sources_fail(platform: Platform, kafka: kafka_rig.Kafka, prefix: str) -> None:
     """Against the source itself, as if it were the sandbox."""
     rule = ["TOPIC", "t", "LITERAL", "User:gone", "*", "READ", "ALLOW"]
-    facts = {"acls": [rule], "users": {"gone": ["SCRAM_SHA_512"]}, "records": [], "subjects": None}
+    quota = {"entity": [["user", "gone"]], "limits": [["producer_byte_rate", 1.0]]}
+    facts = {"acls": [rule], "users": {"gone": ["SCRAM_SHA_512"]}, "quotas": [quota], "records": [], "subjects": None}
     target = with_store(platform, entry(kafka, platform, prefix))
     restored = RestoredKafka(
         Saved("b", datetime.now(UTC), {}, facts, "Kafka"), platform.access.kafka(target.system)  # type: ignore[arg-type]
     )  # fmt: skip
-    found = {check.id: check.ask() for check in restored.checks() if check.id in ("acls", "users")}
-    assert {name: finding.status.value for name, finding in found.items()} == {"acls": "failed", "users": "failed"}
+    found = {check.id: check.ask() for check in restored.checks() if check.id in ("acls", "quotas", "users")}
+    assert {name: finding.status.value for name, finding in found.items()} == dict.fromkeys(
+        ("acls", "quotas", "users"), "failed"
+    )
     assert "TOPIC t LITERAL User:gone * READ ALLOW" in found["acls"].result
     assert "gone" in found["users"].result
+
+
+def test_quotas_are_read_over_tls_with_scram_and_a_refused_login_says_so(
+    platform: Platform, kafka: kafka_rig.Kafka, prefix: str
+) -> None:
+    user = f"{prefix}-quotas"
+    kafka.add_user(user)
+    kafka.grant(user, AclOperation.DESCRIBE_CONFIGS)
+    for name, word in (("right", kafka_rig.PASSWORD), ("wrong", "wrong")):
+        (platform.home / name).touch(mode=0o600)
+        (platform.home / name).write_text(word)
+
+    def system(word: str, name: str = user) -> Any:
+        host, _, port = kafka.sasl_bootstrap.rpartition(":")
+        sasl = {"mechanism": "SCRAM-SHA-512", "user": name, "password": f"file://{platform.home}/{word}"}
+        over = {"bootstrap": [{"host": host, "port": int(port)}], "tls": True, "ca": str(kafka.ca), "sasl": sasl}
+        return platform.access.kafka(with_store(platform, {**entry(kafka, platform, prefix), **over}).system)  # type: ignore[arg-type]
+
+    set_quotas(platform.access.kafka(with_store(platform, entry(kafka, platform, prefix)).system), [  # type: ignore[arg-type]
+        Quota((("user", user),), (("consumer_byte_rate", 2048.0),))
+    ])  # fmt: skip
+    assert Quota((("user", user),), (("consumer_byte_rate", 2048.0),)) in describe_quotas(system("right"))
+    with pytest.raises(AccessDeniedError):
+        describe_quotas(system("wrong"))
+    kafka.add_user(f"{user}-without")
+    with pytest.raises(AccessDeniedError):
+        describe_quotas(system("right", f"{user}-without"))
+    with pytest.raises(UnreachableError, match="no broker answers"):
+        describe_quotas(Kafka("nobody", [("127.0.0.1", 1)], tls=False))
 
 
 def test_a_record_that_is_another_one_fails(platform: Platform, kafka: kafka_rig.Kafka, prefix: str) -> None:
