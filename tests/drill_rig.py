@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -22,8 +23,9 @@ from ops_platform.clients.access import Access
 from ops_platform.clients.processes import spawn
 from ops_platform.drills.begin import Beginner, Begun, planned
 from ops_platform.drills.engine import Engine
-from ops_platform.drills.model import Checked, Done, Drill
+from ops_platform.drills.model import Checked, Done, Drill, DrillCard
 from ops_platform.drills.registry import Context, does
+from ops_platform.drills.scorecard import card_of
 from ops_platform.drills.steps.basics import measure, processes_with
 from ops_platform.drills.store import Store
 from ops_platform.errors import OpsError
@@ -32,6 +34,7 @@ from ops_platform.inventory.base import Strict
 from ops_platform.ledger import Ledger
 from tests.remediation_rig import fresh_database, inventory_body
 from tests.rig import PASSWORD, Cluster, Platform, eventually, scratch
+from tests.servers import Daemon
 
 
 class Held:
@@ -77,6 +80,48 @@ def held_on(
     }
     platform.reload()
     return Held(cluster, platform)
+
+
+# What a drill of real servers is judged by
+
+
+@contextlib.contextmanager
+def supervised(daemons: Sequence[Daemon], replaced: Callable[[], bool]) -> Iterator[None]:
+    """What systemd is in production, with a pause that lets others take over first."""
+    over = threading.Event()
+
+    def supervise() -> None:
+        while not over.wait(0.1):
+            for daemon in daemons:
+                if not daemon.alive and replaced():
+                    daemon.start()
+
+    thread = threading.Thread(target=supervise, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(60)
+
+
+def passed(drill: Drill) -> DrillCard:
+    card = card_of(drill)
+    assert card is not None
+    assert card.verdict == "PASS", (card.reason, [(s.id, s.state, s.said) for s in card.steps])
+    return card
+
+
+def measured(card: DrillCard) -> dict[str, float]:
+    return {one.name: one.value for one in card.measured if one.value is not None}
+
+
+def preflight(bench: Bench, plan: str, **parameters: Any) -> str:
+    """Why it is refused by what it looks at before it begins; empty where it is not."""
+    engine = bench.engine
+    request = planned(engine.access, plan, None, parameters, operator=engine.actor, trigger="a test")
+    result = Beginner(engine.access, engine.store).plan(request)
+    return next((r.reason for r in result.rulings if r.guard == "preflight" and not r.allows), "")
 
 
 # Toys: steps that make, start, freeze and break things of this machine, so that it can be seen whether they are gone

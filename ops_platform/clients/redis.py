@@ -151,9 +151,9 @@ class Redis:
         return sorted(found, key=lambda member: (member.role != "master", member.address))
 
     def seen_by(self, node: str) -> list[Member]:
-        """The cluster in the eyes of this node."""
+        """The deployment in the eyes of this node, or of this sentinel."""
         with self.at(node) as session:
-            return self._of_cluster(session)
+            return self._of_sentinel(session) if self.mode == "sentinel" else self._of_cluster(session)
 
     def cluster(self) -> dict[str, str]:
         """CLUSTER INFO of the first node that answers."""
@@ -176,6 +176,37 @@ class Redis:
                 f"this sentinel watches no {self.master!r}", where=sentinel, remedy="correct `master` in the inventory"
             )
         return f"{found[0]}:{found[1]}"
+
+    def holder(self, key: str, *, at: str = "", but: str = "") -> str:
+        """The address of the master that has a key, by the word of one of `hosts` (the first that answers; `but` is not asked)."""
+        hosts = [at] if at else [host for host in self.hosts if host != but]
+
+        def ask(session: RedisSession) -> str:
+            if self.mode == "sentinel":
+                return self.seen_master(session.address)
+            if self.mode == "single":
+                return session.address
+            return self._of_slot(session, int(session.call("CLUSTER", "KEYSLOT", key)))
+
+        return self._of_any(ask, hosts)
+
+    def _of_slot(self, session: RedisSession, slot: int) -> str:
+        text = str(session.call("CLUSTER", "NODES"))
+        names = {member.node_id: member.address for member in cluster_members(text, names=self._tls)}
+        for node, ranges in slot_ranges(text).items():
+            if node in names and any(first <= slot <= last for first, last in ranges):
+                return names[node]
+        raise NotThereError(f"nobody serves slot {slot}", where=session.address, remedy="look at CLUSTER NODES")
+
+    def for_asyncio(self, address: str, seconds: float) -> Any:
+        """A client of one server for asyncio, which whoever asked for it closes. `seconds`: a command takes at most this long."""
+        import redis.asyncio
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+
+        password = self._password().reveal() if self._password is not None else None
+        times: dict[str, Any] = {"socket_timeout": seconds, "socket_connect_timeout": seconds}
+        return redis.asyncio.Redis(**{**self._settings(address, password), **times}, retry=Retry(NoBackoff(), 0))
 
     @contextlib.contextmanager
     def rdb(self, address: str) -> Generator[RdbStream]:
@@ -204,16 +235,17 @@ class Redis:
                     _say(raw, address, *words)
                 yield raw
 
-    def _of_any(self, ask: Callable[[RedisSession], Any]) -> Any:
+    def _of_any(self, ask: Callable[[RedisSession], Any], hosts: Sequence[str] | None = None) -> Any:
         failures: list[OpsError] = []
-        for host in self.hosts:
+        for host in self.hosts if hosts is None else hosts:
             try:
                 with self.at(host) as session:
                     return ask(session)
             except UnreachableError as error:
                 failures.append(error)
         said = "; ".join(f"{failure.where}: {failure.what}" for failure in failures)
-        raise UnreachableError(f"no server of {self.system_id} answers: {said}", remedy=failures[0].remedy)
+        remedy = failures[0].remedy if failures else "name more of its servers in `hosts`"
+        raise UnreachableError(f"no server of {self.system_id} answers: {said}", remedy=remedy)
 
     def _alone(self, host: str) -> Member:
         with self.at(host) as session:
@@ -252,23 +284,26 @@ class Redis:
         from redis.backoff import NoBackoff
         from redis.retry import Retry
 
+        # Whoever asks decides whether to ask again.
+        return redis.Redis(**self._settings(address, password), retry=Retry(NoBackoff(), 0))
+
+    def _settings(self, address: str, password: str | None) -> dict[str, Any]:
         host, _, port = address.rpartition(":")
         tls: dict[str, Any] = {"ssl": True, "ssl_ca_certs": self._ca} if self._tls else {}
-        return redis.Redis(
-            host=host.strip("[]"),
-            port=int(port),
-            username=self._user if password is not None else None,
-            password=password,
-            socket_timeout=self._timeout,
-            socket_connect_timeout=self._timeout,
-            protocol=2,
-            decode_responses=True,
-            encoding_errors="replace",
-            retry=Retry(NoBackoff(), 0),  # whoever asks decides whether to ask again
-            client_name=None,
-            single_connection_client=True,
+        return {
+            "host": host.strip("[]"),
+            "port": int(port),
+            "username": self._user if password is not None else None,
+            "password": password,
+            "socket_timeout": self._timeout,
+            "socket_connect_timeout": self._timeout,
+            "protocol": 2,
+            "decode_responses": True,
+            "encoding_errors": "replace",
+            "client_name": None,
+            "single_connection_client": True,
             **tls,
-        )
+        }
 
 
 _QUIET = 120.0  # seconds; while it forks, a server says at least a newline every ten

@@ -1,13 +1,14 @@
 """The process of one probe: `python -m ops_platform.drills.probing DRILL/STEP`, started by a step and ended by the teardown.
 
 An attempt begins every so many milliseconds whatever became of the one before, so that what hangs is seen as finely as what refuses.
-Connections are kept; when none is left every server of the target is tried at once, as often, and the first that fits is taken.
+How a target is asked stands in `askers`.
 It is a process of its own, so that it goes on when the drill's worker is killed; it ends when the drill has, or does not want it any more.
 """
 
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 import time
 from collections import deque
@@ -15,19 +16,16 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from ops_platform.drills.askers import asker_of, named
 from ops_platform.drills.availability import failing_since
 from ops_platform.drills.model import Sample
 from ops_platform.errors import OpsError, UnreachableError
 
 if TYPE_CHECKING:
-    import psycopg
-
     from ops_platform.clients.access import Access
     from ops_platform.drills.runbook import Probe
     from ops_platform.drills.store import Store
-    from ops_platform.inventory.model import Target
 
-TABLE = "ops_canary.drill_writes"
 _FLUSH = 0.5  # seconds
 _ASK = 2.0  # seconds between two looks whether it is still wanted
 _ALONE = 120.0  # seconds without the platform's database, after which it ends by itself
@@ -44,80 +42,6 @@ def command(word: str) -> list[str]:
     return [sys.executable, "-m", "ops_platform.drills.probing", word]
 
 
-class Asker:
-    """One attempt after the other at a PostgreSQL target."""
-
-    def __init__(self, access: Access, target: Target, *, writes: str | None, role: str, timeout: float) -> None:
-        self.access, self.target, self.writes, self.role, self.timeout = access, target, writes, role, timeout
-        self.free: asyncio.Queue[psycopg.AsyncConnection[Any]] = asyncio.Queue()
-        self.waiting = 0
-        self.last_error = "no server answered"
-
-    async def attempt(self, n: int) -> None:
-        """Raises whatever keeps it from a good answer within the time."""
-        connection = None
-        try:
-            async with asyncio.timeout(self.timeout):
-                connection = await self._connection()
-                if self.writes is not None:
-                    await connection.execute(f"insert into {TABLE} (drill, n) values (%s, %s)", [self.writes, n])
-                else:
-                    await connection.execute("select 1")
-        except BaseException:
-            if connection is not None:
-                connection.pgconn.finish()
-            raise
-        self.free.put_nowait(connection)
-
-    async def _connection(self) -> psycopg.AsyncConnection[Any]:
-        while not self.free.empty():
-            found = self.free.get_nowait()
-            if not found.closed:
-                return found
-        self.waiting += 1
-        try:
-            return await self.free.get()
-        finally:
-            self.waiting -= 1
-
-    async def keep_looking(self, host: str, port: int) -> None:
-        """Opens connections to one server while attempts wait for one."""
-        while True:
-            if not self.waiting or not self.free.empty():
-                await asyncio.sleep(0.01)
-                continue
-            began = time.monotonic()
-            try:
-                async with asyncio.timeout(self.timeout):
-                    if (found := await self._open(host, port)) is not None:
-                        self.free.put_nowait(found)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the server is tried again
-                self.last_error = _named(error)
-            await asyncio.sleep(max(0.0, 0.05 - (time.monotonic() - began)))
-
-    async def _open(self, host: str, port: int) -> psycopg.AsyncConnection[Any] | None:
-        import psycopg
-        from psycopg.conninfo import make_conninfo
-
-        login = self.access.login(self.target.connection, host)
-        parameters = login.parameters(host, port, application_name="ops drill probe")
-        connection = await psycopg.AsyncConnection.connect(make_conninfo("", **parameters), autocommit=True)
-        if self.role == "primary":
-            row = await (await connection.execute("select pg_is_in_recovery()")).fetchone()
-            if row is None or row[0]:
-                await connection.close()
-                return None
-        return connection
-
-
-def _named(error: BaseException) -> str:
-    """A word or two, without what a message may quote."""
-    state = getattr(error, "sqlstate", None)
-    if isinstance(error, TimeoutError):
-        return "no answer in time"
-    return f"{type(error).__name__}{f' {state}' if state else ''}"
-
-
 class Probing:
     """Attempts, and their samples on the way to the platform's database."""
 
@@ -128,13 +52,7 @@ class Probing:
         held = store.get(drill)
         given: Any = doing(step.does).given.model_validate(filled_in(step.with_, dict(held.parameters)))
         self.store, self.drill, self.step, self.limits = store, held, step, limits
-        target = access.inventory.target(held.subject)
-        writes = step.does == "postgres.write"
-        self.asker = Asker(
-            access, target, writes=drill if writes else None, role="primary" if writes else given.role,
-            timeout=given.timeout_ms / 1000,
-        )  # fmt: skip
-        self.places = [access.address(place.host, place.port) for place in target.connection.hosts]
+        self.asker = asker_of(access, store, held, step, given)
         self.number = max((s.n or 0 for s in store.samples(drill, step.id)), default=0)
         self.done: deque[Sample] = deque(maxlen=_KEPT)
         self.lately: deque[Sample] = deque(maxlen=20_000)
@@ -142,7 +60,8 @@ class Probing:
         self.ended = False
 
     async def run(self) -> None:
-        lookers = [asyncio.create_task(self.asker.keep_looking(host, port)) for host, port in self.places]
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._leave)
+        lookers = [asyncio.create_task(work) for work in self.asker.work()]
         teller = asyncio.create_task(self._tell())
         every = self.step.every_ms / 1000
         following = time.monotonic()
@@ -157,6 +76,10 @@ class Probing:
         await teller
         for looker in lookers:
             looker.cancel()
+        await asyncio.to_thread(self.asker.close)
+
+    def _leave(self) -> None:
+        self.ended = True
 
     async def _attempt(self, n: int) -> None:
         at, began = datetime.now(UTC), time.monotonic()
@@ -164,11 +87,9 @@ class Probing:
         try:
             await self.asker.attempt(n)
         except Exception as failure:  # noqa: BLE001 - whatever it is, it is what users had
-            error = _named(failure)
-            if error == "no answer in time" and self.asker.free.empty():
-                error = self.asker.last_error
+            error = self.asker.why or named(failure)
         ms = (time.monotonic() - began) * 1000
-        self.done.append(Sample(at, error is None, ms, n if self.asker.writes else None, error))
+        self.done.append(Sample(at, error is None, ms, n if self.asker.numbers else None, error))
 
     async def _tell(self) -> None:
         """Samples in their order to the database, conditions judged, and whether this is still wanted."""
@@ -183,11 +104,13 @@ class Probing:
                 await asyncio.to_thread(self._judge)
                 if time.monotonic() - asked > _ASK:
                     asked = time.monotonic()
-                    self.ended = not await asyncio.to_thread(self._wanted)
+                    if not await asyncio.to_thread(self._wanted):
+                        self.ended = True
                 heard = time.monotonic()
             except OpsError:
                 self.done.extendleft(reversed(batch))
-                self.ended = time.monotonic() - heard > _ALONE
+                if time.monotonic() - heard > _ALONE:
+                    self.ended = True
 
     def _wanted(self) -> bool:
         return self.store.wanted(self.drill.id, "process", word_of(self.drill.id, self.step.id))
@@ -228,8 +151,6 @@ def probe(word: str, opened: Callable[[], Access]) -> None:
 
 
 def main() -> None:
-    import signal
-
     from ops_platform.clients.access import Access
     from ops_platform.inventory import load
 

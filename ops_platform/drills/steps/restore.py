@@ -18,8 +18,8 @@ from ops_platform.backup.engine import open_engine
 from ops_platform.backup.model import BackupInfo, Lsn, RecoveryTarget
 from ops_platform.clients.postgres import connect
 from ops_platform.clients.postgres_binaries import PgInstall, PostgresServer, free_port, need_postgres, run_as
+from ops_platform.drills.askers import TABLE
 from ops_platform.drills.model import Checked, Confidence, Done
-from ops_platform.drills.probing import TABLE
 from ops_platform.drills.registry import Context, NothingGiven, does
 from ops_platform.drills.steps.basics import measure, moment_of, processes_with
 from ops_platform.errors import CouldNotVerifyError, OpsError, UsageError

@@ -1,0 +1,40 @@
+"""How a probe is started: a process of its own, see `drills.probing`."""
+
+from __future__ import annotations
+
+from ops_platform.clients.processes import spawn
+from ops_platform.drills.model import Done
+from ops_platform.drills.probing import command, word_of
+from ops_platform.drills.registry import Context
+from ops_platform.drills.steps.basics import processes_with
+from ops_platform.errors import CouldNotVerifyError
+
+_STARTS_WITHIN = 30.0
+
+
+def start_probe(context: Context) -> Done:
+    """Its own process, which goes on when ours is killed, and ends when the drill has. Begun once it has seen the target well."""
+    word = word_of(context.held.id, context.step.id)
+    context.register("process", word, word=word, signal="TERM")
+    log = context.workspace / f"{context.step.id}.log"
+    context.register("directory", str(context.workspace), path=str(context.workspace))
+    context.workspace.mkdir(mode=0o711, parents=True, exist_ok=True)
+    if not any(processes_with(word)):
+        spawn(command(word), log, env={"OPS_INVENTORY": str(context.access.loaded.path)})
+    began = context.clock.monotonic()
+
+    def seen() -> bool:
+        if context.clock.monotonic() - began > _STARTS_WITHIN:
+            said = _last_error(context) or log.read_text(errors="replace")[-400:].strip() or "it says nothing"
+            raise CouldNotVerifyError(
+                f"the probe has not seen the target well: {said}", where=f"step {context.step.id}"
+            )
+        return any(sample.ok for sample in context.samples(context.step.id)[-20:])
+
+    context.wait(seen)
+    return Done("it runs and reaches the target")
+
+
+def _last_error(context: Context) -> str | None:
+    errors = [sample.error for sample in context.samples(context.step.id) if sample.error]
+    return errors[-1] if errors else None

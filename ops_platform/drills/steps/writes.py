@@ -1,0 +1,98 @@
+"""What users had of an outage, by a probe that writes numbers: the time without a write, and what was acknowledged and is lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from datetime import datetime, timedelta
+
+from pydantic import Field
+
+from ops_platform.drills.availability import failing_since, first_success_after, gap_after
+from ops_platform.drills.model import Checked, Confidence, Done, Measured, Sample
+from ops_platform.drills.registry import Context, does
+from ops_platform.drills.steps.basics import measure, moment_of
+from ops_platform.drills.steps.injection import After
+from ops_platform.inventory.values import Id
+
+
+class Outage(After):
+    """Of `writes.outage`."""
+
+    writer: Id = Field(description="The probe that wrote.")
+    promoted: Id | None = Field(default=None, description="The step that waited for another one to take over.")
+
+
+@does("writes.outage", "measure", given=Outage)
+def outage(context: Context, given: Outage) -> Done:
+    """From the injection to the first write that was acknowledged after it; and detection, promotion and the errors in between."""
+    at = moment_of(context.fact(given.injected, "at"))
+    samples = after_recovery(context, given.writer, at)
+    gap = gap_after(samples, at)
+    if gap is None:
+        how = "no attempt failed after the injection"
+        return Done(how, {"errors": 0}, measured=(measure(context, 0.0, how),))
+    first = first_success_after(samples, gap.began)
+    back = None if first is None else (first - at).total_seconds()
+    failed = sum(not sample.ok for sample in samples if sample.at >= at - timedelta(seconds=1))
+    found = [measure(context, back, "from the injection to the first acknowledged write after the outage")]
+    found.append(
+        _named("first_error", (gap.began - at).total_seconds(), "from the injection to the first attempt that failed")
+    )
+    found.append(_named("write_gap", gap.seconds, "the outage as the writer had it"))
+    found.append(Measured(name="errors", value=float(failed), unit="", how="attempts that failed"))
+    if given.promoted is not None:
+        facts = context.results[given.promoted].facts
+        for name, key in (("detection", "missed_at"), ("promotion", "promoted_at")):
+            if key in facts:
+                seconds = (moment_of(facts[key]) - at).total_seconds()
+                found.append(_named(name, seconds, "by the other servers, asked every 50 ms", Confidence.BOUND))
+    return Done(
+        f"{back:.2f} s without a write" if back is not None else "writes never came back", measured=tuple(found)
+    )
+
+
+def _named(name: str, seconds: float, how: str, confidence: Confidence = Confidence.MEASURED) -> Measured:
+    return Measured(name=name, value=round(max(0.0, seconds), 3), how=how, confidence=confidence)
+
+
+def after_recovery(context: Context, writer: str, at: datetime) -> Sequence[Sample]:
+    """The probe's samples once it has written again for a second, so that what hung is known, too."""
+    until = time.monotonic() + 60
+
+    def settled() -> bool:
+        samples = context.samples(writer)
+        good = [s for s in samples if s.ok and s.at > at + timedelta(seconds=1)]
+        return (len(good) >= 10 and failing_since(samples) is None) or time.monotonic() > until
+
+    context.wait(settled, every=0.2)
+    return context.samples(writer)
+
+
+class Lost(After):
+    """Of checks for lost writes."""
+
+    writer: Id = Field(description="The probe that wrote.")
+    most: int = Field(
+        default=0, ge=0, description="Acknowledged writes that may be lost: 0 with synchronous replication."
+    )
+
+
+def acknowledged_writes(context: Context, given: Lost) -> dict[int, datetime]:
+    """By number, when the attempt began; once the probe writes again."""
+    at = moment_of(context.fact(given.injected, "at"))
+    return {s.n: s.at for s in after_recovery(context, given.writer, at) if s.ok and s.n is not None}
+
+
+def lost_of(acknowledged: dict[int, datetime], there: Collection[int], given: Lost, query: str) -> Done:
+    """The check, and as rpo the time from the first to the last write that is lost. Ask what is there after what was acknowledged."""
+    held = set(there)
+    lost, unsure = sorted(acknowledged.keys() - held), sorted(held - acknowledged.keys())
+    said = f"{len(lost)} of {len(acknowledged)} acknowledged writes are lost{f': {lost[:10]}' if lost else ''}"
+    said += f"; {len(unsure)} came in whose acknowledgement was lost on the way"
+    seconds = (max(acknowledged[n] for n in lost) - min(acknowledged[n] for n in lost)).total_seconds() if lost else 0.0
+    rpo = Measured(name="rpo", value=round(seconds, 3), how=f"{len(lost)} acknowledged writes were lost")
+    number = Measured(name="lost", value=float(len(lost)), unit="", how="acknowledged writes that are not there")
+    check = Checked(title="Acknowledged writes are there", holds=len(lost) <= given.most, query=query, result=said)
+    facts = {"acknowledged": len(acknowledged), "lost": len(lost), "unsure": len(unsure)}
+    return Done(said, facts, (check,), (rpo, number))

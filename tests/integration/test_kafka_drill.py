@@ -1,0 +1,73 @@
+"""The Kafka drill on three real brokers: one is killed, another leads, no acknowledged record is lost, and all is replicated again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from tests.drill_rig import Bench, measured, passed, preflight, supervised
+from tests.kafka_rig import Kafka
+from tests.rig import Cluster, eventually
+
+
+@pytest.fixture
+def bench(shared_cluster: Cluster, kafka_cluster: Kafka) -> Iterator[Bench]:
+    with ExitStack() as stack:
+        made = Bench(shared_cluster, stack)
+        events = {
+            "id": "events", "kind": "kafka", "environment": "test", "owner": "team", "tls": False, "timeout": "5s",
+            "bootstrap": [{"host": "127.0.0.1", "port": one.port} for one in kafka_cluster.brokers],
+        }  # fmt: skip
+        made.body["systems"].append(events)
+        budget = {"unavailability": {"most": "10m"}, "targets": ["events"], "mode": "enforce"}
+        made.body["drills"]["plan"].append({"id": "broker", "runbook": "kafka-broker-loss-drill", **budget})
+        yield made
+
+
+def test_a_killed_broker_costs_seconds_and_no_acknowledged_record(bench: Bench, kafka_cluster: Kafka) -> None:
+    """Before it, what refuses it: a topic that would take no more writes; after it, replicas that are behind."""
+    lonely = kafka_cluster.create_topic(replicas=1)
+    assert lonely in preflight(bench, "broker")
+    assert preflight(bench, "broker", fragile=True) == ""
+    kafka_cluster.delete_topic(lonely)
+
+    away: list[int] = []
+
+    def replaced() -> bool:
+        away[:] = [b.number for b in kafka_cluster.brokers if not b.daemon.alive]
+        return not set(away) & kafka_cluster.known()
+
+    with supervised([one.daemon for one in kafka_cluster.brokers], replaced):
+        card = passed(bench.drill("broker", seconds_before=1))
+    found = measured(card)
+    assert found["errors"] > 0
+    assert found["rpo"] == found["lost"] == 0
+    assert 0 < found["detection"] <= found["promotion"]
+    assert found["replicated"] > found["promotion"]
+    kinds = {r.kind for r in card.teardown}
+    assert kinds == {"topic", "consumer group", "directory", "process", "injected"}
+    assert all(r.gone for r in card.teardown)
+    assert bench.remains() == []
+    reader = next(probe for probe in card.probes if probe.step == "reader")
+    assert reader.attempts > reader.failed
+    with ExitStack() as stack:
+        admin = kafka_cluster.admin
+        stack.callback(admin.poll, 0)
+        assert not [name for name in admin.list_topics(timeout=30).topics if name.startswith("ops-drill-")]
+        groups = admin.list_consumer_groups().result(30).valid
+        assert not [group.group_id for group in groups if group.group_id.startswith("ops-drill-")]
+
+    topic = kafka_cluster.create_topic()
+    try:
+        kafka_cluster.kill(1)
+        why = eventually(
+            lambda: next((said for said in [preflight(bench, "broker")] if "1 would be left of 2" in said), ""),
+            why="it is not refused",
+        )
+        assert "under-replicated partitions: " in why
+    finally:
+        kafka_cluster.restart(1)
+        kafka_cluster.delete_topic(topic)
+    assert len(bench.engine.store.list()) == 1

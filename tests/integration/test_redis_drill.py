@@ -1,0 +1,92 @@
+"""The Redis drill on real servers: under Sentinel and in a cluster the master goes, another takes over, and what was acknowledged is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from tests.drill_rig import Bench, measured, passed, preflight, supervised
+from tests.redis_rig import Redis, RedisCluster, Replicated
+from tests.rig import Cluster, eventually
+
+
+@pytest.fixture
+def bench(shared_cluster: Cluster) -> Iterator[Bench]:
+    with ExitStack() as stack:
+        yield Bench(shared_cluster, stack)
+
+
+def declare(bench: Bench, mode: str, hosts: Sequence[Redis], **more: Any) -> None:
+    """A Redis `cache`, and the shipped drill for it."""
+    cache = {
+        "id": "cache", "kind": "redis", "mode": mode, "environment": "test", "owner": "team", "tls": False, "timeout": "1s",
+        "hosts": [{"host": "127.0.0.1", "port": one.port} for one in hosts], **more,
+    }  # fmt: skip
+    bench.body["systems"].append(cache)
+    budget = {"unavailability": {"most": "10m"}, "targets": ["cache"], "mode": "enforce"}
+    bench.body["drills"]["plan"].append({"id": "master", "runbook": "redis-failover-drill", **budget})
+
+
+def keys(server: Redis) -> str:
+    return server.run("KEYS", "ops-drill:*")
+
+
+def test_under_sentinel_another_one_takes_over_and_the_old_master_follows(
+    bench: Bench, new_redis: Callable[..., Replicated]
+) -> None:
+    """Killed, with writes that a replica has acknowledged; afterwards what refuses it."""
+    rig = new_redis(replicas=2, sentinels=3)
+    declare(bench, "sentinel", rig.sentinels, master=rig.NAME)
+    old = rig.master
+
+    def replaced() -> bool:
+        return all(rig.seen_master(one) != old.port for one in rig.sentinels)
+
+    with supervised([one.daemon for one in rig.servers], replaced):
+        card = passed(bench.drill("master", seconds_before=1, copies=1, most_lost=0))
+    assert rig.master is not old
+    found = measured(card)
+    assert found["errors"] > 0
+    assert found["rpo"] == found["lost"] == 0
+    assert 0 < found["detection"] <= found["promotion"]
+    assert old.role == "slave"
+    assert {r.kind: r.gone for r in card.teardown}.keys() == {"redis key", "directory", "process", "injected"}
+    assert keys(rig.master) == ""
+    assert bench.remains() == []
+
+    assert preflight(bench, "master") == ""
+    for replica in rig.replicas:
+        replica.run("CONFIG", "SET", "replica-priority", 0)
+    assert "its priority keeps it from it" in preflight(bench, "master")
+    for replica in rig.replicas:
+        replica.daemon.stop()
+    why = eventually(lambda: preflight(bench, "master"), why="it is not refused")
+    assert "0 of 2 replicas" in why
+    assert len(bench.engine.store.list()) == 1
+
+
+def test_in_a_cluster_a_master_that_hangs_is_replaced_and_follows_when_it_wakes(
+    bench: Bench, new_redis_cluster: Callable[..., RedisCluster]
+) -> None:
+    rig = new_redis_cluster()
+    declare(bench, "cluster", rig.nodes)
+    old, heir = rig.nodes[1], rig.nodes[4]
+    shard = f"127.0.0.1:{old.port}"
+    eventually(lambda: not preflight(bench, "master", shard=shard), why="the nodes do not know each other's replicas")
+    card = passed(bench.drill("master", seconds_before=1, how="freeze", shard=shard))
+    assert heir.role == "master"
+    assert old.role == "slave"
+    found = measured(card)
+    assert found["errors"] > 0
+    assert 0 < found["detection"] <= found["promotion"]
+    assert [r.gone for r in card.teardown if r.kind == "frozen"] == [True]
+    assert keys(heir) == ""
+
+
+def test_a_server_alone_is_refused(bench: Bench, new_redis: Callable[..., Replicated]) -> None:
+    rig = new_redis(replicas=0)
+    declare(bench, "single", rig.servers)
+    assert "nobody who takes over" in preflight(bench, "master")
