@@ -278,6 +278,12 @@ def _say_card(found: Drill) -> None:
             f"\n{objective.name.upper()} {measured} of {span(objective.objective)}: {kept} ({objective.how})", nl=False
         )
     click.echo()
+    if card.stack:
+        table(
+            [[p.target, p.verdict.replace("_", " "), span(p.seconds) if p.seconds is not None else "-", ", ".join(p.needs) or "-",
+              "*" if p.critical else "", span(p.gain) if p.gain is not None else ""] for p in card.stack],
+            ["restored", "verdict", "served after", "needs", "critical", "gain at most"],
+        )  # fmt: skip
     for probe in card.probes:
         click.echo(f"{probe.step}: {probe.attempts} attempts, unavailable for {span(probe.unavailable_seconds)}")
     for finding in card.findings:

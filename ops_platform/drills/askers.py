@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 TABLE = "ops_canary.drill_writes"
 _EVERY = 0.05  # seconds between two tries of one server, while an attempt waits for a connection
+_JOINS_WITHIN = 20.0  # seconds for a consumer to have its partition
 _LATE = "no answer in time"
 
 C = TypeVar("C")
@@ -326,6 +327,10 @@ class KafkaReader:
             Said(), group_id=topic, auto_offset_reset="latest", enable_auto_commit=True, session_timeout_ms=6000
         )
         self.consumer.subscribe([topic])
+        # Until it has joined its group it reads nothing, which is no outage.
+        until = time.monotonic() + _JOINS_WITHIN
+        while not self.consumer.assignment() and time.monotonic() < until:
+            self.consumer.poll(0.1)
         self.came = time.monotonic() - 3600
         self.ended = threading.Event()
         self.poller = threading.Thread(target=self._poll, daemon=True)

@@ -309,6 +309,23 @@ class Prediction(Part):
     held: bool | None
 
 
+class StackPart(Part):
+    """One of the full stack. `starts` and `seconds`: when it could begin at the earliest, and until it served.
+
+    `critical`: on the critical path; `gain`: by how much the whole would be shorter at most if it took no time.
+    """
+
+    target: str
+    kind: str
+    needs: list[str]
+    verdict: str
+    seconds: float | None
+    starts: float
+    critical: bool
+    gain: float | None
+    said: str
+
+
 class DrillCard(Part):
     """The whole record of one drill. Times UTC. Contains no data of the target beyond counts and names."""
 
@@ -346,5 +363,6 @@ class DrillCard(Part):
     findings: list[FindingCard]
     notes: list[str]
     forecast: Prediction | None
+    stack: list[StackPart] = []
     plan_digest: str
     written_by: str

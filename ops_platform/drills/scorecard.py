@@ -26,6 +26,7 @@ from ops_platform.drills.model import (
     Measured,
     ObjectiveCard,
     ResourceCard,
+    StackPart,
     StepCard,
     StepRecord,
     StepState,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from ops_platform.clients.access import Access
 
 # Facts of steps that belong to the whole.
-_VERSION, _BACKUP, _TARGET, _REACHED = "versions", "backup", "recovery_target", "reached"
+_VERSION, _BACKUP, _TARGET, _REACHED, _STACK = "versions", "backup", "recovery_target", "reached", "stack"
 
 
 def judge(access: Access, store: Store, held: Drill, actor: str, clock: Clock) -> Drill:
@@ -102,6 +103,7 @@ def _card(
             for a in store.answers(held.id).values()
         ],
         findings=[], notes=_notes(held, book, records), forecast=forecast.checked(store, held, measured),
+        stack=[StackPart.model_validate(part) for f in facts for part in f.get(_STACK, ())],
         plan_digest=held.digest, written_by=f"ops_platform {__version__}",
     )  # fmt: skip
 

@@ -333,6 +333,7 @@ def _broken_references(written: _Written) -> Iterator[Mistake]:
     yield from _same_ids(written)
     yield from _useless_defaults(written)
     yield from _locked_in_themselves(written)
+    yield from _in_circles(written)
     if not _table(written.value.get("vaults")):
         for path in _vault_references(written.document.value, ()):
             yield written.mistake(path, "this secret stands in a Vault, and none is declared", "add it under `vaults`")
@@ -362,6 +363,7 @@ def _references(raw: dict[Any, Any]) -> Iterator[tuple[KeyPath, Any, dict[Any, A
             yield (*here, "manifests", place, "git"), _table(manifests).get("git"), gits, "Git system"
     yield from _remediation_references(raw)
     yield from _drill_references(raw, owners)
+    yield from _dependencies(raw)
     for number, target in enumerate(_list(raw.get("targets"))):
         here, entry = ("targets", number), _table(target)
         yield (*here, "owner"), entry.get("owner"), owners, "owner"
@@ -409,16 +411,28 @@ def _remediation_references(raw: dict[Any, Any]) -> Iterator[tuple[KeyPath, Any,
 def _drill_references(
     raw: dict[Any, Any], owners: dict[Any, Any]
 ) -> Iterator[tuple[KeyPath, Any, dict[Any, Any], str]]:
-    subjects: dict[Any, Any] = {
-        entry["id"]: entry
-        for entry in map(_table, (*_list(raw.get("systems")), *_list(raw.get("targets"))))
-        if isinstance(entry.get("id"), str)
-    }
+    subjects = _subjects(raw)
     for number, drill in enumerate(_list(_table(raw.get("drills")).get("plan"))):
         here, entry = ("drills", "plan", number), _table(drill)
         yield (*here, "owner"), entry.get("owner"), owners, "owner"
         for place, name in enumerate(_list(entry.get("targets"))):
             yield (*here, "targets", place), name, subjects, "target or system"
+
+
+def _subjects(raw: dict[Any, Any]) -> dict[Any, Any]:
+    return {
+        entry["id"]: entry
+        for entry in map(_table, (*_list(raw.get("systems")), *_list(raw.get("targets"))))
+        if isinstance(entry.get("id"), str)
+    }
+
+
+def _dependencies(raw: dict[Any, Any]) -> Iterator[tuple[KeyPath, Any, dict[Any, Any], str]]:
+    subjects = _subjects(raw)
+    for table in ("targets", "systems"):
+        for number, entry in enumerate(map(_table, _list(raw.get(table)))):
+            for place, name in enumerate(_list(entry.get("depends_on"))):
+                yield (table, number, "depends_on", place), name, subjects, "target or system"
 
 
 def _list(value: Any) -> list[Any]:
@@ -470,6 +484,39 @@ def _same_ids(written: _Written) -> Iterator[Mistake]:
             other = str(first[0]).removesuffix("s") if kind == "target" else kind
             yield written.mistake(path, f"the id {name!r} belongs to the {other} in line {line} already")
         seen.setdefault((kind, name), path)
+
+
+def _in_circles(written: _Written) -> Iterator[Mistake]:
+    """What depends on itself, by whatever way, could never be restored first. Each circle once, where its first member stands."""
+    places: dict[str, tuple[KeyPath, list[str]]] = {}
+    for table in ("targets", "systems"):
+        for number, entry in enumerate(map(_table, _list(written.value.get(table)))):
+            needs = [need for need in _list(entry.get("depends_on")) if isinstance(need, str)]
+            if isinstance(name := entry.get("id"), str):
+                places[name] = ((table, number, "depends_on"), needs)
+    done: set[str] = set()
+    for name in places:
+        if circle := _circle(name, places, done):
+            way = " → ".join([*circle, circle[0]])
+            yield written.mistake(places[circle[0]][0], f"this goes round in a circle: {way}", "leave one of them out")
+
+
+def _circle(name: str, places: Mapping[str, tuple[KeyPath, list[str]]], done: set[str]) -> list[str]:
+    """The first one that is reached from here, empty where there is none; what was looked at is `done`."""
+    way: list[str] = []
+
+    def visit(here: str) -> list[str]:
+        if here in way:
+            return way[way.index(here) :]
+        if here in done or here not in places:
+            return []
+        way.append(here)
+        found = next((circle for need in places[here][1] if (circle := visit(need))), [])
+        way.pop()
+        done.add(here)
+        return found
+
+    return visit(name)
 
 
 def _locked_in_themselves(written: _Written) -> Iterator[Mistake]:

@@ -210,6 +210,10 @@ class Target(Strict):
         default=None,
         description="Targets and systems of one failure domain are acted on one at a time; its own id by default.",
     )
+    depends_on: list[Id] = Field(
+        default=[],
+        description="Targets and systems that have to be there before it: a drill of the full stack restores them first.",
+    )
     sandbox: Sandbox = Field(default=Sandbox(), description="Where it is restored to be verified.")
     labels: dict[str, str] = Field(default={}, description="For people; nothing is derived from them.")
     legal_hold: bool = Field(default=False, description="Nothing of this target is deleted while it is true.")

@@ -65,6 +65,10 @@ class System(Strict):
         default=None,
         description="Systems and targets of one failure domain are acted on one at a time; its own id by default.",
     )
+    depends_on: list[Id] = Field(
+        default=[],
+        description="Targets and systems that have to be there before it: a drill of the full stack restores them first.",
+    )
     maintenance_windows: list[Weekly] = Field(default=[], description="When a rule with `maintenance: inside` may act.")
     legal_hold: bool = Field(default=False, description="Nothing of it is deleted while it is true.")
     labels: dict[str, str] = Field(default={}, description="For people; nothing is derived from them.")

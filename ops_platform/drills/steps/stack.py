@@ -1,0 +1,134 @@
+"""Everything that something depends on, restored from its newest backups in the order of the dependencies that the inventory declares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from ops_platform.drills.model import Checked, Confidence, Done
+from ops_platform.drills.registry import Context, does
+from ops_platform.drills.stack import advice, critical_path, needed_by
+from ops_platform.drills.steps.basics import measure
+from ops_platform.errors import OpsError
+from ops_platform.inventory.base import Strict
+from ops_platform.inventory.values import Id
+from ops_platform.recovery.model import Scorecard, Verdict
+
+if TYPE_CHECKING:
+    from ops_platform.clients.access import Access
+    from ops_platform.inventory.model import Backed
+
+_HOLDS = {Verdict.PASS: True, Verdict.FAIL: False, Verdict.COULD_NOT_VERIFY: None}
+
+
+class Stack(Strict):
+    """Of steps that are about all that the subject depends on."""
+
+    without: str = Field(default="", description="Ids that are left out, with a comma between; the record names them.")
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        return frozenset(one.strip() for one in self.without.split(",") if one.strip())
+
+
+def _order(context: Context, given: Stack) -> tuple[list[str], dict[str, list[str]]]:
+    """What is restored, in order, and what each needs of it; what is left out hands on what it needs itself."""
+    inventory = context.access.inventory
+    needs = {one.id: list(one.depends_on) for one in (*inventory.targets, *inventory.systems)}
+    whole = needed_by(context.subject.id, needs)
+    kept = [name for name in whole if name not in given.left_out]
+    through = {name: needed_by(name, needs)[:-1] for name in kept}
+    return kept, {name: [need for need in through[name] if need in kept] for name in kept}
+
+
+@does("stack.order", "check", given=Stack)
+def order(context: Context, given: Stack) -> Done:
+    """Everything that the subject depends on has a backup, and is in an order in which it can be restored."""
+    kept, _ = _order(context, given)
+    checks = [_has_backup(context.access, name) for name in kept]
+    skipped = sorted(given.left_out)
+    notes = [f"left out, so nothing is proven of it: {', '.join(skipped)}"] if skipped else []
+    return Done(" → ".join(kept), {"order": kept, "notes": notes}, tuple(checks))
+
+
+def _has_backup(access: Access, name: str) -> Checked:
+    from ops_platform.backup.archive import open_target_repository
+
+    title, query = f"{name} has a backup", f"ops backup list {name}"
+    try:
+        found = open_target_repository(access, access.inventory.backed(name)).finished()
+    except OpsError as error:
+        return Checked(title=title, holds=None, query=query, result=str(error))
+    return Checked(title=title, holds=bool(found), query=query, result=found[-1] if found else "none")
+
+
+@does("stack.restore", "act", given=Stack, changes=lambda _given: "sandboxes, one after the other, which go again")
+def restore(context: Context, given: Stack) -> Done:
+    """The newest backup of each into its sandbox, looked at as in a verification, one after the other: the next one begins when its turn comes,
+    and how long it would take side by side is computed. One that cannot be restored does not keep the others from their turn."""
+    kept, needs = _order(context, given)
+    inventory = context.access.inventory
+    parts: list[dict[str, Any]] = []
+    checks: list[Checked] = []
+    for name in kept:
+        context.alive()
+        target = inventory.backed(name)
+        began = context.clock.monotonic()
+        card = _verified(context.access, target)
+        took = context.clock.monotonic() - began
+        served = next((o.measured_seconds for o in card.objectives if o.name == "rto"), None)
+        parts.append({
+            "target": name, "kind": target.kind, "needs": needs[name], "verdict": card.verdict.value,
+            "seconds": None if served is None else round(served, 3), "took": round(took, 3), "said": card.reason,
+            "backup": card.backup_id, "backup_sha256": card.backup_digest, "server": card.server,
+        })  # fmt: skip
+        said = f"{card.reason}; {card.backup_id or 'no backup'}; serving after {served or 0:.1f} s, looked at after {took:.1f} s"
+        title = f"{name} is restored and looked at"
+        checks.append(Checked(title=title, holds=_HOLDS[card.verdict], query=f"ops backup verify {name}", result=said))
+    good = sum(check.holds is True for check in checks)
+    facts = {"parts": parts, "versions": {part["target"]: part["server"] for part in parts}}
+    return Done(f"{good} of {len(parts)} were restored and looked at", facts, tuple(checks))
+
+
+def _verified(access: Access, target: Backed) -> Scorecard:
+    """Without the live one, where its kind can be looked at alone."""
+    from ops_platform.inventory.model import Target
+
+    if isinstance(target, Target):
+        from ops_platform.recovery.verify import verify
+
+        return verify(access, target, pick="newest", alone=True)
+    from ops_platform.stores.verify import verify as verify_store
+
+    return verify_store(access, target, pick="newest")
+
+
+class Path(Strict):
+    """Of `stack.critical_path`."""
+
+    restored: Id = Field(description="The step that restored everything.")
+
+
+@does("stack.critical_path", "measure", given=Path)
+def path(context: Context, given: Path) -> Done:
+    """The longest way through the dependencies, with the time of each until it served: what to make faster, to be faster as a whole."""
+    parts: list[dict[str, Any]] = context.fact(given.restored, "parts")
+    needs = {part["target"]: part["needs"] for part in parts}
+    seconds = {part["target"]: part["seconds"] for part in parts if part["seconds"] is not None}
+    way = critical_path([part["target"] for part in parts], needs, seconds)
+    whole = len(seconds) == len(parts)
+    said = advice(way, context.held.objectives.get("rto"))
+    if not whole:
+        said += f". Not measured: {', '.join(sorted(needs.keys() - seconds.keys()))}"
+    stack = [_shown(part, way.starts, way.gains) for part in parts]
+    found = measure(context, way.seconds if whole else None, said, Confidence.MEASURED)
+    return Done(said, {"stack": stack}, measured=(found,))
+
+
+def _shown(part: Mapping[str, Any], starts: Mapping[str, float], gains: Mapping[str, float]) -> dict[str, Any]:
+    name = part["target"]
+    gain = round(gains[name], 3) if name in gains else None
+    kept = {key: part[key] for key in ("target", "kind", "needs", "verdict", "seconds", "said")}
+    return {**kept, "starts": round(starts[name], 3), "critical": name in gains, "gain": gain}
