@@ -146,6 +146,12 @@ class Access:
             ),
         )
 
+    def with_vault(self, vault_id: str, session: VaultSession) -> Access:
+        """The same ways, but that Vault is the one of the session: secrets and keys come from it. Closing it closes the session."""
+        other = Access(self.loaded, clock=self.clock)
+        other._open["vault", vault_id] = session
+        return other
+
     # Stores and keys
 
     def store(self, store_id: str) -> ObjectStore:

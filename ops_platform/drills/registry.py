@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ops_platform.inventory.model import Target
     from ops_platform.inventory.systems import AnySystem
 
-MODULES = ("basics", "injection", "kafka", "patroni", "postgres", "redis", "restore", "stack", "writes")
+MODULES = ("basics", "injection", "kafka", "patroni", "postgres", "redis", "restore", "stack", "vault", "writes")
 
 
 class NothingGiven(Strict):

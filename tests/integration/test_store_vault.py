@@ -22,6 +22,8 @@ from ops_platform.backup.expiry import ExpiryAction
 from ops_platform.backup.model import Proof
 from ops_platform.cli.main import cli
 from ops_platform.clients.postgres_binaries import free_port
+from ops_platform.clients.vault import TransitKeys
+from ops_platform.drills.begin import Beginner, planned
 from ops_platform.errors import CorruptionError, InventoryError, UsageError
 from ops_platform.inventory.systems import StoreTarget
 from ops_platform.local.parts import program
@@ -31,6 +33,7 @@ from ops_platform.stores import servers, vault
 from ops_platform.stores.dump import run_backup
 from ops_platform.stores.kind import Check, Saved
 from ops_platform.stores.verify import verify
+from tests.drill_rig import Held, held_on, passed
 from tests.rig import Cluster, Ground, Platform, eventually
 from tests.servers import Daemon, answers
 from tests.stores_rig import POLICY, MovedClock, dump, gate, gates, prove, store_platform, with_store
@@ -93,6 +96,38 @@ def test_a_snapshot_is_restored_unsealed_and_opens_the_newest_backup_of_a_databa
     assert card.strength.startswith("level 2")
     assert {o.name for o in card.objectives if o.met} == {"rpo", "rto"}
     assert [proof.verdict for proof in records_of(platform, vault_target)][-1] == "PASS"
+
+
+def test_a_database_is_restored_with_the_key_of_a_restored_vault(
+    ground: Ground,
+    desk: Any,
+    new_platform: Callable[..., Platform],
+    new_cluster: Callable[..., Cluster],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The drill of a Vault that is gone: refused until there is a backup of it; then the live one is not asked, which could not answer."""
+    plan = {"id": "keys", "runbook": "vault-drill", "targets": ["app-db"]}
+    held = held_on(new_cluster(18), new_platform, [plan])
+    platform = held.platform
+    back_up_database(platform.access, platform.target)
+    request = planned(platform.access, "keys", None, {}, operator="ann", trigger="a test")
+    refused = Beginner(platform.access, held.store).plan(request)
+    assert "names no backup of that" in next(r.reason for r in refused.rulings if r.guard == "preflight")
+    vault_target = with_store(platform, entry(ground))
+    run_backup(platform.access, vault_target)
+
+    held = Held(held.cluster, platform)
+    asked: list[str] = []
+    unwrap = TransitKeys.unwrap
+    monkeypatch.setattr(TransitKeys, "unwrap", lambda keys, wrapped: asked.append(keys.name) or unwrap(keys, wrapped))
+    begun = held.begin("keys").drill
+    assert begun is not None
+    card = passed(held.engine.run(begun.id))
+    assert [part.target for part in card.stack] == ["vault", "app-db"]
+    assert all(part.critical and part.seconds for part in card.stack)
+    assert {resource.kind: resource.gone for resource in card.teardown} == {"directory": True}
+    assert asked
+    assert not [name for name in asked if f":{ground.place.port('vault')}/" in name]
 
 
 _LATE = """

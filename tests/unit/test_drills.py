@@ -107,7 +107,7 @@ def test_an_abort_condition_names_a_probe() -> None:
 def test_what_is_shipped_can_be_read_and_every_step_says_what_it_does() -> None:
     assert set(shipped()) == {
         "restore-drill", "site-drill", "failover-drill", "freeze-drill", "switchover-drill", "table-top",
-        "redis-failover-drill", "kafka-broker-loss-drill", "full-stack-drill",
+        "redis-failover-drill", "kafka-broker-loss-drill", "full-stack-drill", "vault-drill",
     }  # fmt: skip
     assert all(found.what for found in doings().values())
 

@@ -78,18 +78,31 @@ def restore(context: Context, given: Stack) -> Done:
         began = context.clock.monotonic()
         card = _verified(context.access, target)
         took = context.clock.monotonic() - began
-        served = next((o.measured_seconds for o in card.objectives if o.name == "rto"), None)
-        parts.append({
-            "target": name, "kind": target.kind, "needs": needs[name], "verdict": card.verdict.value,
-            "seconds": None if served is None else round(served, 3), "took": round(took, 3), "said": card.reason,
-            "backup": card.backup_id, "backup_sha256": card.backup_digest, "server": card.server,
-        })  # fmt: skip
-        said = f"{card.reason}; {card.backup_id or 'no backup'}; serving after {served or 0:.1f} s, looked at after {took:.1f} s"
-        title = f"{name} is restored and looked at"
-        checks.append(Checked(title=title, holds=_HOLDS[card.verdict], query=f"ops backup verify {name}", result=said))
+        parts.append(part_of(target, card, needs[name], took))
+        checks.append(look_of(name, card, took))
     good = sum(check.holds is True for check in checks)
     facts = {"parts": parts, "versions": {part["target"]: part["server"] for part in parts}}
     return Done(f"{good} of {len(parts)} were restored and looked at", facts, tuple(checks))
+
+
+def _served(card: Scorecard) -> float | None:
+    return next((o.measured_seconds for o in card.objectives if o.name == "rto"), None)
+
+
+def part_of(target: Backed, card: Scorecard, needs: list[str], took: float) -> dict[str, Any]:
+    """What the critical path is made of. `seconds`: until it served; `took`: with everything that was looked at."""
+    served = _served(card)
+    return {
+        "target": target.id, "kind": target.kind, "needs": needs, "verdict": card.verdict.value,
+        "seconds": None if served is None else round(served, 3), "took": round(took, 3), "said": card.reason,
+        "backup": card.backup_id, "server": card.server,
+    }  # fmt: skip
+
+
+def look_of(name: str, card: Scorecard, took: float) -> Checked:
+    said = f"{card.reason}; {card.backup_id or 'no backup'}; serving after {_served(card) or 0:.1f} s, looked at after {took:.1f} s"
+    title = f"{name} is restored and looked at"
+    return Checked(title=title, holds=_HOLDS[card.verdict], query=f"ops backup verify {name}", result=said)
 
 
 def _verified(access: Access, target: Backed) -> Scorecard:
