@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ops_platform.clients.postgres_binaries import RunAs, free_port, run_as
-from ops_platform.clients.processes import Process
+from ops_platform.clients.processes import Process, stop
 from ops_platform.errors import OpsError
 
 HOST = "127.0.0.1"
@@ -88,6 +88,12 @@ class Component:
     """Whether it runs and can never become ready: it is stopped then, and started anew."""
     lacking: Callable[[], str] = lambda: ""
     """Why it is left out on this machine; empty where it is not."""
+    patience: float = 20.0
+    """Seconds in which it has to end by itself; it is killed then."""
+
+    def stop(self, process: Process) -> bool:
+        """True when it is gone."""
+        return stop(process, self.stop_signal, wait=self.patience)
 
 
 def inventory_file() -> Path:

@@ -12,7 +12,6 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import socket
 import sys
 import time
@@ -120,7 +119,7 @@ class Stack:
     def ensure(self, component: Component, say: Callable[[str], None]) -> None:
         """Running, ready and set up, whatever it was before."""
         if (process := self.alive(component.name)) and component.hopeless(self.place):
-            stop(process, component.stop_signal)
+            component.stop(process)
         if self.alive(component.name) is None:
             say("starting")
             self._free_ports(component)
@@ -163,7 +162,7 @@ class Stack:
                 state = "stopped" if not process.alive else f"is not ready after {READY_SECONDS:.0f} s"
                 tail = log_tail(self.place.log(component.name), 12)
                 self.running.pop(component.name, None)
-                stop(process, component.stop_signal)
+                component.stop(process)
                 self.save()
                 raise OpsError(
                     f"{component.name} {state}. The end of its log:\n{tail}",
@@ -245,9 +244,9 @@ def down(directory: Path | None = None) -> list[str]:
         return []
     with opened(directory) as stack:
         names = ["supervisor", *(component.name for component in reversed(COMPONENTS))]
-        signals = {component.name: component.stop_signal for component in COMPONENTS}
+        how = {component.name: component.stop for component in COMPONENTS}
         stopped = [name for name in names if stack.alive(name)]
-        left = [name for name in stopped if not stop(stack.running[name], signals.get(name, signal.SIGTERM))]
+        left = [name for name in stopped if not how.get(name, stop)(stack.running[name])]
         stack.running = {name: process for name, process in stack.running.items() if name in left}
         if stack.place.ports:
             stack.save()

@@ -117,11 +117,15 @@ def _sweep(base: Path, homes: str) -> None:
 
 
 class Sandbox:
-    """Over a restored data directory. `work` holds its configuration, socket spool and log, beside the data."""
+    """Over a restored data directory. `work` holds its configuration, socket spool and log, beside the data.
+
+    `server`: the one that runs over it already.
+    """
 
     def __init__(
-        self, install: PgInstall, data: Path, work: Path, *, isolate: bool = True, clock: Clock = SYSTEM_CLOCK
-    ) -> None:
+        self, install: PgInstall, data: Path, work: Path, *, isolate: bool = True, server: PostgresServer | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:  # fmt: skip
         self.install, self.data, self.work, self.clock = install, data, work, clock
         work.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.user = run_as()
@@ -129,7 +133,7 @@ class Sandbox:
         alone = network_namespace() if isolate else ()
         self.isolated = bool(alone)
         wrapper = [*alone, *dies_with_us()]
-        self.server = PostgresServer(install, data, log=work / "server.log", wrapper=wrapper)
+        self.server = server or PostgresServer(install, data, log=work / "server.log", wrapper=wrapper)
         self.notes: list[str] = []
         self._superuser: str | None = None
         self._wanted = dict(_DEFAULTS)

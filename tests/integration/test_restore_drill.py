@@ -58,7 +58,8 @@ def test_a_restore_drill_serves_measures_and_leaves_nothing(held: Held) -> None:
     assert by_name["rto"].met is by_name["rpo"].met is True
     assert by_name["rto"].confidence == by_name["rpo"].confidence == "measured", by_name
     assert {check.step for check in card.checks} == {"repository", "rpo", "data"}
-    assert card.backups[0]["sha256"]
+    (backup,) = card.backups
+    assert backup["sha256"] == held.platform.repository.manifest_digest(backup["id"]), "as proofs name it"
     assert card.backups[0]["bytes"] > 0
     assert [probe.attempts > 10 for probe in card.probes] == [True]
     assert all(resource.gone for resource in card.teardown)

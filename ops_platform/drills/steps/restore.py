@@ -149,15 +149,12 @@ def _info(context: Context, backup_id: str) -> BackupInfo:
 
 
 def _digest(context: Context, backup_id: str) -> str | None:
-    """Of the manifest, which holds the digest of everything else. None: another engine keeps it."""
+    """As proofs name it. None: another engine keeps the backup."""
     if context.target.repository.engine != "native":
         return None
-    import hashlib
-
     from ops_platform.backup.archive import open_target_repository
 
-    manifest = open_target_repository(context.access, context.target).manifest(backup_id)
-    return hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
+    return open_target_repository(context.access, context.target).manifest_digest(backup_id)
 
 
 class Serve(Strict):
@@ -301,11 +298,11 @@ def _sandbox(context: Context, server: str) -> Sandbox:
     data = Path(context.fact(server, "directory"))
     version = int((data / "PG_VERSION").read_text().strip())
     install = need_postgres(version, context.target.sandbox.postgres.values())
-    made = Sandbox(install, data, data.parent / "look", isolate=False, clock=context.clock)
-    made.server = PostgresServer(
+    running = PostgresServer(
         install, data, port=context.fact(server, "port"), sockets=Path(context.fact(server, "sockets")),
         log=data.parent / "server.log",
     )  # fmt: skip
+    made = Sandbox(install, data, data.parent / "look", isolate=False, server=running, clock=context.clock)
     connection = context.target.connection
     made.find_superuser({connection.user or "postgres": connection.dbname, "postgres": "postgres"})
     return made
