@@ -35,8 +35,8 @@ $(VENV)/.dev: $(VENV)/.local requirements/dev.txt
 install: $(VENV)/.local
 install-dev: $(VENV)/.dev
 
-demo: $(VENV)/.local ## Back up a real database, damage it, restore it to the second before, check it
-	$(SAY) "demo: local servers, backup, proof, damage, restore"
+demo: $(VENV)/.local ## Back up a real database, damage it, restore it to the second before; restore it from a copy elsewhere
+	$(SAY) "demo: local servers, backup, proof, damage, restore, a blocked shop, a lost site"
 	@$(BIN)/ops demo
 
 ui: $(VENV)/.local ## The Dagster web UI over the local stack

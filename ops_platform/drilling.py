@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING
 
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.drills import forecast
+from ops_platform.drills.begin import Beginner, Request
+from ops_platform.drills.engine import Engine
 from ops_platform.drills.loader import runbooks
 from ops_platform.drills.model import Drill
 from ops_platform.drills.overdue import Standing, standings
 from ops_platform.drills.scorecard import card_of
 from ops_platform.drills.store import Store
 from ops_platform.drills.workspace import drills_of
+from ops_platform.errors import RefusedError
 from ops_platform.inventory.values import format_duration
 from ops_platform.ledger import Ledger
 from ops_platform.recovery.model import Verdict
@@ -33,6 +36,26 @@ def open_store(access: Access, clock: Clock = SYSTEM_CLOCK) -> Generator[Store]:
     """Raises UsageError where the platform has no database: a drill that nobody can record is not held."""
     with Ledger(access.platform_db, clock=clock) as ledger:
         yield Store(ledger, clock=clock)
+
+
+def begin(access: Access, store: Store, request: Request) -> Drill:
+    """The drill, begun. Raises RefusedError with every guard's reason, and what to do where a second person is asked for."""
+    begun = Beginner(access, store).begin(request)
+    if begun.drill is not None:
+        return begun.drill
+    refused = [ruling for ruling in begun.result.rulings if not ruling.allows]
+    asked = any(ruling.guard in ("approval", "second person") for ruling in refused)
+    raise RefusedError(
+        "; ".join(f"{ruling.guard}: {ruling.reason}" for ruling in refused) or begun.result.status.value,
+        where=f"{request.book.id} on {request.subject.id}",
+        remedy=f"as a second person: ops drill approve {begun.result.plan.digest}" if asked else None,
+    )
+
+
+def hold(access: Access, store: Store, drill_id: str, actor: str) -> tuple[Drill, Path]:
+    """Go on with a drill that was begun, to its end and in this process. The drill, and the path of its page."""
+    held = Engine(access, store, actor).run(drill_id)
+    return held, write_reports(access, store, held)
 
 
 def standing(access: Access, store: Store, clock: Clock = SYSTEM_CLOCK) -> list[Standing]:

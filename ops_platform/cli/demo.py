@@ -10,15 +10,17 @@ import click
 from ops_platform.errors import OpsError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ops_platform.clients.access import Access
     from ops_platform.local.parts import Place
 
-from ops_platform.cli.common import console, opened, span
+from ops_platform.cli.common import actor, console, opened, size, span
 
 
 @click.command()
 def demo() -> None:
-    """Back up a live shop, prove the backup, lose its payments, bring them back; then let a blocked shop be helped."""
+    """Back up a live shop, prove the backup, lose its payments, bring them back; help a blocked shop; lose the whole site."""
     from ops_platform.local import demo as story
     from ops_platform.local import stack
     from ops_platform.proof import reports_directory
@@ -53,9 +55,12 @@ def demo() -> None:
         _say(f"all {count} payments are back, to the cent: {total}")
         report = reports_directory(access) / f"{story.TARGET}.html"
         _blocked(access, story.place())
+        page = _second_site(access)
+        _record(access)
     click.echo()
     click.secho(f"Done in {span(time.monotonic() - began)}.", bold=True)
     click.echo(f"report:  {report}")
+    click.echo(f"drill:   {page}")
     click.echo("web UI:  make ui")
     click.echo("stop:    .venv/bin/ops local down")
 
@@ -63,7 +68,6 @@ def demo() -> None:
 def _blocked(access: Access, place: Place) -> None:
     """A session blocks the shop; the daemon sees the event, ends the session, verifies, records."""
     from ops_platform.ledger import Ledger
-    from ops_platform.ledger.anchored import open_anchored
     from ops_platform.local import blocked
     from ops_platform.remediation.store import Store
     from ops_platform.remediation.words import lines
@@ -82,7 +86,39 @@ def _blocked(access: Access, place: Place) -> None:
         if blocked.orders_wait(place):
             raise OpsError("the shop still waits", where=incident.id)
 
-    _step(7, "The record of all that")
+
+def _second_site(access: Access) -> Path:
+    """The repository is copied, and the database restored from the copy alone. The path of the drill's page."""
+    from ops_platform.cli.drill import say_card
+    from ops_platform.drilling import begin, hold, open_store
+    from ops_platform.drills.begin import planned
+    from ops_platform.local import demo as story
+    from ops_platform.proof import copy_over
+    from ops_platform.reports.terminal import progress_bar
+
+    _step(7, "The whole site is lost; the database comes back from the copy alone")
+    target = access.inventory.target(story.TARGET)
+    _say(f"ops backup replicate {target.id}")
+    for copy in target.repository.copies:
+        with progress_bar(f"{target.id} to {copy.id}") as progress:
+            copied = copy_over(access, target, copy.id, actor=actor(), progress=progress)
+        if not copied.whole:
+            raise OpsError("; ".join(copied.wrong), where=f"{target.id} at {copy.id}")
+        _say(f"{copied.objects} objects ({size(copied.bytes)}) copied, under another key")
+    _say(f"ops drill run {story.SITE_DRILL}")
+    with open_store(access) as store:
+        request = planned(access, story.SITE_DRILL, None, {}, operator=actor(), trigger="ops demo")
+        held, page = hold(access, store, begin(access, store, request).id, actor())
+    say_card(held)
+    if held.verdict != "PASS":
+        raise OpsError(f"the drill ended with {held.verdict}: {held.reason}", where=held.id)
+    return page
+
+
+def _record(access: Access) -> None:
+    from ops_platform.ledger.anchored import open_anchored
+
+    _step(8, "The record of all that")
     with open_anchored(access) as anchored:
         found = anchored.verify()
         if not found.ok:

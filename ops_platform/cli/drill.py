@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ops_platform.cli.common import Commands, actor, ago, emit, json_option, opened, parse_moment, span, stamp, table
-from ops_platform.errors import RefusedError, UsageError
+from ops_platform.errors import UsageError
 
 if TYPE_CHECKING:
     from ops_platform.actions import ActionResult
@@ -151,34 +151,23 @@ def run(
 
         emit(DrillCard, card_of(held))
     else:
-        _say_card(held)
+        say_card(held)
     ctx.exit(_EXITS.get(held.verdict or "", 3))
 
 
 def _held(access: Access, store: Store, request: Request) -> Drill:
-    from ops_platform.drills.begin import Beginner
+    from ops_platform.drilling import begin
 
-    begun = Beginner(access, store).begin(request)
-    if begun.drill is None:
-        said = (
-            "; ".join(f"{r.guard}: {r.reason}" for r in begun.result.rulings if not r.allows)
-            or begun.result.status.value
-        )
-        digest = begun.result.plan.digest
-        raise RefusedError(
-            said, where=f"{request.book.id} on {request.subject.id}", remedy=f"as a second person: ops drill approve {digest}"
-            if any(r.guard in ("approval", "second person") and not r.allows for r in begun.result.rulings) else None,
-        )  # fmt: skip
-    click.echo(f"drill {begun.drill.id} began", err=True)
-    return _held_to_its_end(access, store, begun.drill.id)
+    begun = begin(access, store, request)
+    click.echo(f"drill {begun.id} began", err=True)
+    return _held_to_its_end(access, store, begun.id)
 
 
 def _held_to_its_end(access: Access, store: Store, drill_id: str) -> Drill:
-    from ops_platform.drilling import write_reports
-    from ops_platform.drills.engine import Engine
+    from ops_platform.drilling import hold
 
-    held = Engine(access, store, actor()).run(drill_id)
-    click.echo(f"report: {write_reports(access, store, held)}", err=True)
+    held, report = hold(access, store, drill_id, actor())
+    click.echo(f"report: {report}", err=True)
     return held
 
 
@@ -249,14 +238,14 @@ def show(drill_id: str, as_json: bool) -> None:
         emit(Drill, found)
         return
     if found.card is not None:
-        _say_card(found)
+        say_card(found)
         return
     click.echo(f"{found.id} {found.runbook} on {found.subject}: {found.state.value} {found.reason}")
     rows = [[r.step, r.state.value, span(r.seconds) if r.seconds is not None else "-", r.said] for r in steps.values()]
     table(rows, ["step", "state", "took", "said"])
 
 
-def _say_card(found: Drill) -> None:
+def say_card(found: Drill) -> None:
     from ops_platform.drills.scorecard import card_of
 
     card = card_of(found)
@@ -396,5 +385,5 @@ def recover(
 
         emit(DrillCard, card_of(held))
     else:
-        _say_card(held)
+        say_card(held)
     ctx.exit(_EXITS.get(held.verdict or "", 3))

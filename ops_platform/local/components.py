@@ -26,6 +26,7 @@ from ops_platform.local.parts import HOST, Component, Place, answers, inventory_
 MAJOR = 18
 BUCKET = "ops-backups"
 LEDGER_BUCKET = "ops-ledger"
+COPIES_BUCKET = "ops-copies"
 
 
 # OpenBao
@@ -181,7 +182,7 @@ def _s3_start(place: Place) -> Process:
     command += [f"-s3.cert.file={place.secret_file('s3.crt')}", f"-s3.key.file={place.secret_file('s3.key')}"]
     # Each bucket takes several volumes; when the limit is reached the store answers 500 to every write.
     command += ["-volume.max=1000", "-master.volumeSizeLimitMB=256", f"-s3.localSocket={place.directory / 's3.sock'}"]
-    command.append("-volume.preStopSeconds=0")  # nobody else would have to notice: it stops in 15 s instead of 25
+    command.append("-volume.preStopSeconds=0")  # nobody else would have to notice
     return spawn(command, place.log("s3"))
 
 
@@ -218,9 +219,9 @@ def _s3_finish(place: Place) -> None:
     """The backups' bucket is made when the store is asked whether it is ready; in the ledger's nothing can be deleted."""
     from ops_platform.clients.s3 import S3Store
 
-    store = S3Store(s3_settings(place, LEDGER_BUCKET))
-    store.create_bucket(object_lock=True)
-    store.close()
+    for bucket, lock in ((COPIES_BUCKET, False), (LEDGER_BUCKET, True)):
+        with contextlib.closing(S3Store(s3_settings(place, bucket))) as store:
+            store.create_bucket(object_lock=lock)
 
 
 def _key_usage(ca: bool) -> Any:
@@ -522,6 +523,8 @@ COMPONENTS: tuple[Component, ...] = (
             "s3-grpc",
             *(f"s3-{n}{g}" for n in ("master", "volume", "filer") for g in ("", "-grpc")),
         ),
+        # Its volumes are closed at once; then its parts wait a quarter of a minute for each other's connections.
+        patience=2.0,
     ),
     Component(
         "platform-db",

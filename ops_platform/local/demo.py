@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 TARGET = "app-db"
 TABLE = "shop.payments"
+SITE_DRILL = "site-monthly"
 Say = Callable[[str], None]
 
 
