@@ -44,6 +44,11 @@ class Replication:
     priority: int = 100  # 0: never to become master
 
 
+def pairs(answer: Any) -> dict[str, Any]:
+    """Names and values: one after the other in a list, or a map where the client library has made one of them."""
+    return answer if isinstance(answer, dict) else dict(zip(answer[::2], answer[1::2], strict=True))
+
+
 class RedisSession:
     """A connection to one server."""
 
@@ -78,8 +83,7 @@ class RedisSession:
 
     def config(self, setting: str) -> str:
         """One setting. Raises NotThereError for one that this server does not have."""
-        flat = self.call("CONFIG", "GET", setting)
-        found = dict(zip(flat[::2], flat[1::2], strict=True))
+        found = pairs(self.call("CONFIG", "GET", setting))
         if setting not in found:
             raise NotThereError(f"this Redis has no setting {setting}", where=self.address)
         return str(found[setting])
@@ -258,8 +262,7 @@ class Redis:
     def _of_sentinel(self, session: RedisSession) -> list[Member]:
         master = self.seen_master(session.address)
         found = [Member(master, "master")]
-        for flat in session.call("SENTINEL", "REPLICAS", self.master):
-            one = dict(zip(flat[::2], flat[1::2], strict=True)) if isinstance(flat, list) else flat
+        for one in map(pairs, session.call("SENTINEL", "REPLICAS", self.master)):
             down = bool({"s_down", "o_down"} & set(one["flags"].split(",")))
             found.append(Member(f"{one['ip']}:{one['port']}", "replica", master, down=down))
         return found

@@ -9,15 +9,17 @@ import asyncio
 import contextlib
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from ops_platform.inventory.systems import KafkaSystem, RedisSystem
 
 if TYPE_CHECKING:
     import psycopg
 
     from ops_platform.clients.access import Access
     from ops_platform.clients.kafka import Kafka
-    from ops_platform.clients.redis import Redis
     from ops_platform.drills.model import Drill
     from ops_platform.drills.runbook import Probe
     from ops_platform.drills.store import Store
@@ -79,7 +81,7 @@ class Refused(Exception):
     """In a word or two."""
 
 
-class Pool(Generic[C]):
+class Pool(ABC, Generic[C]):
     """Connections that were found to fit. An attempt that fails throws its own away."""
 
     numbers = False
@@ -138,18 +140,20 @@ class Pool(Generic[C]):
     def close(self) -> None:
         """The process ends after it."""
 
+    @abstractmethod
     async def open(self, host: str, port: int) -> C | None:
         """None: this server does not fit."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def ask(self, connection: C, n: int) -> None:
-        raise NotImplementedError
+        """Raises whatever keeps it from a good answer."""
 
     def usable(self, connection: C) -> bool:
         return True
 
+    @abstractmethod
     def drop(self, connection: C) -> None:
-        raise NotImplementedError
+        """One that failed, without waiting for it."""
 
 
 class PostgresAsker(Pool["psycopg.AsyncConnection[Any]"]):
@@ -199,8 +203,7 @@ class RedisAsker(Pool[Any]):
     """SADD of its number to the drill's key, with WAIT where acknowledgement of replicas is asked for; or a read of the key."""
 
     def __init__(self, access: Access, held: Drill, key: str, given: Any, *, writes: bool) -> None:
-        system: Any = access.inventory.subject(held.subject)
-        self.redis: Redis = access.redis(system)
+        self.redis = access.redis(access.inventory.system(held.subject, RedisSystem))
         self.key, self.numbers = key, writes
         self.copies: int = given.copies if writes else 0
         self.of_master: bool = writes or given.role == "master"
@@ -261,8 +264,7 @@ def topic_of(held: Drill) -> str:
 
 
 def _kafka(access: Access, held: Drill) -> Kafka:
-    system: Any = access.inventory.subject(held.subject)
-    return access.kafka(system)
+    return access.kafka(access.inventory.system(held.subject, KafkaSystem))
 
 
 class KafkaWriter:

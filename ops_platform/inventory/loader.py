@@ -348,11 +348,7 @@ def _references(raw: dict[Any, Any]) -> Iterator[tuple[KeyPath, Any, dict[Any, A
     checkpoints = _table(_table(raw.get("platform")).get("ledger"))
     yield ("platform", "ledger", "store"), checkpoints.get("store"), stores, "store"
     yield ("platform", "ledger", "vault"), checkpoints.get("vault"), vaults, "vault"
-    gits: dict[Any, Any] = {
-        entry["id"]: entry
-        for entry in map(_table, _list(raw.get("systems")))
-        if entry.get("kind") == "git" and isinstance(entry.get("id"), str)
-    }
+    gits = {name: entry for name, entry in _by_id(raw, "systems").items() if entry.get("kind") == "git"}
     for number, system in enumerate(_list(raw.get("systems"))):
         here, entry = ("systems", number), _table(system)
         yield (*here, "owner"), entry.get("owner"), owners, "owner"
@@ -411,7 +407,7 @@ def _remediation_references(raw: dict[Any, Any]) -> Iterator[tuple[KeyPath, Any,
 def _drill_references(
     raw: dict[Any, Any], owners: dict[Any, Any]
 ) -> Iterator[tuple[KeyPath, Any, dict[Any, Any], str]]:
-    subjects = _subjects(raw)
+    subjects = _by_id(raw, "systems", "targets")
     for number, drill in enumerate(_list(_table(raw.get("drills")).get("plan"))):
         here, entry = ("drills", "plan", number), _table(drill)
         yield (*here, "owner"), entry.get("owner"), owners, "owner"
@@ -419,16 +415,13 @@ def _drill_references(
             yield (*here, "targets", place), name, subjects, "target or system"
 
 
-def _subjects(raw: dict[Any, Any]) -> dict[Any, Any]:
-    return {
-        entry["id"]: entry
-        for entry in map(_table, (*_list(raw.get("systems")), *_list(raw.get("targets"))))
-        if isinstance(entry.get("id"), str)
-    }
+def _by_id(raw: dict[Any, Any], *tables: str) -> dict[Any, Any]:
+    entries = (_table(entry) for table in tables for entry in _list(raw.get(table)))
+    return {entry["id"]: entry for entry in entries if isinstance(entry.get("id"), str)}
 
 
 def _dependencies(raw: dict[Any, Any]) -> Iterator[tuple[KeyPath, Any, dict[Any, Any], str]]:
-    subjects = _subjects(raw)
+    subjects = _by_id(raw, "systems", "targets")
     for table in ("targets", "systems"):
         for number, entry in enumerate(map(_table, _list(raw.get(table)))):
             for place, name in enumerate(_list(entry.get("depends_on"))):

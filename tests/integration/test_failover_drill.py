@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from ops_platform.drills.begin import Beginner, planned
-from ops_platform.drills.model import Drill, DrillCard
-from ops_platform.drills.scorecard import card_of
 from tests import patroni_rig
-from tests.drill_rig import Held, ledger_database
+from tests.drill_rig import Held, ledger_database, measured, passed
 from tests.rig import Cluster, Platform, eventually
 
 pytestmark = pytest.mark.xdist_group("patroni")
@@ -44,17 +42,6 @@ def held(
     return Held(own, platform)
 
 
-def scorecard(drill: Drill) -> DrillCard:
-    card = card_of(drill)
-    assert card is not None
-    assert card.verdict == "PASS", (card.reason, [(s.id, s.state, s.said) for s in card.steps])
-    return card
-
-
-def measured(card: DrillCard) -> dict[str, float]:
-    return {one.name: one.value for one in card.measured if one.value is not None}
-
-
 def rows_left(patroni: patroni_rig.Patroni) -> int:
     with patroni.leader.connect() as connection:
         row = connection.execute("select count(*) from ops_canary.drill_writes").fetchone()
@@ -63,7 +50,7 @@ def rows_left(patroni: patroni_rig.Patroni) -> int:
 
 def test_a_killed_primary_costs_seconds_and_no_acknowledged_write(held: Held, patroni: patroni_rig.Patroni) -> None:
     old = patroni.leader
-    card = scorecard(held.drill("failover-drill", seconds_before=2))
+    card = passed(held.drill("failover-drill", seconds_before=2))
     assert patroni.leader is not old
     found = measured(card)
     assert found["errors"] > 0
@@ -79,7 +66,7 @@ def test_a_killed_primary_costs_seconds_and_no_acknowledged_write(held: Held, pa
 
 def test_a_frozen_primary_is_replaced_and_follows_when_it_wakes(held: Held, patroni: patroni_rig.Patroni) -> None:
     old = patroni.leader
-    card = scorecard(held.drill("freeze-drill", seconds_before=2))
+    card = passed(held.drill("freeze-drill", seconds_before=2))
     assert patroni.leader is not old
     assert measured(card)["rpo"] == 0
     frozen = [resource for resource in card.teardown if resource.kind == "frozen"]
@@ -89,7 +76,7 @@ def test_a_frozen_primary_is_replaced_and_follows_when_it_wakes(held: Held, patr
 
 def test_a_switchover_there_and_back_loses_nothing(held: Held, patroni: patroni_rig.Patroni) -> None:
     line = patroni.leader.state()["timeline"]
-    card = scorecard(held.drill("switchover-drill", seconds_before=2))
+    card = passed(held.drill("switchover-drill", seconds_before=2))
     assert patroni.leader.state()["timeline"] == line + 2
     assert measured(card)["rpo"] == 0
     assert [step.state for step in card.steps if step.id in ("there", "back")] == ["done", "done"]

@@ -67,15 +67,22 @@ def kill_server(context: Context, which: Callable[[], tuple[str, int, dict[str, 
 
 def freeze_server(context: Context, which: Callable[[], tuple[str, int, dict[str, Any]]]) -> Done:
     """SIGSTOP of one process; the teardown lets it go on."""
-    if (before := noted(context)) is not None:
-        freeze(before.detail["processes"])
-        return Done("an interrupted attempt had done it", {k: v for k, v in before.detail.items() if k != "processes"})
+    if (done := frozen_before(context)) is not None:
+        return done
     name, port, facts = which()
     process = listens(port)
     facts |= {"at": context.clock.now().isoformat()}
     context.register("frozen", name, facts, processes=[[process.pid, process.started]])
     freeze([[process.pid, process.started]])
     return Done(f"{name}: process {process.pid} hangs", facts)
+
+
+def frozen_before(context: Context) -> Done | None:
+    """What an interrupted attempt had begun to freeze is frozen; None where there was none."""
+    if (before := noted(context)) is None:
+        return None
+    freeze(before.detail["processes"])
+    return Done("an interrupted attempt had done it", {k: v for k, v in before.detail.items() if k != "processes"})
 
 
 def noted(context: Context) -> Resource | None:

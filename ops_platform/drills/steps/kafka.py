@@ -30,10 +30,7 @@ _NAMED = 5
 
 
 def _kafka(access: Access, subject_id: str) -> Kafka:
-    system = access.inventory.subject(subject_id)
-    if not isinstance(system, KafkaSystem):
-        raise CouldNotVerifyError("it is no Kafka", where=subject_id)
-    return access.kafka(system)
+    return access.kafka(access.inventory.system(subject_id, KafkaSystem))
 
 
 @contextlib.contextmanager

@@ -17,7 +17,17 @@ from ops_platform.clients.postgres import asking
 from ops_platform.drills.askers import TABLE
 from ops_platform.drills.model import Checked, Done
 from ops_platform.drills.registry import Context, NothingGiven, does
-from ops_platform.drills.steps.injection import After, children, freeze, kill_server, listens, noted, thaw, waited
+from ops_platform.drills.steps.injection import (
+    After,
+    children,
+    freeze,
+    frozen_before,
+    kill_server,
+    listens,
+    noted,
+    thaw,
+    waited,
+)
 from ops_platform.drills.steps.writes import Lost, acknowledged_writes, lost_of
 from ops_platform.errors import CouldNotVerifyError, OpsError, UnreachableError
 from ops_platform.inventory.base import Strict
@@ -145,10 +155,8 @@ def kill_primary(context: Context, given: NothingGiven) -> Done:
 )
 def freeze_primary(context: Context, given: NothingGiven) -> Done:
     """SIGSTOP of the primary, of all its processes and of its Patroni, on this machine: a host that hangs, and keeps its connections."""
-    before = noted(context)
-    if before is not None:
-        freeze(before.detail["processes"])
-        return Done("an interrupted attempt had done it", {k: v for k, v in before.detail.items() if k != "processes"})
+    if (done := frozen_before(context)) is not None:
+        return done
     member = _led(context)
     facts = _where(member) | {"at": context.clock.now().isoformat()}
     patroni, postmaster = listens(urlsplit(facts["url"]).port or 0), listens(int(member["port"]))

@@ -10,32 +10,20 @@ from ops_platform.clients.postgres import asking
 from ops_platform.drills.askers import TABLE
 from ops_platform.drills.model import Done, Resource
 from ops_platform.drills.registry import Context, Remover, does, removes
-from ops_platform.drills.steps.probes import start_probe
-from ops_platform.inventory.base import Strict
+from ops_platform.drills.steps.probes import Attempts, start_probe
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
 
 
-class Write(Strict):
-    """Of `postgres.write`."""
-
-    timeout_ms: int = Field(
-        default=1000, ge=50, le=60_000, description="An attempt without an answer by then has failed."
-    )
-
-
-class Read(Strict):
+class Read(Attempts):
     """Of `postgres.read`."""
 
-    timeout_ms: int = Field(
-        default=1000, ge=50, le=60_000, description="An attempt without an answer by then has failed."
-    )
     role: str = Field(default="any", pattern="^(any|primary)$", description="Which server it asks.")
 
 
-@does("postgres.write", "probe", given=Write, changes=lambda given: f"rows in {TABLE}, which go at the end")
-def write(context: Context, given: Write) -> Done:
+@does("postgres.write", "probe", given=Attempts, changes=lambda given: f"rows in {TABLE}, which go at the end")
+def write(context: Context, given: Attempts) -> Done:
     """A writer: numbered rows, each its own transaction. A number is acknowledged when its commit was answered."""
     target = context.target
     context.register("rows", f"{TABLE} of {target.id}", target=target.id)

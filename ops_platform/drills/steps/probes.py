@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from ops_platform.clients.processes import spawn
 from ops_platform.drills.model import Done
 from ops_platform.drills.probing import command, word_of
 from ops_platform.drills.registry import Context
 from ops_platform.drills.steps.basics import processes_with
 from ops_platform.errors import CouldNotVerifyError
+from ops_platform.inventory.base import Strict
 
 _STARTS_WITHIN = 30.0
+
+
+class Attempts(Strict):
+    """Of probes: how long one attempt may take."""
+
+    timeout_ms: int = Field(
+        default=1000, ge=50, le=60_000, description="An attempt without an answer by then has failed."
+    )
 
 
 def start_probe(context: Context) -> Done:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from ops_platform.clients.redis import SLOTS, Member, Redis
+from ops_platform.clients.redis import SLOTS, Member, Redis, pairs
 from ops_platform.drills.askers import key_of
 from ops_platform.drills.model import Checked, Done, Resource
 from ops_platform.drills.registry import Context, NothingGiven, Remover, does, removes
 from ops_platform.drills.steps.injection import After, Break, break_server, thaw, waited
-from ops_platform.drills.steps.probes import start_probe
+from ops_platform.drills.steps.probes import Attempts, start_probe
 from ops_platform.drills.steps.writes import Lost, acknowledged_writes, lost_of
 from ops_platform.errors import CouldNotVerifyError, OpsError
 from ops_platform.inventory.base import Strict
@@ -26,10 +25,7 @@ _MANY_KEYS = 10_000
 
 
 def _redis(access: Access, subject_id: str) -> Redis:
-    system = access.inventory.subject(subject_id)
-    if not isinstance(system, RedisSystem):
-        raise CouldNotVerifyError("it is no Redis", where=subject_id)
-    return access.redis(system)
+    return access.redis(access.inventory.system(subject_id, RedisSystem))
 
 
 def _master(redis: Redis, shard: str) -> Member:
@@ -127,23 +123,17 @@ def _whole_cluster(redis: Redis) -> tuple[bool, str]:
 # Probes
 
 
-class Write(Shard):
+class Write(Attempts, Shard):
     """Of `redis.write`."""
 
-    timeout_ms: int = Field(
-        default=1000, ge=50, le=60_000, description="An attempt without an answer by then has failed."
-    )
     copies: int = Field(
         default=0, ge=0, description="Replicas that must have it before it counts as acknowledged (WAIT)."
     )
 
 
-class Read(Strict):
+class Read(Attempts):
     """Of `redis.read`."""
 
-    timeout_ms: int = Field(
-        default=1000, ge=50, le=60_000, description="An attempt without an answer by then has failed."
-    )
     role: str = Field(default="any", pattern="^(any|master)$", description="Which server of the shard it asks.")
 
 
@@ -239,8 +229,7 @@ def new_master(context: Context, given: After) -> Done:
 def _missed(redis: Redis, old: str, node: str) -> bool:
     """Whether whoever decides holds it for down, or has replaced it."""
     if redis.mode == "sentinel":
-        flat: Any = redis.sentinel("MASTER", redis.master)
-        one: Mapping[str, str] = flat if isinstance(flat, dict) else dict(zip(flat[::2], flat[1::2], strict=True))
+        one = pairs(redis.sentinel("MASTER", redis.master))
         return f"{one['ip']}:{one['port']}" != old or bool({"s_down", "o_down"} & set(one["flags"].split(",")))
     with redis.at(next(host for host in redis.hosts if host != old)) as session:
         lines = [line.split() for line in str(session.call("CLUSTER", "NODES")).splitlines()]
