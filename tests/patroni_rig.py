@@ -57,7 +57,9 @@ class Node:
         return {
             "scope": "app", "namespace": "/ops/", "name": self.name,
             "restapi": {"listen": f"127.0.0.1:{self.rest}", "connect_address": f"127.0.0.1:{self.rest}"},
-            "etcd3": {"hosts": [f"127.0.0.1:{etcd}"]},
+            # Not etcd3: with it Patroni 3.0.2 (dcs/etcd3.py) puts the leader's key without comparing it, so that a leader whose lease ran out
+            # while it hung takes the lead from its successor when it wakes, before its watch has caught up.
+            "etcd": {"hosts": [f"127.0.0.1:{etcd}"]},
             "bootstrap": {
                 "dcs": cluster,
                 "initdb": [{"encoding": "UTF8"}, {"locale": "C"}, "data-checksums"],
@@ -133,6 +135,7 @@ class Patroni:
         flags = {
             "data-dir": home / "etcd", "listen-client-urls": urls[0], "advertise-client-urls": urls[0],
             "listen-peer-urls": urls[1], "initial-advertise-peer-urls": urls[1], "initial-cluster": f"default={urls[1]}",
+            "enable-v2": "true",
         }  # fmt: skip
         command = [program("etcd"), *(f"--{name}={value}" for name, value in flags.items())]
         self.etcd = Daemon("etcd", command, lambda: answers(f"{urls[0]}/health"), log=home / "etcd.log")
