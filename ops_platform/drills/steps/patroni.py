@@ -295,9 +295,28 @@ def switch_over(context: Context, given: Switch) -> Done:
 
 
 def _fittest(context: Context, leader: Mapping[str, Any], wanted: str) -> str:
-    """The one that is wanted, where it may: with synchronous replication Patroni hands over to a synchronous replica alone."""
-    fine = [m for m in cluster_of(context).replicas if _unfit(m, leader, 1 << 20) is None]
-    fine = [m for m in fine if m.get("role") == "sync_standby"] or fine
+    """The one that is wanted, where it may: with synchronous replication Patroni hands over to a synchronous replica alone, and after a
+    change of leaders it takes a while to choose one. Raises what `alive` raises while it has not."""
+    fine = _fine(context, leader)
+    if _is_synchronous(context):
+
+        def chosen() -> bool:
+            fine[:] = [m for m in _fine(context, leader) if m.get("role") == "sync_standby"]
+            return bool(fine)
+
+        context.wait(chosen, every=0.2)
     if not fine:
         raise CouldNotVerifyError("no replica is fit to lead", where=context.target.id)
     return str(min(fine, key=lambda m: (m["name"] != wanted, m.get("lag", 0)))["name"])
+
+
+def _fine(context: Context, leader: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [m for m in cluster_of(context).replicas if _unfit(m, leader, 1 << 20) is None]
+
+
+def _is_synchronous(context: Context) -> bool:
+    """By the first member that answers. Raises UnreachableError where none does."""
+    for api in context.access.patroni(context.target):
+        with contextlib.suppress(UnreachableError):
+            return bool(api.request("GET", "/config", timeout=2.0).json().get("synchronous_mode"))
+    raise UnreachableError(f"no Patroni of {context.target.id} answers")
