@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 EVERY = 10.0
+LONG_ENOUGH = 1.0  # seconds before a rate is said: blocks that end together say nothing about how fast they came
 
 
 @contextmanager
@@ -79,7 +80,7 @@ class _Lines:
             text += f": {size(seen.last)} of {size(seen.total)} ({share} %)"
         elif seen.last:
             text += f": {size(seen.last)}"
-        rate = (seen.last - before) / (now - since) if now > since else 0.0
+        rate = (seen.last - before) / (now - since) if now - since >= LONG_ENOUGH else 0.0
         if rate > 0:
             text += f", {size(rate)}/s"
             if seen.total and seen.total > seen.last:

@@ -1154,6 +1154,18 @@ def test_a_resumed_step_does_not_count_what_was_there_as_speed() -> None:
     assert "1.0 MiB/s" in out.getvalue()
 
 
+def test_no_rate_is_made_of_blocks_that_end_together() -> None:
+    out, clock = io.StringIO(), HandClock()
+    with progress_bar(stream=out, clock=clock) as progress:
+        progress("restore", 16 << 20, 72 << 20)
+        clock.at = 0.0001
+        progress("restore", 72 << 20, 72 << 20)
+    assert out.getvalue().splitlines() == [
+        "restore: 16.0 MiB of 72.0 MiB (22 %)",
+        "restore: 72.0 MiB of 72.0 MiB (100 %)",
+    ]
+
+
 def test_the_last_that_was_heard_is_said_when_it_ends_with_an_error() -> None:
     out, clock = io.StringIO(), HandClock()
 
