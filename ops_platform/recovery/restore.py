@@ -89,6 +89,7 @@ def plan(
     access: Access, target: Target, recovery: RecoveryTarget, into: Path, *, clock: Clock = SYSTEM_CLOCK
 ) -> RestorePlan:
     """Choose the backup and look at the ground. Raises UsageError with the window for a moment outside of it."""
+    _need_right(into)
     engine = open_engine(access, target, clock=clock)
     backup = engine.choose(recovery)
     install = need_postgres(backup.server_version // 10000, target.sandbox.postgres.values())
@@ -262,6 +263,7 @@ def _boot() -> str:
 
 def _begin(engine: BackupEngine, target: Target, recovery: RecoveryTarget, into: Path) -> BackupInfo:
     """The backup to use: newly chosen, or that of the unfinished restore that stands here."""
+    _need_right(into)
     work = work_directory(into)
     note = work / "restore.json"
     wanted = {
@@ -296,14 +298,27 @@ def _begin(engine: BackupEngine, target: Target, recovery: RecoveryTarget, into:
         work.mkdir(mode=0o700, exist_ok=True)
         into.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"the directory cannot be made: {error.strerror}", where=str(error.filename or into)) from None
+        where = str(error.filename or into)
+        raise UsageError(f"the directory cannot be made: {error.strerror}", where=where, remedy=_ANOTHER) from None
     user.own(work, into)
     _write_whole(note, json.dumps({**wanted, "backup": backup.backup_id}))
     return backup
 
 
 _NOT_EMPTY = "the directory is not empty"
+_ANOTHER = "name a directory below one that you may write to, or restore as a user who may"
 _CONTROL = "global/pg_control"
+
+
+def _need_right(into: Path) -> None:
+    """What goes on is noted beside the directory, so both have to be open to us. Raises UsageError."""
+    try:
+        places = {_existing(into), _existing(into.parent)}
+    except PermissionError as error:
+        raise UsageError("we may not look there", where=str(error.filename or into), remedy=_ANOTHER) from None
+    for place in sorted(places):
+        if place.is_dir() and not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
+            raise UsageError(f"we may not write to {place}", where=str(into), remedy=_ANOTHER)
 
 
 def _occupied(into: Path) -> bool:

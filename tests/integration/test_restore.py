@@ -231,6 +231,28 @@ def test_a_directory_with_something_in_it_is_refused(story: Story, place: Path) 
     assert any("not empty" in problem for problem in shown.problems)
 
 
+@pytest.mark.parametrize(("mode", "said"), [(0o000, "may not look"), (0o555, "may not write")])
+def test_a_place_that_is_closed_to_us_is_named(mode: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = scratch("ops-closed-")
+    closed.chmod(mode)
+    into, access = closed / "in" / "data", None  # refused before anybody is asked
+    monkeypatch.setattr(room, "open_engine", lambda *_args, **_options: None)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        for call in (restore, plan):
+            with pytest.raises(UsageError, match=said) as refused:
+                call(access, None, RecoveryTarget("latest"), into)
+            assert str(closed) in str(refused.value)
+            assert refused.value.remedy
+    finally:
+        if root:
+            os.seteuid(0)
+        closed.chmod(0o700)
+        shutil.rmtree(closed)
+
+
 def test_too_little_room_is_refused_before_anything_is_fetched(
     story: Story, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
