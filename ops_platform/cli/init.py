@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,7 @@ def init(
     """Write a commented platform.yaml by asking a live database for its version, size and settings."""
     from ops_platform.inventory.template import render
 
-    if out.exists():
+    if os.path.exists(out):  # noqa: PTH110 - Path.exists raises where we may not look; opening it then says so
         raise UsageError(
             "this file exists", where=str(out), remedy="name another one with --out; nothing is overwritten"
         )
@@ -67,7 +68,9 @@ def init(
         with out.open("x") as file:
             file.write(render(found))
     except OSError as error:
-        raise OpsError(f"the file cannot be written: {error.strerror}", where=str(out)) from None
+        raise OpsError(
+            f"the file cannot be written: {error.strerror}", where=str(out), remedy="name another place with --out"
+        ) from None
     click.echo(f"wrote {out}: PostgreSQL {found.version}, {found.size / 2**30:.1f} GiB")
     for note in found.notes:
         click.echo(f"note: {note}")
@@ -116,8 +119,6 @@ def _ask(
 
 
 def _secret(reference: SecretRef | None) -> Secret | None:
-    import os
-
     from ops_platform.inventory.values import Secret
 
     if reference is None:
@@ -125,13 +126,21 @@ def _secret(reference: SecretRef | None) -> Secret | None:
     if reference.scheme == "env":
         value = os.environ.get(reference.path)
         if not value:
-            raise UsageError(f"the environment variable {reference.path} is not set")
+            raise UsageError(
+                f"the environment variable {reference.path} is not set",
+                where="--password",
+                remedy=f"export {reference.path}=…, or name a file that holds the password: --password file://PATH",
+            )
         return Secret(value)
     if reference.scheme == "file":
         try:
             return Secret(Path(reference.path).read_text().rstrip("\n"))
         except OSError as error:
-            raise UsageError(f"the password's file cannot be read: {error.strerror}", where=reference.path) from None
+            raise UsageError(
+                f"the password's file cannot be read: {error.strerror}",
+                where=reference.path,
+                remedy="file:// takes the path of a file that holds the password alone and that you may read",
+            ) from None
     raise UsageError(
         "a vault:// reference cannot be resolved before there is an inventory",
         remedy="ask with env:// or file:// now, and put the vault:// reference into the file afterwards",

@@ -80,8 +80,9 @@ def load(path: Path | None = None) -> LoadedInventory:
     try:
         document = Document(file.read_bytes(), file.name)
     except OSError as error:
+        remedy = "ops init writes one" if isinstance(error, FileNotFoundError) else "make it a file that you may read"
         raise InventoryError(
-            f"the inventory cannot be read: {error.strerror}", where=str(file), remedy="ops init writes one"
+            f"the inventory cannot be read: {error.strerror}", where=str(file), remedy=remedy
         ) from None
     if not isinstance(document.value, dict):
         raise document.fail("the inventory is a mapping that begins with `version: 1`", 1)

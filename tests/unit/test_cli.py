@@ -145,6 +145,11 @@ def test_a_misspelt_word_is_guessed(words: list[str], meant: str) -> None:
         (["ledger", "verify", "--anchor", "12"], "42:"),
         (["completion", "tcsh"], "'tcsh' is not one of"),
         (["init"], "Missing option '--host'"),
+        (["init", "--host", "db", "--out", "/nowhere/p.yaml", "--password", "env://OPS_UNSET"], "export OPS_UNSET="),
+        (
+            ["init", "--host", "db", "--out", "/nowhere/p.yaml", "--password", "file:///nowhere/pw"],
+            "holds the password alone",
+        ),
         (["inventory", "check"], "ops init writes one"),
         (["-i", "/nowhere/platform.yaml", "inventory", "check"], "/nowhere/platform.yaml"),
     ],

@@ -362,8 +362,9 @@ def test_a_missing_file_names_itself_and_what_writes_one(tmp_path: Path, monkeyp
     with pytest.raises(InventoryError, match=r"nowhere\.yaml: the inventory cannot be read: No such file") as caught:
         load(tmp_path / "nowhere.yaml")
     assert caught.value.remedy == "ops init writes one"
-    with pytest.raises(InventoryError, match="cannot be read: Is a directory"):
+    with pytest.raises(InventoryError, match="cannot be read: Is a directory") as caught:
         load(tmp_path)
+    assert caught.value.remedy == "make it a file that you may read"
     monkeypatch.delenv("OPS_INVENTORY", raising=False)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InventoryError, match=r"there is no platform\.yaml here or above"):
