@@ -148,8 +148,9 @@ def three_brokers() -> Iterator[kafka_rig.Kafka]:
 
 @pytest.fixture
 def kafka_cluster(three_brokers: kafka_rig.Kafka) -> kafka_rig.Kafka:
-    """Three brokers, all of them alive when the test begins, whatever the one before has killed."""
+    """Three brokers, all of them alive and without topics when the test begins, whatever the one before has killed and left."""
     three_brokers.start()
+    three_brokers.delete_topics()
     return three_brokers
 
 

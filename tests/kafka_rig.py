@@ -197,7 +197,7 @@ class Kafka:
 
     def known(self) -> set[int]:
         """The brokers that clients are told of, whichever one they ask. Empty when nobody runs."""
-        told = [metadata(broker.port).brokers for broker in self._alive()]
+        told = [_told(broker) for broker in self._alive()]
         return set(frozenset.intersection(*told)) if told else set()
 
     # Clients
@@ -265,6 +265,13 @@ class Kafka:
     def delete_topic(self, name: str) -> None:
         self._do(lambda admin: admin.delete_topics([name]))
         eventually(lambda: not any(self._seen(name)), why=f"{name} is still there")
+
+    def delete_topics(self) -> None:
+        """All but Kafka's own."""
+        admin = self.admin
+        for name in admin.list_topics(timeout=_SECONDS).topics:
+            if not name.startswith("__"):
+                self.delete_topic(name)
 
     def recreate_topic(self, name: str, *, partitions: int = 1, **config: str) -> None:
         """Another topic of the same name, whose offsets begin at 0."""
@@ -443,6 +450,14 @@ class Kafka:
         admin = self.admin
         for asked in what(admin).values():
             asked.result(_SECONDS)
+
+
+def _told(broker: Broker) -> frozenset[int]:
+    """Whom a broker knows: nobody, while it comes up and takes connections that it cuts off."""
+    try:
+        return metadata(broker.port).brokers
+    except ConnectionError:
+        return frozenset()
 
 
 def _record(message: Message) -> Record:

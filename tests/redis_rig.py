@@ -62,6 +62,8 @@ class Redis:
         text = done.stdout.strip() or done.stderr.strip()
         if done.returncode == 0:
             return text
+        if "reset by peer" in text:
+            raise ConnectionResetError(text)
         if "Could not connect" in text or "closed the connection" in text:
             raise ConnectionError(text)
         raise RedisError(text)
@@ -71,7 +73,11 @@ class Redis:
         return json.loads(self.run("--json", *words))
 
     def info(self, section: str) -> dict[str, str]:
-        lines = (line.strip() for line in self.run("INFO", section).splitlines())
+        try:
+            said = self.run("INFO", section)
+        except ConnectionResetError:  # a sentinel that makes a master of it ends its clients' connections
+            said = self.run("INFO", section)
+        lines = (line.strip() for line in said.splitlines())
         return dict(line.split(":", 1) for line in lines if ":" in line)
 
     @property
