@@ -27,6 +27,7 @@ from ops_platform.drills.model import Checked, Done, Drill, DrillCard
 from ops_platform.drills.registry import Context, does
 from ops_platform.drills.scorecard import card_of
 from ops_platform.drills.steps.basics import measure, processes_with
+from ops_platform.drills.steps.injection import Break, at, break_server
 from ops_platform.drills.store import Store
 from ops_platform.errors import OpsError
 from ops_platform.inventory import load
@@ -177,6 +178,18 @@ def freeze(context: Context, given: Freeze) -> Done:
         os.kill(one.pid, signal.SIGSTOP)
     moment()
     return Done("it is frozen")
+
+
+class Broken(Break):
+    """Of `toy.break`."""
+
+    address: str
+
+
+@does("toy.break", "inject", given=Broken)
+def break_it(context: Context, given: Broken) -> Done:
+    """Kill or freeze whoever serves an address."""
+    return break_server(context, given.how, lambda: at("it", given.address))
 
 
 class Say(Strict):

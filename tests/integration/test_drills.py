@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,8 +17,11 @@ from click.testing import CliRunner, Result
 
 from ops_platform.actions import Status
 from ops_platform.cli.main import cli
+from ops_platform.clients.postgres_binaries import free_port
+from ops_platform.clients.processes import Process, spawn, stop
 from ops_platform.drills.model import DrillState, Ending, StepState
 from ops_platform.drills.scorecard import card_of
+from ops_platform.drills.steps import injection
 from ops_platform.errors import ConflictError, UsageError
 from ops_platform.remediation import store as incidents
 from ops_platform.remediation.model import Ending as IncidentEnding
@@ -24,6 +29,7 @@ from ops_platform.remediation.model import Opening
 from tests.drill_rig import TRIED, Bench
 from tests.remediation_rig import a_signal
 from tests.rig import Cluster, eventually
+from tests.servers import accepts
 
 SAY: dict[str, Any] = {"id": "say", "kind": "act", "does": "toy.say"}
 
@@ -232,6 +238,45 @@ def test_an_abort_puts_back_what_was_broken(bench: Bench) -> None:
     assert (drill.state, drill.ending, drill.verdict) == (DrillState.ENDED, Ending.ABORTED, "COULD_NOT_VERIFY")
     assert "bob" in drill.reason
     assert bench.remains() == []
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[Process, str]]:
+    """A process of ours that serves an address, and nothing else."""
+    port = free_port()
+    serve = f"import socket, time; s = socket.create_server(('127.0.0.1', {port})); time.sleep(600)"
+    process = spawn([sys.executable, "-c", serve], tmp_path / "log")
+    eventually(lambda: accepts(port), why="it does not listen")
+    yield process, f"127.0.0.1:{port}"
+    assert stop(process, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("how", ["kill", "freeze"])
+def test_a_server_elsewhere_is_not_broken_by_its_port(bench: Bench, server: tuple[Process, str], how: str) -> None:
+    process, address = server
+    elsewhere = address.replace("127.0.0.1", "127.0.0.2")
+    bench.both(
+        "toys", [{"id": "loss", "kind": "inject", "does": "toy.break", "with": {"address": elsewhere, "how": how}}]
+    )
+    drill = bench.drill("toys")
+    assert (drill.verdict, drill.ending) == ("FAIL", Ending.FAILED)
+    assert f"{elsewhere}: nobody answers there" in drill.reason
+    assert process.alive
+    assert bench.engine.store.resources(drill.id) == []
+
+
+def test_a_server_that_will_not_die_is_a_failed_drill(
+    bench: Bench, server: tuple[Process, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(injection, "_DIES_WITHIN", 0.2)
+    bench.both("toys", [{"id": "loss", "kind": "inject", "does": "toy.break", "with": {"address": server[1]}}])
+    with monkeypatch.context() as deaf:
+        deaf.setattr(injection.os, "kill", lambda _pid, _signal: None)
+        drill = bench.drill("toys")
+    assert (drill.verdict, drill.ending) == ("FAIL", Ending.FAILED)
+    assert f"it did not die: process {server[0].pid} is alive" in drill.reason
+    assert bench.drill("toys").verdict == "PASS"
+    assert not server[0].alive
 
 
 def test_a_teardown_that_fails_is_a_failed_drill_and_stays_a_finding_until_one_shows_that_it_is_gone(

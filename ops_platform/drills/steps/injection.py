@@ -1,4 +1,4 @@
-"""What breaks a server of this machine: the process is found by the port on which it listens, so the drill runs where the server does.
+"""What breaks a server of this machine: the process is found by the address that it serves (`listens`), so the drill runs where the server does.
 
 Written down before it is done, with the process: an attempt that was interrupted must not break the next server, too.
 """
@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
+from ops_platform.clients.listeners import listens, parent_of
 from ops_platform.clients.processes import Process, identify
 from ops_platform.drills.model import Done, Resource
 from ops_platform.drills.registry import Context, Remover, removes
@@ -38,22 +40,38 @@ class After(Strict):
     injected: Id = Field(description="The step that broke the server.")
 
 
-def break_server(context: Context, how: str, which: Callable[[], tuple[str, int, dict[str, Any]]]) -> Done:
-    """Kill or freeze one process. `which`: its name, its port, what later steps have to know; not asked again after an interruption."""
+@dataclass(frozen=True)
+class Server:
+    """One that is to be broken. `facts`: what later steps have to know."""
+
+    name: str
+    host: str
+    port: int
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+def at(name: str, address: str, **facts: Any) -> Server:
+    """By host:port, [host]:port where the host is an address of version 6."""
+    host, _, port = address.rpartition(":")
+    return Server(name, host.strip("[]"), int(port), facts)
+
+
+def break_server(context: Context, how: str, which: Callable[[], Server]) -> Done:
+    """Kill or freeze one process. `which` is not asked again after an interruption."""
     return (freeze_server if how == "freeze" else kill_server)(context, which)
 
 
-def kill_server(context: Context, which: Callable[[], tuple[str, int, dict[str, Any]]]) -> Done:
-    """kill -9; whether it died is looked at. Raises CouldNotVerifyError where it did not."""
+def kill_server(context: Context, which: Callable[[], Server]) -> Done:
+    """kill -9; whether it died is looked at. Raises CouldNotVerifyError where it did not, and what `listens` raises."""
     if (before := noted(context)) is not None:
         process = Process(before.detail["pid"], before.detail["started"])
         with contextlib.suppress(ProcessLookupError):
             if process.alive:
                 os.kill(process.pid, signal.SIGKILL)
         return Done("an interrupted attempt had done it", dict(before.detail))
-    name, port, facts = which()
-    process = listens(port)
-    facts |= {"at": context.clock.now().isoformat(), "pid": process.pid, "started": process.started}
+    server = which()
+    process, name = listens(server.host, server.port), server.name
+    facts = {**server.facts, "at": context.clock.now().isoformat(), "pid": process.pid, "started": process.started}
     context.register("injected", name, facts)
     os.kill(process.pid, signal.SIGKILL)
     facts |= {"at": context.clock.now().isoformat()}
@@ -65,16 +83,16 @@ def kill_server(context: Context, which: Callable[[], tuple[str, int, dict[str, 
     return Done(f"{name}: process {process.pid} was killed", facts)
 
 
-def freeze_server(context: Context, which: Callable[[], tuple[str, int, dict[str, Any]]]) -> Done:
-    """SIGSTOP of one process; the teardown lets it go on."""
+def freeze_server(context: Context, which: Callable[[], Server]) -> Done:
+    """SIGSTOP of one process; the teardown lets it go on. Raises what `listens` raises."""
     if (done := frozen_before(context)) is not None:
         return done
-    name, port, facts = which()
-    process = listens(port)
-    facts |= {"at": context.clock.now().isoformat()}
-    context.register("frozen", name, facts, processes=[[process.pid, process.started]])
+    server = which()
+    process = listens(server.host, server.port)
+    facts = {**server.facts, "at": context.clock.now().isoformat()}
+    context.register("frozen", server.name, facts, processes=[[process.pid, process.started]])
     freeze([[process.pid, process.started]])
-    return Done(f"{name}: process {process.pid} hangs", facts)
+    return Done(f"{server.name}: process {process.pid} hangs", facts)
 
 
 def frozen_before(context: Context) -> Done | None:
@@ -119,55 +137,8 @@ def waited(context: Context, look: Callable[[], tuple[bool, str]], *, every: flo
     return said[0]
 
 
-def listens(port: int) -> Process:
-    """The process that listens on a port of this machine. Raises CouldNotVerifyError: it is elsewhere, or may not be seen."""
-    inodes = set(_listening(port))
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            for link in (entry / "fd").iterdir():
-                target = str(link.readlink())
-                if target.startswith("socket:[") and target[8:-1] in inodes:
-                    found = _first_of(int(entry.name), inodes)
-                    if found is not None:
-                        return found
-    raise CouldNotVerifyError(
-        f"no process of this machine that we may see listens on port {port}",
-        remedy="hold the drill on its machine, as a user who may signal it",
-    )
-
-
-def _first_of(pid: int, inodes: set[str]) -> Process | None:
-    """A server's children inherit its socket: the eldest that has it is the one."""
-    while True:
-        parent = _parent(pid)
-        if parent is None or parent <= 1 or not _holds(parent, inodes):
-            return identify(pid)
-        pid = parent
-
-
-def _holds(pid: int, inodes: set[str]) -> bool:
-    with contextlib.suppress(OSError):
-        return any(str(link.readlink())[8:-1] in inodes for link in Path(f"/proc/{pid}/fd").iterdir())
-    return False
-
-
-def _listening(port: int) -> Iterator[str]:
-    for table in ("tcp", "tcp6"):
-        with contextlib.suppress(OSError):
-            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-                fields = line.split()
-                if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
-                    yield fields[9]
-
-
-def _parent(pid: int) -> int | None:
-    with contextlib.suppress(OSError, ValueError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return None
-
-
 def children(pid: int) -> list[Process]:
-    found = [int(entry.name) for entry in Path("/proc").glob("[0-9]*") if _parent(int(entry.name)) == pid]
+    found = [int(entry.name) for entry in Path("/proc").glob("[0-9]*") if parent_of(int(entry.name)) == pid]
     return [process for one in found if (process := identify(one)) is not None]
 
 

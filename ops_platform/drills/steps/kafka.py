@@ -14,7 +14,7 @@ from ops_platform.drills.askers import topic_of
 from ops_platform.drills.model import Checked, Confidence, Done, Measured, Resource
 from ops_platform.drills.registry import Context, NothingGiven, Remover, does, removes
 from ops_platform.drills.steps.basics import moment_of
-from ops_platform.drills.steps.injection import After, Break, break_server, thaw, waited
+from ops_platform.drills.steps.injection import After, Break, Server, break_server, thaw, waited
 from ops_platform.drills.steps.probes import start_probe
 from ops_platform.drills.steps.writes import Lost, acknowledged_writes, lost_of
 from ops_platform.errors import CouldNotVerifyError, OpsError
@@ -233,13 +233,14 @@ removes("consumer group", Remover(_delete_group, _group_left, local=False))
 def break_broker(context: Context, given: Break) -> Done:
     """The broker that leads the drill's topic is killed or frozen, on this machine. Whoever supervises it has to start it again."""
 
-    def which() -> tuple[str, int, dict[str, Any]]:
+    def which() -> Server:
         kafka, topic = _kafka(context.access, context.subject.id), topic_of(context.held)
         metadata = _metadata(kafka)
         leader = metadata.topics[topic].partitions[0].leader
         if leader not in metadata.brokers:
             raise CouldNotVerifyError("nobody leads the drill's topic, so there is no broker to break", where=topic)
-        return f"broker {leader}", metadata.brokers[leader].port, {"broker": leader, "topic": topic}
+        broker = metadata.brokers[leader]
+        return Server(f"broker {leader}", broker.host, broker.port, {"broker": leader, "topic": topic})
 
     return break_server(context, given.how, which)
 

@@ -13,17 +13,19 @@ from urllib.parse import urlsplit
 
 from pydantic import Field
 
+from ops_platform.clients.listeners import listens
 from ops_platform.clients.postgres import asking
+from ops_platform.clients.processes import Process
 from ops_platform.drills.askers import TABLE
 from ops_platform.drills.model import Checked, Done
 from ops_platform.drills.registry import Context, NothingGiven, does
 from ops_platform.drills.steps.injection import (
     After,
+    Server,
     children,
     freeze,
     frozen_before,
     kill_server,
-    listens,
     noted,
     thaw,
     waited,
@@ -134,16 +136,25 @@ def _where(member: Mapping[str, Any]) -> dict[str, Any]:
     """What later steps have to know of the old primary."""
     parts = urlsplit(str(member["api_url"]))
     url = f"{parts.scheme}://{parts.netloc}"
-    return {"member": member["name"], "port": member["port"], "url": url, "timeline": member.get("timeline")}
+    place = {"host": member["host"], "port": member["port"]}
+    return {"member": member["name"], **place, "url": url, "timeline": member.get("timeline")}
+
+
+def _processes(where: Mapping[str, Any]) -> tuple[Process, Process]:
+    """Its Patroni and its postmaster. Raises what `listens` raises."""
+    api = urlsplit(where["url"])
+    return listens(api.hostname or "", api.port or (443 if api.scheme == "https" else 80)), listens(
+        str(where["host"]), int(where["port"])
+    )
 
 
 @does("patroni.kill_primary", "inject", changes=lambda _given: "kill -9 of the primary's postmaster")
 def kill_primary(context: Context, given: NothingGiven) -> Done:
     """kill -9 of the primary's postmaster, on this machine. Whether it died is looked at; that it follows again is the teardown's."""
 
-    def which() -> tuple[str, int, dict[str, Any]]:
+    def which() -> Server:
         member = _led(context)
-        return str(member["name"]), int(member["port"]), _where(member)
+        return Server(str(member["name"]), str(member["host"]), int(member["port"]), _where(member))
 
     return kill_server(context, which)
 
@@ -159,7 +170,7 @@ def freeze_primary(context: Context, given: NothingGiven) -> Done:
         return done
     member = _led(context)
     facts = _where(member) | {"at": context.clock.now().isoformat()}
-    patroni, postmaster = listens(urlsplit(facts["url"]).port or 0), listens(int(member["port"]))
+    patroni, postmaster = _processes(facts)
     processes = [patroni, postmaster, *children(postmaster.pid)]
     word = f"{member['name']} of {context.target.id}"
     context.register("frozen", word, facts, processes=[[p.pid, p.started] for p in processes])

@@ -10,7 +10,7 @@ from ops_platform.clients.redis import SLOTS, Member, Redis, pairs
 from ops_platform.drills.askers import key_of
 from ops_platform.drills.model import Checked, Done, Resource
 from ops_platform.drills.registry import Context, NothingGiven, Remover, does, removes
-from ops_platform.drills.steps.injection import After, Break, break_server, thaw, waited
+from ops_platform.drills.steps.injection import After, Break, Server, at, break_server, thaw, waited
 from ops_platform.drills.steps.probes import Attempts, start_probe
 from ops_platform.drills.steps.writes import Lost, acknowledged_writes, lost_of
 from ops_platform.errors import CouldNotVerifyError, OpsError
@@ -189,11 +189,11 @@ removes("redis key", Remover(_delete_key, _key_left, local=False))
 def break_master(context: Context, given: Break) -> Done:
     """The master of the writer's shard is killed or frozen, on this machine. Whoever supervises it has to start it again."""
 
-    def which() -> tuple[str, int, dict[str, Any]]:
+    def which() -> Server:
         redis, key = _redis(context.access, context.subject.id), key_of(context.store, context.held)
         master = redis.holder(key)
         node = next((m.node_id for m in redis.members() if m.address == master), "")
-        return master, int(master.rpartition(":")[2]), {"member": master, "key": key, "node": node}
+        return at(master, master, member=master, key=key, node=node)
 
     return break_server(context, given.how, which)
 
