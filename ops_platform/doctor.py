@@ -6,7 +6,7 @@ What the targets share is looked at in `doctor_platform`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ops_platform.clients.postgres_binaries import find_postgres
@@ -23,7 +23,7 @@ _MAX_SKEW = 300
 
 @dataclass(frozen=True)
 class Found:
-    """`found` is what was seen; `remedy` what to do where it is not good."""
+    """`found` is what was seen; `remedy` what to do where it is not good. What is good has none once it is reported."""
 
     what: str
     state: State
@@ -58,7 +58,7 @@ def asked(parts: Sequence[tuple[str, Callable[[], Iterator[Found]]]]) -> list[Fo
     for name, part in parts:
         try:
             for found in part():  # one by one: `extend` would drop them all
-                findings.append(found)
+                findings.append(replace(found, remedy=None) if found.state == "good" else found)
         except psycopg.Error as error:
             findings.append(Found(name, "unknown", " ".join(str(error).split()), "read the server's log"))
         except OpsError as error:

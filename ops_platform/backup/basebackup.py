@@ -349,7 +349,7 @@ def _lock(access: Access, target: Target, source: Member) -> Generator[None]:
     primaries = [m for m in access.members(target) if m.error is None and m.in_recovery is False]
     at = primaries[0] if primaries else source
     where = f"{at.host}:{at.port}"
-    with asking(connect(access.login(target.connection, at.host), at.host, at.port), where) as connection:
+    with asking(connect(access.login(target.connection), at.host, at.port), where) as connection:
         connection.execute(
             "select set_config('application_name', %s, false)", [f"ops_platform backup of {target.id}"[:63]]
         )

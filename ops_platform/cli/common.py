@@ -63,9 +63,13 @@ def at(target: B, copy_id: str | None) -> B:
 @contextmanager
 def opened() -> Generator[Access]:
     """The inventory and everything that it names, closed at the end."""
+    import logging
+
     from ops_platform.clients.access import Access
     from ops_platform.inventory import load
 
+    # What the driver logs of a session that broke off says nothing that our own error does not, and Ctrl-C breaks off many.
+    logging.getLogger("psycopg").addHandler(logging.NullHandler())
     with Access(load()) as access:
         yield access
 

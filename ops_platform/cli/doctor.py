@@ -36,7 +36,7 @@ def doctor(ctx: click.Context, targets: tuple[str, ...], shared: bool, as_json: 
             for item in examination.findings:
                 mark, colour = _MARKS[item.state]
                 click.echo(f"  {click.style(mark, fg=colour)} {item.what}: {item.found}")
-                if item.remedy and item.state != "good":
+                if item.remedy:
                     click.echo(f"         what to do: {item.remedy}")
     states = {item.state for examination in found for item in examination.findings}
     ctx.exit(1 if "bad" in states else 3 if "unknown" in states else 0)

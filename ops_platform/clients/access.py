@@ -221,7 +221,7 @@ class Access:
             autocommit=autocommit,
         )
 
-    def login(self, connection: PostgresConnection, host: str) -> Login:
+    def login(self, connection: PostgresConnection) -> Login:
         from ops_platform.clients.postgres import Login
 
         if connection.credentials:
@@ -234,14 +234,17 @@ class Access:
         return Login(connection.dbname, user, password, mode, ca, int(connection.connect_timeout.total_seconds()))
 
     def members(self, target: Target) -> list[Member]:
-        """Each declared server as it answers now; one that does not answer has its reason."""
+        """Each declared server as it answers now; one that does not answer has its reason.
+
+        Raises OpsError where the credentials cannot be had: then no server was asked, and none is to blame.
+        """
         from ops_platform.clients.postgres import Member, ask_member
 
         found: list[Member] = []
+        login = self.login(target.connection)
         for place in target.connection.hosts:
             try:
-                host, port = self.address(place.host, place.port)
-                found.append(ask_member(self.login(target.connection, host), host, port))
+                found.append(ask_member(login, *self.address(place.host, place.port)))
             except OpsError as error:
                 said = f"{error.where}: {error.what}" if error.where else error.what
                 found.append(Member(place.host, place.port, error=said, failure=error))
@@ -285,13 +288,13 @@ class Access:
         from ops_platform.clients.postgres import connect
 
         at = member or self.member(target, role)
-        return connect(self.login(target.connection, at.host), at.host, at.port, dbname=dbname, autocommit=autocommit)
+        return connect(self.login(target.connection), at.host, at.port, dbname=dbname, autocommit=autocommit)
 
     def replication(self, target: Target, member: Member | None = None) -> PGconn:
         from ops_platform.clients.postgres import connect_replication
 
         at = member or self.member(target, "primary")
-        return connect_replication(self.login(target.connection, at.host), at.host, at.port)
+        return connect_replication(self.login(target.connection), at.host, at.port)
 
     # Other systems
 

@@ -246,7 +246,7 @@ class VaultSession:
         import requests
 
         text = " ".join(str(error).split(", on ")[0].split())
-        place = f"{self.url} {where}"
+        place = where if where.startswith(self.url) else f"{self.url} {where}"
         if isinstance(error, OpsError):
             return error
         if isinstance(error, vault.VaultError) and "sealed" in text.lower():

@@ -180,7 +180,7 @@ class PostgresAsker(Pool["psycopg.AsyncConnection[Any]"]):
         import psycopg
         from psycopg.conninfo import make_conninfo
 
-        login = self.access.login(self.target.connection, host)
+        login = self.access.login(self.target.connection)
         parameters = login.parameters(host, port, application_name="ops drill probe")
         connection = await psycopg.AsyncConnection.connect(make_conninfo("", **parameters), autocommit=True)
         if self.role == "primary":

@@ -86,6 +86,9 @@ def load(path: Path | None = None) -> LoadedInventory:
         ) from None
     if not isinstance(document.value, dict):
         raise document.fail("the inventory is a mapping that begins with `version: 1`", 1)
+    if document.value and not document.value.keys() & Inventory.model_fields.keys():
+        # Some other file was named. Nothing of it is quoted: it may be one of secrets.
+        raise document.fail("this is no inventory: it has none of an inventory's keys", 1, "name a platform.yaml")
     written = _Written.expand(document)
     mistakes = {written.mistake(path, "this key stands here twice", line=line) for path, line in document.duplicates}
     mistakes |= set(_broken_references(written))

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from ops_platform.clients.s3 import S3Store
+from ops_platform.local import closed_folder
 from ops_platform.local.components import admin, s3_settings
 from ops_platform.local.stack import Stack
 from tests.integration.wal_rig import eventually
@@ -33,6 +35,8 @@ class Newcomer:
     """Somebody with a home of their own and nothing in it. `switch` is the prefix that makes a command theirs."""
 
     home: Path
+    checkout: Path
+    python: Path
     switch: list[str]
 
     @property
@@ -40,13 +44,15 @@ class Newcomer:
         return self.home / "state"
 
     def start(self, *words: str) -> subprocess.Popen[str]:
+        return self.start_python("-m", "ops_platform.cli.main", *words)
+
+    def start_python(self, *words: str) -> subprocess.Popen[str]:
         """In a session of its own, so that a signal can be sent to all that a Ctrl-C would reach."""
         env = {key: value for key, value in os.environ.items() if not key.startswith(("OPS_", "DAGSTER_", "PYTEST_"))}
         env |= {"HOME": str(self.home), "OPS_STATE_DIR": str(self.state), "TMPDIR": str(self.home / "tmp")}
-        command = [*self.switch, sys.executable, "-m", "ops_platform.cli.main", *words]
         return subprocess.Popen(
-            command,
-            cwd=ROOT,
+            [*self.switch, self.python, *words],
+            cwd=self.checkout,
             env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -55,7 +61,12 @@ class Newcomer:
         )
 
     def run(self, *words: str) -> str:
-        process = self.start(*words)
+        return self._whole(self.start(*words))
+
+    def run_python(self, code: str) -> str:
+        return self._whole(self.start_python("-c", code))
+
+    def _whole(self, process: subprocess.Popen[str]) -> str:
         out, _ = process.communicate(timeout=700)
         assert process.returncode == 0, out[-6000:]
         return out
@@ -71,29 +82,70 @@ class Newcomer:
         return found
 
 
-def _switch() -> list[str]:
-    """To nobody, where this is root and its Python can be run by others; it is not when it lies below a closed home."""
-    if os.geteuid() != 0 or not shutil.which("setpriv"):
-        return []
+def _ordinary(home: Path) -> Newcomer:
+    """As root somebody else: nobody, with an interpreter and a checkout that everybody can reach."""
+    if os.geteuid() != 0:
+        return Newcomer(home, ROOT, Path(sys.executable), [])
+    if not shutil.which("setpriv"):
+        missing("setpriv", "install util-linux")
+    newcomer = Newcomer(home, _reachable(ROOT, home), home / "venv" / "bin" / "python", AS_NOBODY)
+    _same_packages(newcomer)
     # A shell in between: the right to pass everywhere ends with the first program that the other user starts.
-    attempt = [*AS_NOBODY, "sh", "-c", 'exec "$0" -c "import ops_platform.cli.main"', sys.executable]
-    able = subprocess.run(attempt, cwd=ROOT, check=False, capture_output=True).returncode == 0
-    return AS_NOBODY if able else []
+    words = [*AS_NOBODY, "sh", "-c", 'exec "$0" -c "import ops_platform.cli.main, psycopg, dagster"', newcomer.python]
+    able = subprocess.run(words, cwd=newcomer.checkout, check=False, capture_output=True, text=True)
+    assert able.returncode == 0, able.stderr
+    for path in (home, home / "tmp"):
+        os.chown(path, NOBODY, NOBODY)
+    return newcomer
+
+
+def _same_packages(newcomer: Newcomer) -> None:
+    """A virtual environment of an interpreter that everybody may run, with the packages of this one and its programs."""
+    subprocess.run([_interpreter(), "-m", "venv", "--without-pip", newcomer.home / "venv"], check=True)
+    packages = _reachable(Path(sysconfig.get_path("purelib")), newcomer.home)
+    purelib = Path("lib") / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    lines = f"{newcomer.checkout}\nimport site; site.addsitedir({str(packages)!r})\n"
+    (newcomer.home / "venv" / purelib / "tests.pth").write_text(lines)
+    for name in ("bao", "weed"):
+        program = (Path(sys.executable).parent / name).read_bytes()
+        copy = newcomer.python.with_name(name)
+        if program.startswith(b"#!"):  # of this interpreter
+            program = b"#!" + os.fsencode(newcomer.python) + program[program.index(b"\n") :]
+        copy.write_bytes(program)
+        copy.chmod(0o755)
+
+
+def _interpreter() -> str:
+    """Of the same version, because of the packages: this one where others may run it, which it is not below a closed home."""
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    for path in (f"{sys.base_prefix}/bin/{name}", f"/usr/bin/{name}", f"/usr/local/bin/{name}"):
+        words = [*AS_NOBODY, "sh", "-c", 'exec "$0" -c pass', path]
+        if Path(path).exists() and not subprocess.run(words, check=False, capture_output=True).returncode:
+            return path
+    missing(f"a {name} that every user may run", f"install Debian's {name}")
+    raise AssertionError
+
+
+def _reachable(folder: Path, home: Path) -> Path:
+    """The folder itself, or a copy where one above it is closed to others."""
+    if closed_folder(folder / "inside") is None:
+        return folder
+    left_out = shutil.ignore_patterns(".git", ".venv", ".state", "__pycache__")
+    return Path(shutil.copytree(folder, home / "copies" / folder.name, symlinks=True, ignore=left_out))
 
 
 @pytest.fixture
 def newcomer() -> Iterator[Newcomer]:
-    switch = _switch()
-    made = Newcomer(scratch("ops-demo-test-"), switch)
-    (made.home / "tmp").mkdir()
-    if switch:
-        for path in (made.home, made.home / "tmp"):
-            os.chown(path, NOBODY, NOBODY)
+    home = scratch("ops-demo-test-")
+    (home / "tmp").mkdir()
+    made: Newcomer | None = None
     try:
+        made = _ordinary(home)
         yield made
     finally:
-        made.start("local", "down").communicate()
-        shutil.rmtree(made.home)
+        if made is not None:
+            made.start("local", "down").communicate()
+        shutil.rmtree(home)
 
 
 def payments_before(out: str) -> int:
@@ -120,21 +172,28 @@ def check(out: str, state: Path) -> None:
     assert "Traceback" not in out
 
 
-def interrupt_after_the_damage(newcomer: Newcomer) -> None:
-    """Ctrl-C once the loss has been told: for everything in the foreground, as a terminal sends it."""
+def interrupt_in_the_proof(newcomer: Newcomer) -> None:
+    """Ctrl-C while the main job restores: for everything in the foreground, as a terminal sends it."""
+    log = newcomer.state / "logs" / "demo-nightly_backup.log"
+    log.unlink()  # of the demo before
     process = newcomer.start("demo")
-    assert process.stdout is not None
-    told: list[str] = []
-    for line in process.stdout:
-        told.append(line)
-        if "are there now" in line:
-            os.killpg(process.pid, signal.SIGINT)
-            break
-    rest, _ = process.communicate(timeout=300)
-    assert "are there now" in told[-1], "".join(told)[-6000:]
-    assert process.returncode == 130, "".join(told)[-3000:] + rest
-    assert "interrupted" in rest
-    assert "payments are back" not in rest
+    eventually(
+        lambda: (log.exists() and "postgres__pitr_verification - STEP_START" in log.read_text()) or process.poll(),
+        seconds=300,
+        why=lambda: log.read_text() if log.exists() else "no log",
+    )
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 130, out[-3000:]
+    assert "interrupted" in out
+    assert "Traceback" not in out
+    assert "delete from" not in out
+
+
+def damage(newcomer: Newcomer) -> int:
+    """As a demo leaves it that is interrupted after its damage. The number of payments that were there."""
+    newcomer.run_python("from ops_platform.local import demo; demo.damage(print)")
+    return json.loads((newcomer.state / "demo-loss.json").read_text())["before"]
 
 
 def secrets_of(state: Path) -> dict[str, str]:
@@ -196,31 +255,33 @@ def assert_no_secret_is_told(newcomer: Newcomer) -> None:
             assert not [known for known, value in secrets.items() if value.encode() in content], file
 
 
-def test_the_demo_interrupted_and_again(newcomer: Newcomer) -> None:
-    interrupt_after_the_damage(newcomer)
-    noted = json.loads((newcomer.state / "demo-loss.json").read_text())
-
-    out = newcomer.run("demo")
-    check(out, newcomer.state)
-    assert_no_secret_is_told(newcomer)
-    ready = [line.split()[0] for line in out.splitlines() if " ready (" in line]
+def test_the_demo_twice_in_a_row_for_an_ordinary_user_and_interrupted_between(newcomer: Newcomer) -> None:
+    first = newcomer.run("demo")
+    check(first, newcomer.state)
+    ready = [line.split()[0] for line in first.splitlines() if " ready (" in line]
     assert ready[:7] == ["vault", "s3", "platform-db", "app-db", "wal-receiver", "metrics", "kafka"]
-    assert "the payments are brought back first" in out
-    assert payments_before(out) > noted["before"], "what was paid before the interrupted damage is there again"
-    assert not (newcomer.state / "demo-loss.json").exists()
+    interrupt_in_the_proof(newcomer)
+    lost = damage(newcomer)
 
-    # The interrupted one took a backup and proved it; the one that came to its end proved a second, to the moment.
+    again = newcomer.run("demo")
+    check(again, newcomer.state)
+    assert "the payments are brought back first" in again
+    assert payments_before(again) > lost > payments_before(first), "what was paid before each damage is there again"
+    assert not (newcomer.state / "demo-loss.json").exists()
+    assert_no_secret_is_told(newcomer)
+
+    # The interrupted one took a backup and proved nothing.
     ledger = newcomer.run("ledger", "verify")
     entries = json.loads(newcomer.run("ledger", "list", "-n", "1000", "--json"))
     kinds = [entry["kind"] for entry in entries]
     whole = ["backup.taken", "backup.verification", "backup.verification"]
-    assert [kind for kind in kinds if kind in whole] == [*whole[:2], *whole]
+    assert [kind for kind in kinds if kind in whole] == [*whole, "backup.taken", *whole]
     assert re.findall(r"(\d+) entries, unbroken", ledger) == [str(len(entries))]
     assert {entry["subject"] for entry in entries} == {"app-db"}
     verdicts = [json.loads(entry["text"])["verdict"] for entry in entries if entry["kind"] == "backup.verification"]
-    assert verdicts == ["PASS"] * 3
-    assert kinds.count("incident.closed") == kinds.count("incident.applying") == 1
-    assert kinds.count("backup.copied") == kinds.count("drill.ended") == 1
+    assert verdicts == ["PASS"] * 4
+    for kind in ("incident.closed", "incident.applying", "drill.ended"):
+        assert kinds.count(kind) == 2, kind
     assert "NOT PROTECTED" not in ledger
     assert all(item["ready"] or item["skipped"] for item in json.loads(newcomer.run("local", "status", "--json")))
     newcomer.run("local", "down")

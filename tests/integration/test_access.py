@@ -378,6 +378,25 @@ def test_a_secret_that_cannot_be_read_is_what_is_reported(
         platform.access.member(platform.target)
 
 
+def test_a_vault_that_is_away_is_blamed_and_not_the_database(
+    new_platform: Callable[..., Platform], shared_cluster: Cluster
+) -> None:
+    platform = new_platform({"app-db": [shared_cluster]})
+    url = f"http://127.0.0.1:{free_port()}"
+    platform.body["vaults"]["v"]["url"] = url
+    for login in ({"user": "ops_backup", "password": "vault://secret/a#b"}, {"credentials": "vault://database/creds/a"}):
+        connection = platform.body["targets"][0]["connection"]
+        for key in ("user", "password", "credentials"):
+            connection.pop(key, None)
+        connection |= login
+        platform.reload()
+        for ask in (platform.access.postgres, platform.access.replication, platform.access.members):
+            with pytest.raises(UnreachableError, match="Vault does not answer") as caught:
+                ask(platform.target)
+            assert str(caught.value).count(url) == 1
+            assert "primary" not in str(caught.value)
+
+
 def test_roles_are_asked_and_not_declared(new_platform: Callable[..., Platform], pair: Pair) -> None:
     platform = new_platform({"app-db": [pair.primary]})
     for order in ((pair.standby.port, pair.primary.port), (pair.primary.port, pair.standby.port)):
@@ -503,7 +522,7 @@ def test_nothing_that_is_printed_shows_a_password(
     caplog.set_level("DEBUG")
     platform = new_platform({"app-db": [shared_cluster]})
     connection = platform.target.connection
-    login = platform.access.login(connection, "127.0.0.1")
+    login = platform.access.login(connection)
     texts = [repr(login), str(login), repr(platform.access.members(platform.target)), repr(platform.access.loaded)]
     with platform.access.postgres(platform.target) as opened:
         texts += [repr(opened), repr(opened.info), str(opened)]

@@ -206,6 +206,8 @@ def test_the_doctor_finds_nothing_bad_where_all_is_well(new_platform: MakePlatfo
     platform = new_platform({"app-db": [shared_cluster]})
     found = examined(platform, 0)
     assert {item.state for item in found.values()} <= {"good", "warn"}
+    assert [item.what for item in found.values() if item.state == "good" and item.remedy] == []
+    assert all(item.remedy for item in found.values() if item.state == "warn")
     assert {
         "version",
         "wal_level",

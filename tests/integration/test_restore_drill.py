@@ -123,7 +123,7 @@ def test_a_recovery_in_earnest_leaves_a_server_that_serves(held: Held) -> None:
         assert (drill.mode, drill.verdict) == ("real", "PASS"), [(s.id, s.state, s.said) for s in card.steps]
         assert {resource.kept for resource in card.teardown if resource.kind == "process"} == {True}
         port = int((into / "port").read_text())
-        login = access.login(held.platform.target.connection, "127.0.0.1")
+        login = access.login(held.platform.target.connection)
         with connect(login, "127.0.0.1", port) as connection:
             assert connection.execute("select count(*) from t").fetchone() == (1000,)
     finally:

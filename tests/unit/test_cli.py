@@ -190,6 +190,19 @@ def test_errors_have_their_exit_code_and_no_traceback(
         assert all(word in said for word in ("here", "broken", "mend it"))
 
 
+def test_what_the_database_driver_logs_of_a_session_that_broke_off_is_not_printed(tmp_path: Path) -> None:
+    (tmp_path / "platform.yaml").write_text("version: 1\nplatform: {name: test}\nenvironments: {}\nowners: {}\n")
+    script = """
+import logging
+from ops_platform.cli.common import opened
+with opened():
+    logging.getLogger("psycopg").warning("error ignored in rollback")
+    logging.getLogger("ops_platform.metrics").warning("the ledger cannot be read")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr == "the ledger cannot be read\n"
+
+
 def test_a_reader_that_goes_away_is_no_error() -> None:
     pipe = subprocess.Popen[bytes]([OPS, "inventory", "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert pipe.stdout is not None

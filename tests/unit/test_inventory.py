@@ -313,6 +313,23 @@ def test_a_merged_key_keeps_its_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        "root:$y$j9T$secret:19000:0:99999:7:::\ndaemon:*:19000:0:99999:7:::\n",
+        "password: secret\npassword: secret\n",
+        "s3cr3t-secret: {}\n",
+    ],
+)
+def test_nothing_is_quoted_of_a_file_that_is_no_inventory(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "shadow"
+    file.write_text(content)
+    with pytest.raises(InventoryError, match="this is no inventory") as caught:
+        load(file)
+    assert not [word for word in ("secret", "root", "password", "19000") if word in str(caught.value)]
+    assert caught.value.remedy == "name a platform.yaml"
+
+
+@pytest.mark.parametrize(
     ("content", "words"),
     [
         pytest.param(b"", "platform.yaml:1: the inventory is a mapping that begins with `version: 1`", id="empty"),

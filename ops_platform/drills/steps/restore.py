@@ -260,7 +260,7 @@ def serves(context: Context, given: Serving) -> Done:
 
 def _login(context: Context, server: str) -> psycopg.Connection[Any]:
     host, port = context.fact(server, "host"), context.fact(server, "port")
-    login = context.access.login(context.target.connection, host)
+    login = context.access.login(context.target.connection)
     return connect(login if context.held.real else replace(login, sslmode="disable", sslrootcert=None), host, port)
 
 

@@ -394,7 +394,7 @@ class RotateRoot:
         access = self.context.access
         target = access.inventory.target(self.context.parameters.target or "")
         primary = access.member(target)
-        login = access.login(target.connection, primary.host)
+        login = access.login(target.connection)
         return connect(
             replace(login, user=data["username"].reveal(), password=data["password"]), primary.host, primary.port
         )
