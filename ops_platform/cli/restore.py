@@ -84,6 +84,8 @@ def restore(
     spaces, names = _mapping(mapping), _names(tables or "")
     with opened() as access:
         found = at(access.inventory.target(target), copy_id)
+        if copy_id is None and (absent := room.not_there_now(access, found, names, database)):
+            _warn(f"not there now: {', '.join(absent)}. Whether it was at that moment shows when all is restored")
         if dry_run:
             # A dump's restore stands in a new directory below this one.
             place = into or Path(found.sandbox.directory or gettempdir()) / f"ops-tables-{found.id}"
@@ -150,6 +152,10 @@ def _mapping(pairs: tuple[str, ...]) -> dict[str, Path]:
             raise UsageError(f"--tablespace: {pair!r} is not OLD=NEW with absolute paths")
         found[old] = Path(new)
     return found
+
+
+def _warn(text: str) -> None:
+    click.echo(f"{click.style('warning:', fg='yellow', bold=True)} {text}", err=True)
 
 
 def _show_plan(plan: RestorePlan) -> None:

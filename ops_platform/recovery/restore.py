@@ -39,6 +39,8 @@ from ops_platform.errors import ConflictError, CouldNotVerifyError, OpsError, Us
 from ops_platform.recovery.sandbox import Sandbox, temporary_home
 
 if TYPE_CHECKING:
+    import psycopg
+
     from ops_platform.clients.access import Access
     from ops_platform.inventory import Target
 
@@ -489,11 +491,7 @@ def _named(sandbox: Sandbox, tables: Sequence[str], dbname: str) -> list[str]:
         ) from None
     with connection:
         for table in tables:
-            try:
-                found = [row[0] for row in connection.execute(_WITH_CHILDREN, [table]).fetchall()]
-            except psycopg.Error:  # no name at all, such as `a.b.c.d` or an open quote
-                found = []
-            names += found
+            names += (found := _family(connection, table))
             missing += [] if found else [table]
     if missing:
         raise UsageError(
@@ -502,3 +500,28 @@ def _named(sandbox: Sandbox, tables: Sequence[str], dbname: str) -> list[str]:
             remedy="write SCHEMA.TABLE, quoted as in SQL: 'shop.\"My table\"'",
         )
     return list(dict.fromkeys(names))
+
+
+def _family(connection: psycopg.Connection[Any], table: str) -> list[str]:
+    """The table and all that hangs below it, quoted; empty where there is none, or where this is no name of a table."""
+    import psycopg
+
+    try:
+        return [row[0] for row in connection.execute(_WITH_CHILDREN, [table]).fetchall()]
+    except psycopg.Error:  # such as `a.b.c.d` or an open quote
+        return []
+
+
+def not_there_now(access: Access, target: Target, tables: Sequence[str], dbname: str | None = None) -> list[str]:
+    """Those of the tables that the live database does not have; empty where it cannot be asked.
+
+    Only the restored server knows what was there at the moment, hours later; a name that was misspelt is seen here at once.
+    """
+    from ops_platform.clients.postgres import asking
+
+    try:
+        live = access.postgres(target, role="any", dbname=dbname)
+        with asking(live, target.id) as connection:
+            return [table for table in tables if not _family(connection, table)]
+    except OpsError:
+        return []

@@ -384,7 +384,10 @@ def test_a_vault_that_is_away_is_blamed_and_not_the_database(
     platform = new_platform({"app-db": [shared_cluster]})
     url = f"http://127.0.0.1:{free_port()}"
     platform.body["vaults"]["v"]["url"] = url
-    for login in ({"user": "ops_backup", "password": "vault://secret/a#b"}, {"credentials": "vault://database/creds/a"}):
+    for login in (
+        {"user": "ops_backup", "password": "vault://secret/a#b"},
+        {"credentials": "vault://database/creds/a"},
+    ):
         connection = platform.body["targets"][0]["connection"]
         for key in ("user", "password", "credentials"):
             connection.pop(key, None)

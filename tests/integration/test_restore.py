@@ -21,7 +21,7 @@ from ops_platform.backup.basebackup import run_backup
 from ops_platform.backup.model import Lsn, RecoveryTarget
 from ops_platform.backup.receiver import receive_range
 from ops_platform.backup.wal import parse_history
-from ops_platform.clients.postgres_binaries import PostgresServer, find_postgres, find_tool, run_as, run_tool
+from ops_platform.clients.postgres_binaries import PostgresServer, find_postgres, find_tool, free_port, run_as, run_tool
 from ops_platform.errors import ConflictError, OpsError, UsageError
 from ops_platform.recovery import restore as room
 from ops_platform.recovery.restore import Restored, dump_tables, plan, restore, work_directory
@@ -441,8 +441,6 @@ def test_moments_before_and_after_a_fork(place: Path, new_cluster: MakeCluster, 
     tool, home = cluster.server.install.tool("pg_basebackup"), scratch("ops-pg-test-")
     assert tool is not None
     run_as().own(home)
-    from ops_platform.clients.postgres_binaries import free_port
-
     standby = PostgresServer(cluster.server.install, home / "data", port=free_port())
     source = ["-h", str(cluster.server.sockets), "-p", str(cluster.server.socket_port), "-U", "postgres"]
     made = run_tool([tool, "-D", standby.directory, *source, "-c", "fast", "--no-sync", "-X", "stream", "-R"])
@@ -529,6 +527,19 @@ def test_a_table_that_was_not_there_is_named(story: Story, place: Path) -> None:
         dump_tables(story.platform.access, story.platform.target, wanted, names, place / "lost.dump")
     assert refused.value.what == f'not there at that moment: {QUOTED}, shop.*, shop."open'
     assert not list(place.iterdir())
+
+
+def test_a_table_that_is_not_there_now_is_warned_of_before_anything_is_restored(story: Story, place: Path) -> None:
+    command = [sys.executable, "-m", "ops_platform.cli.main", "restore", story.platform.target.id, "--latest"]
+    command += ["--tables", 'shop.payment,shop.paymnt,shop."open', "--as-dump", str(place / "lost.dump"), "--dry-run"]
+    done = subprocess.run(command, env=story.platform.env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith('warning: not there now: shop.paymnt, shop."open. Whether it was')
+    (host,) = story.platform.target.connection.hosts
+    nowhere = {"hosts": [host.model_copy(update={"port": free_port()})]}
+    connection = story.platform.target.connection.model_copy(update=nowhere)
+    away = story.platform.target.model_copy(update={"connection": connection})
+    assert room.not_there_now(story.platform.access, away, ["shop.paymnt"]) == []
 
 
 _DUMP = """
