@@ -447,8 +447,7 @@ def _special() -> str:
 _PLAYBOOKS = """\
 What a rule of the inventory can do about an alert or an event ([`remediation.rules`](inventory.md#rule)). Each is planned, guarded, applied,
 verified and recorded in the same way. `ops rules explain` says what a rule would do, and why it is safe; the rights are the least that its login needs,
-and are tested: with them it works, and without one it says which. Those of Elasticsearch alone are taken from its documentation: the
-server of the tests has no security module. [How to write one](../how-to/write-a-playbook.md)."""
+and are tested: with them it works, and without one it says which. [How to write one](../how-to/write-a-playbook.md)."""
 
 
 def playbooks_page() -> str:

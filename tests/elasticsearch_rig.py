@@ -1,15 +1,19 @@
 """Elasticsearch 8 for the tests: one node with its HTTP API on a free loopback port, and the calls that a test makes to it.
 
-The jars come from Maven, where the distribution is not: the folders, the module for HTTP and the arguments, which the start
-script of the distribution would make, are made here. The security module is in Maven, too, but it cannot be loaded: it needs OpenSAML,
-which is in other repositories alone. So the privileges of the playbooks are taken from the documentation, and not proven here.
+The jars come from Maven, where the distribution is not: the folders, the modules and the arguments, which the start script of the
+distribution would make, are made here. The security module needs OpenSAML, which is in other repositories alone; as only SAML realms use
+it, modules that are empty but for three interfaces stand in its place.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
+import secrets
+import shutil
+import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
@@ -23,8 +27,46 @@ from tests.rig import eventually, missing
 from tests.servers import Daemon, folder
 from tests.services import maven
 
-_MODULE = "transport-netty4"
-_OF_MODULE = (_MODULE, "netty-")
+_HTTP, _CORE, _SECURITY = "transport-netty4", "x-pack-core", "x-pack-security"
+# What the names of a module's jars begin with. All other jars are the server's.
+_MODULES = {
+    _HTTP: (_HTTP, "netty-", "elasticsearch-ssl-config"),
+    _CORE: (
+        _CORE,
+        "x-pack-template-resources",
+        "elasticsearch-ssl-config",
+        "commons-",
+        "http",
+        "log4j-1.2-api",
+        "log4j-slf4j2-impl",
+        "slf4j-api",
+        "unboundid-ldapsdk",
+    ),
+    _SECURITY: (
+        _SECURITY,
+        _HTTP,
+        "netty-",
+        "accessors-smart",
+        "asm",
+        "content-type",
+        "jcip-annotations",
+        "json-smart",
+        "lang-tag",
+        "nimbus-jose-jwt",
+        "oauth2-oidc-sdk",
+    ),
+}
+_OPENSAML = "org/opensaml/"  # in more.jar
+_ABSENT = (  # modules that the security module names
+    "net.shibboleth.utilities.java.support",
+    "org.opensaml.core",
+    "org.opensaml.saml",
+    "org.opensaml.saml.impl",
+    "org.opensaml.security",
+    "org.opensaml.security.impl",
+    "org.opensaml.xmlsec",
+    "org.opensaml.xmlsec.impl",
+)
 _BRIDGE = "elasticsearch-entitlement-bridge"
 _MAIN = "org.elasticsearch.server/org.elasticsearch.bootstrap.Elasticsearch"
 _JVM = (
@@ -57,6 +99,12 @@ appender.file.layout.pattern = [%d{ISO8601}][%-5p][%c{1.}] %m%n
 rootLogger.level = info
 rootLogger.appenderRef.file.ref = file
 """
+_SECURED = {
+    "xpack.security.enabled": "true",
+    "resource.reload.interval.high": "200ms",  # how often it looks whether its users and roles have changed
+}
+_ADMIN = "tests"
+_ROUNDS = 10_000
 SETTINGS = {
     "cluster.name": "tests",
     "node.name": "node",
@@ -68,27 +116,38 @@ SETTINGS = {
 
 
 class Elasticsearch:
-    """`settings` as in elasticsearch.yml, over SETTINGS. Its data stays when it is killed; it runs as the servers' user."""
+    """`settings` as in elasticsearch.yml, over SETTINGS. Its data stays when it is killed; it runs as the servers' user.
 
-    def __init__(self, home: Path, settings: Mapping[str, str] | None = None) -> None:
+    `secured`: with logins and privileges. The calls here are then those of a superuser.
+    """
+
+    def __init__(self, home: Path, settings: Mapping[str, str] | None = None, *, secured: bool = False) -> None:
         program = _need(maven.java())
         self.home = home
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.user = run_as()
+        self._runs_as = run_as()
         self.repositories = home / "repositories"  # a snapshot may be written below it
         for name in (
             "config",
             "data",
             "lib/tools/ansi-console",
-            f"modules/{_MODULE}",
+            "modules",
             "plugins",
             "repositories",
             "tmp",
         ):
             (home / name).mkdir(parents=True)
         (home / "config" / "log4j2.properties").write_text(_LOGGING)
-        self._make_module()
+        self._login: tuple[str, str] | None = None
+        self._users: dict[str, tuple[str, str]] = {}
+        self._roles: dict[str, Any] = {}
+        for module in (_HTTP, _CORE, _SECURITY) if secured else (_HTTP,):
+            self._make_module(module)
+        if secured:
+            self._stand_in_for_opensaml()
+            self._enter(_ADMIN, "superuser", password := secrets.token_hex(8))
+            self._login = (_ADMIN, password)
         server = maven.ELASTICSEARCH
         (home / "lib/tools/ansi-console/more.jar").symlink_to(server.home() / "more.jar")
         own = {
@@ -98,8 +157,10 @@ class Elasticsearch:
             "http.port": str(self.port),
             "transport.port": str(free_port()),
         }
-        (home / "arguments").write_bytes(_arguments({**SETTINGS, **own, **(settings or {})}, home / "config", home))
-        self.user.own(home, *home.rglob("*"))
+        (home / "arguments").write_bytes(
+            _arguments({**SETTINGS, **(_SECURED if secured else {}), **own, **(settings or {})}, home / "config", home)
+        )
+        self._runs_as.own(home, *home.rglob("*"))
         java = [
             str(program),
             *_JVM,
@@ -107,7 +168,7 @@ class Elasticsearch:
             f"-Des.path.home={home}",
             f"-Des.entitlement.agentJar={server.home() / 'more.jar'}",
             f"--patch-module=java.base={server.home() / f'{_BRIDGE}-{server.version}.jar'}",
-            f"--module-path={server.path(_BRIDGE, *_OF_MODULE)}",
+            f"--module-path={server.path(_BRIDGE, *(name for names in _MODULES.values() for name in names))}",
             f"--module={_MAIN}",
         ]
         # It reads its arguments, and then lets go of its terminal.
@@ -119,25 +180,86 @@ class Elasticsearch:
             log=home / "server.log",
             env={"LIBFFI_TMPDIR": str(home / "tmp")},
             seconds=120,
-            user=self.user,
+            user=self._runs_as,
         )
 
-    def _make_module(self) -> None:
-        """What the server loads as a module: its jars, and two files that the distribution has beside them and the jar inside."""
-        folder, jars = self.home / "modules" / _MODULE, maven.ELASTICSEARCH.home()
+    def _make_module(self, module: str) -> None:
+        """What the server loads as a module: its jars, and two files that the distribution has beside them and the jar inside.
+
+        Copies: the server lets a module read below `modules` and nowhere else.
+        """
+        folder, jars = self.home / "modules" / module, maven.ELASTICSEARCH.home()
+        folder.mkdir()
         for name in maven.ELASTICSEARCH.jars:
-            if name.startswith(_OF_MODULE):
-                (folder / name).symlink_to(jars / name)
-        with zipfile.ZipFile(jars / f"{_MODULE}-{maven.ELASTICSEARCH.version}.jar") as jar:
+            if name.startswith(_MODULES[module]):
+                shutil.copyfile(jars / name, folder / name)
+        with zipfile.ZipFile(jars / f"{module}-{maven.ELASTICSEARCH.version}.jar") as jar:
             for name in ("plugin-descriptor.properties", "entitlement-policy.yaml"):
-                (folder / name).write_bytes(jar.read(f"META-INF/es-plugins/{_MODULE}/{name}"))
+                (folder / name).write_bytes(jar.read(f"META-INF/es-plugins/{module}/{name}"))
+
+    def _stand_in_for_opensaml(self) -> None:
+        with zipfile.ZipFile(maven.ELASTICSEARCH.home() / "more.jar") as more:
+            classes = {name: more.read(name) for name in more.namelist() if name.startswith(_OPENSAML)}
+        for module in _ABSENT:
+            with zipfile.ZipFile(self.home / "modules" / _SECURITY / f"{module}.jar", "w") as jar:
+                jar.writestr("META-INF/MANIFEST.MF", f"Manifest-Version: 1.0\nAutomatic-Module-Name: {module}\n")
+                for name, content in classes.items() if module == "org.opensaml.core" else ():
+                    jar.writestr(name, content)
+
+    # Users, of a secured node
+
+    def user(self, role: Mapping[str, Any]) -> tuple[str, str]:
+        """A new one that may do just this (not nothing), once the node knows it: its name and password. `role` as in roles.yml."""
+        name, password = f"u{secrets.token_hex(4)}", secrets.token_hex(8)
+        self._roles[name] = dict(role)
+        self._enter(name, name, password)
+        eventually(lambda: self._knows(name, password), why=lambda: f"{self.daemon}")
+        return name, password
+
+    def _enter(self, name: str, role: str, password: str) -> None:
+        salt = os.urandom(32)
+        digest = hashlib.pbkdf2_hmac("sha512", password.encode(), salt, _ROUNDS, 32)
+        hashed = f"{{PBKDF2}}{_ROUNDS}${base64.b64encode(salt).decode()}${base64.b64encode(digest).decode()}"
+        self._users[name] = (role, hashed)
+        lines = {
+            "roles.yml": "".join(f"{name}: {json.dumps(role)}\n" for name, role in self._roles.items()),
+            "users_roles": "".join(f"{role}:{user}\n" for user, (role, _) in self._users.items()),
+            "users": "".join(f"{user}:{hashed}\n" for user, (_, hashed) in self._users.items()),
+        }
+        for file, content in lines.items():
+            new = self.home / "config" / f".{file}"
+            new.write_text(content)
+            self._runs_as.own(new)
+            new.replace(self.home / "config" / file)
+
+    def _knows(self, name: str, password: str) -> bool:
+        """Its role, too: users and roles are read one after the other."""
+        try:
+            found = self._send("GET", "/_security/user/_privileges", login=(name, password))
+        except urllib.error.HTTPError as refused:
+            if refused.code != 401:
+                raise
+            return False
+        return bool(found["cluster"] or found["indices"])
 
     # Calls
 
     def call(self, method: str, path: str, body: Any = None, **query: str) -> Any:
         """The JSON of the answer. Raises HTTPError, an OSError, for a refusal; its body says why."""
+        return self._send(method, path, body, query, self._login)
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        query: Mapping[str, str] | None = None,
+        login: tuple[str, str] | None = None,
+    ) -> Any:
         address = f"{self.url}{path}" + (f"?{urllib.parse.urlencode(query)}" if query else "")
         request = urllib.request.Request(address, method=method)
+        if login is not None:
+            request.add_header("Authorization", f"Basic {base64.b64encode(':'.join(login).encode()).decode()}")
         if body is not None:
             request.add_header("Content-Type", "application/json")
             request.data = json.dumps(body).encode()
@@ -234,9 +356,9 @@ def _need(java: Path | None) -> Path:
 
 
 @contextmanager
-def node(settings: Mapping[str, str] | None = None) -> Iterator[Elasticsearch]:
+def node(settings: Mapping[str, str] | None = None, *, secured: bool = False) -> Iterator[Elasticsearch]:
     with folder("ops-elasticsearch-") as home:
-        made = Elasticsearch(home, settings)
+        made = Elasticsearch(home, settings, secured=secured)
         try:
             made.daemon.start()
             yield made

@@ -1,4 +1,4 @@
-"""Playbooks of Elasticsearch on a real node. It has no security module: refusals for want of a privilege come from a proxy."""
+"""Playbooks of Elasticsearch on a real node. What they may and may not do with which privileges: test_elasticsearch_rights."""
 
 from __future__ import annotations
 
@@ -337,18 +337,6 @@ def _says(status: int, body: Any) -> faults.Fault:
 def test_an_answer_of_something_else_is_never_nothing_to_do(site: Site, book: Playbook[Any], body: Any) -> None:
     with FaultyProxy(None, always=_says(200, body)) as server, pytest.raises(OpsError):
         site.bench(server.url).run(book)
-
-
-@pytest.mark.parametrize(
-    ("book", "right"),
-    [(LIFT, "the index privilege view_index_metadata"), (RETRY, "the cluster privilege monitor")],
-    ids=lambda value: value if isinstance(value, str) else value.name,
-)
-def test_a_missing_privilege_is_named(site: Site, book: Playbook[Any], right: str) -> None:
-    refused = _says(403, {"error": {"type": "security_exception", "reason": "action is unauthorized"}, "status": 403})
-    with FaultyProxy(None, always=refused) as server, pytest.raises(AccessDeniedError) as caught:
-        site.bench(server.url).run(book)
-    assert f"give our role {right}" in str(caught.value)
 
 
 def test_a_refused_login_is_no_matter_of_privileges(site: Site) -> None:

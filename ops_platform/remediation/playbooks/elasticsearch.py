@@ -256,7 +256,8 @@ class LiftReadOnly(Playbook[Blocked]):
     blast_radius = "The indices take writes again, and disks fill on."
     rights = (
         "cluster privilege monitor",
-        "index privileges view_index_metadata and manage on the indices (for system indices with allow_restricted_indices)",
+        "index privileges view_index_metadata and manage on the indices (of manage, indices:admin/settings/update alone is used; "
+        "for system indices with allow_restricted_indices)",
     )
     undo_text = "Sets the block again."
     Parameters = Blocked
