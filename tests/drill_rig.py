@@ -234,6 +234,28 @@ def moment() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def killed(work: Callable[[], object]) -> bool:
+    """Do it in a child of this process. Whether it was killed; it must not fail otherwise."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:  # noqa: BLE001 - a child that ends otherwise would go on as a second test run
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the child failed by itself"
+    return os.WIFSIGNALED(status)
+
+
+def die(*_: object, **__: object) -> None:
+    """Kill -9 of whoever comes here."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Bench:
     """Drills with toys on a system that is only a name. What a child process does here may be killed at any of its moments."""
 
@@ -305,23 +327,25 @@ class Bench:
 
     def killed_at(self, number: int, work: Callable[[Engine], object]) -> bool:
         """Do it in a child that kills itself at its moment of this number. Whether it was killed, or had no such moment."""
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                global _left  # noqa: PLW0603
-                _left = number
-                engine = self.open("the killed one")
-                _watch(engine.store)
-                work(engine)
-                code = 0
-            except BaseException:  # noqa: BLE001 - a child that ends otherwise would go on as a second test run
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the child failed by itself"
-        return os.WIFSIGNALED(status)
+
+        def child() -> None:
+            global _left  # noqa: PLW0603
+            _left = number
+            engine = self.open("the killed one")
+            _watch(engine.store)
+            work(engine)
+
+        return killed(child)
+
+    def killed_when(self, does: str, moment: str, work: Callable[[Engine], object]) -> bool:
+        """Do it in a child that kills itself at a moment of the step that does this: begun, registered KIND, removed KIND, ended."""
+
+        def child() -> None:
+            engine = self.open("the killed one")
+            _watch_steps(engine.store, does, moment)
+            work(engine)
+
+        return killed(child)
 
     def sweep(self) -> None:
         """Until nothing of a dead drill is left to be ended."""
@@ -361,3 +385,26 @@ def _watch(store: Store) -> None:
         moment()
 
     store.transaction = watched  # type: ignore[method-assign]
+
+
+def _watch_steps(store: Store, does: str, moment: str) -> None:
+    """Whoever works with this store dies once that stands in the database: `Bench.killed_when`."""
+
+    def watched(name: str, moments: Callable[..., str]) -> None:
+        real = getattr(store, name)
+
+        def wrapped(*args: Any, **more: Any) -> Any:
+            done = real(*args, **more)
+            if moments(*args) == f"{does} {moment}":
+                die()
+            return done
+
+        setattr(store, name, wrapped)
+
+    def doing(held: Drill, step: str) -> str:
+        return str(next(one["does"] for one in held.body["steps"] if one["id"] == step))
+
+    watched("begin_step", lambda held, step, *_: f"{doing(held, step)} begun")
+    watched("register", lambda held, step, kind, *_: f"{doing(held, step)} registered {kind}")
+    watched("end_step", lambda held, step, *_: f"{doing(held, step)} ended")
+    watched("looked_at", lambda resource, *_: f"drill.remove_what_was_made removed {resource.kind}")

@@ -13,7 +13,8 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -53,6 +54,7 @@ _ACTING = frozenset(
     ]
 )
 _STOPPING = 120.0
+_MADE_WITHIN = 3600.0  # seconds in which whoever makes a directory has said so in it
 # What may have been hung on a database or a role, and would hide damage or refuse what a check has to make.
 _PLAIN = {
     "statement_timeout": "0",
@@ -85,15 +87,16 @@ def dies_with_us() -> tuple[str, ...]:
     return ("setpriv", "--pdeathsig", "INT", "--") if shutil.which("setpriv") else ()
 
 
-def temporary_home(target: Backed, kind: Literal["verify", "tables"]) -> Path:
-    """A new directory below `sandbox.directory` of the target. Those of programs that were killed go; their servers ended with them.
+def temporary_home(
+    target: Backed, kind: Literal["verify", "tables"], *, elsewhere: Callable[[Path], None] | None = None
+) -> Path:
+    """A new directory below `sandbox.directory` of the target. Those of programs that were killed go, see `clear_dead`.
 
     Raises CouldNotVerifyError where it cannot be made.
     """
-    base = Path(target.sandbox.directory or tempfile.gettempdir())
+    base = _base(target)
+    clear_dead(target, elsewhere=elsewhere)
     try:
-        for each in ("verify", "tables"):
-            _sweep(base, f"ops-{each}-{target.id}-*")
         home = Path(tempfile.mkdtemp(prefix=f"ops-{kind}-{target.id}-", dir=base))
         me = identify(os.getpid())
         (home / "owner").write_text(f"{me.pid} {me.started}" if me else "0 0")
@@ -106,14 +109,38 @@ def temporary_home(target: Backed, kind: Literal["verify", "tables"]) -> Path:
     return home
 
 
-def _sweep(base: Path, homes: str) -> None:
-    for home in base.glob(homes):
-        try:
-            pid, started = (int(word) for word in (home / "owner").read_text().split())
-        except (OSError, ValueError):
-            continue  # being made at this moment, or not ours to judge
-        if not Process(pid, started).alive:
+def clear_dead(target: Backed, *, elsewhere: Callable[[Path], None] | None = None) -> None:
+    """Take away the directories of programs that were killed; their servers ended with them.
+
+    `elsewhere` takes away first what such a program had made outside of its directory. Raises what that raises: then the directory stays,
+    which says what there is.
+    """
+    for home, owner in _homes(target):
+        if not owner.alive:
+            if elsewhere is not None:
+                elsewhere(home)
             shutil.rmtree(home, ignore_errors=True)
+
+
+def homes_left(target: Backed) -> list[Path]:
+    """Directories of programs that were killed, and of this one."""
+    return [home for home, owner in _homes(target) if not owner.alive or owner.pid == os.getpid()]
+
+
+def _homes(target: Backed) -> Iterator[tuple[Path, Process]]:
+    """With whoever made each. One that is being made at this moment is not ours to judge."""
+    for kind in ("verify", "tables"):
+        for home in _base(target).glob(f"ops-{kind}-{target.id}-*"):
+            with contextlib.suppress(OSError, ValueError):
+                if (owner := home / "owner").exists():
+                    pid, started = (int(word) for word in owner.read_text().split())
+                    yield home, Process(pid, started)
+                elif time.time() - home.stat().st_mtime > _MADE_WITHIN:
+                    yield home, Process(0, 0)
+
+
+def _base(target: Backed) -> Path:
+    return Path(target.sandbox.directory or tempfile.gettempdir())
 
 
 class Sandbox:

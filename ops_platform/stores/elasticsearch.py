@@ -42,6 +42,7 @@ _READS = "the index privileges read, maintenance and view_index_metadata on the 
 _MONITOR = "the cluster privilege monitor"
 _RESTORES = "the cluster privilege manage, and the index privilege manage on ops-proof-*"
 _PROOF = "ops-proof-"
+_NOTED = "indices-begin-with"
 _LEFT_AFTER = timedelta(days=1)
 _SNAPSHOT_SECONDS = 24 * 3600.0
 _LOOK = 0.2  # seconds between two looks, growing
@@ -186,6 +187,7 @@ class ElasticsearchStore:
         clock = self.access.clock
         _sweep(sandbox, self.target.id, clock)
         prefix = f"{_PROOF}{self.target.id}-{clock.now():%Y%m%dt%H%M%Sz}-{secrets.token_hex(3)}-".lower()
+        (home / _NOTED).write_text(prefix)
         try:
             names = [one["name"] for one in chosen]
             failed = _restored(sandbox, saved, names, prefix, aliases=self.has_sandbox, clock=clock)
@@ -194,6 +196,12 @@ class ElasticsearchStore:
             )
         finally:
             _remove(sandbox, _named(sandbox, prefix))
+
+    def clear(self, home: Path) -> None:
+        """`stores.kind.MadeElsewhere`: the indices of a verification that was killed."""
+        if (noted := home / _NOTED).exists():
+            sandbox = Elasticsearch(self.access.http_sandbox(self.system))
+            _remove(sandbox, _named(sandbox, noted.read_text()))
 
     def _sampled(self, saved: Saved) -> list[Json]:
         """Those that are restored this time."""
@@ -476,7 +484,7 @@ def _remove(cluster: Elasticsearch, names: Sequence[str]) -> None:
 
 
 def _sweep(cluster: Elasticsearch, target_id: str, clock: Clock) -> None:
-    """What verifications left that were killed: by the time in its name."""
+    """What verifications left that were killed on another machine, or whose directory is gone: by the time in its name."""
     left: list[str] = []
     for name in _named(cluster, f"{_PROOF}{target_id}-"):
         made = re.match(r"(\d{8}t\d{6}z)-", name.removeprefix(f"{_PROOF}{target_id}-".lower()))

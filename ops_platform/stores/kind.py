@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ops_platform.recovery.findings import FAILED, PASSED, UNCHECKED, Finding
 from ops_platform.recovery.model import GateStatus
@@ -119,6 +119,15 @@ class Kind(Protocol):
 
         Raises CorruptionError where the backup is to blame, any other OpsError where it could not be tried.
         """
+        ...
+
+
+@runtime_checkable
+class MadeElsewhere(Protocol):
+    """A kind whose `restore` makes something that does not stand below `home`, and notes it there before."""
+
+    def clear(self, home: Path) -> None:
+        """Take away what a restore has made that was killed, by what it noted in its `home`. Raises OpsError where that fails."""
         ...
 
 

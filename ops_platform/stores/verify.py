@@ -11,7 +11,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -29,7 +29,7 @@ from ops_platform.recovery.sandbox import temporary_home
 from ops_platform.recovery.steps import Steps
 from ops_platform.recovery.verify import stored, verdict_of
 from ops_platform.stores.fetch import fetch_backup
-from ops_platform.stores.kind import NOT_APPLICABLE, Check, Kind, Saved, open_kind
+from ops_platform.stores.kind import NOT_APPLICABLE, Check, Kind, MadeElsewhere, Saved, open_kind
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
@@ -134,7 +134,7 @@ class StoreVerification:
     # The sandbox
 
     def _home(self, manifest: StoreManifest) -> Path:
-        home = temporary_home(self.target, "verify")
+        home = temporary_home(self.target, "verify", elsewhere=elsewhere(self.kind))
         home.chmod(0o700)
         # The parts themselves, and the store that is made of them.
         free, needed = shutil.disk_usage(home).free, manifest.raw * 2.5
@@ -251,6 +251,11 @@ class StoreVerification:
         with contextlib.suppress(OpsError):  # the store is away: the verdict says so
             return self.repository.manifest_digest(self.manifest.backup_id)
         return None
+
+
+def elsewhere(kind: Kind) -> Callable[[Path], None] | None:
+    """What takes away what a restore that was killed had made outside of its directory; None where the kind makes nothing there."""
+    return kind.clear if isinstance(kind, MadeElsewhere) else None
 
 
 _ENDING = 10.0  # seconds

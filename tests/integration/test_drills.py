@@ -19,6 +19,7 @@ from ops_platform.actions import Status
 from ops_platform.cli.main import cli
 from ops_platform.clients.postgres_binaries import free_port
 from ops_platform.clients.processes import Process, spawn, stop
+from ops_platform.drills.begin import Beginner, planned
 from ops_platform.drills.model import DrillState, Ending, StepState
 from ops_platform.drills.scorecard import card_of
 from ops_platform.drills.steps import injection
@@ -30,6 +31,7 @@ from tests.drill_rig import TRIED, Bench
 from tests.remediation_rig import a_signal
 from tests.rig import Cluster, eventually
 from tests.servers import accepts
+from tests.stores_rig import MovedClock
 
 SAY: dict[str, Any] = {"id": "say", "kind": "act", "does": "toy.say"}
 
@@ -96,6 +98,18 @@ def test_a_freeze_refuses_and_so_does_pause_all(bench: Bench) -> None:
     bench.body["remediation"]["freezes"] = [freeze]
     incidents.Store(bench.engine.store.ledger).pause("look first", who="ann")
     assert set(refusals(bench)) == {"change freeze", "pause"}
+
+
+@pytest.mark.parametrize("ahead", [timedelta(minutes=10), -timedelta(minutes=10)])
+def test_a_clock_that_is_not_the_databases_refuses(bench: Bench, ahead: timedelta) -> None:
+    """Every time of a drill is of the machine that holds it; a second machine that goes on with it has the database's, too."""
+    bench.both("toys", [SAY])
+    engine = bench.engine
+    request = planned(engine.access, "toys", None, {}, operator="ann", trigger="a test")
+    beginner = Beginner(engine.access, engine.store, clock=MovedClock(ahead))
+    begun = beginner.begin(request)
+    assert begun.drill is None
+    assert "clock" in {ruling.guard for ruling in begun.result.rulings if not ruling.allows}
 
 
 def test_an_open_incident_in_the_same_failure_domain_refuses(bench: Bench) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from ops_platform.drills.engine import Engine
+from ops_platform.drills.model import Ending
 from tests.drill_rig import Bench, measured, passed, preflight, supervised
 from tests.redis_rig import Redis, RedisCluster, Replicated
 from tests.rig import Cluster, eventually
@@ -57,7 +59,8 @@ def test_under_sentinel_another_one_takes_over_and_the_old_master_follows(
     assert keys(rig.master) == ""
     assert bench.remains() == []
 
-    assert preflight(bench, "master") == ""
+    eventually(lambda: preflight(bench, "master") == "", why=lambda: preflight(bench, "master"))
+    behind(bench, rig)
     for replica in rig.replicas:
         replica.run("CONFIG", "SET", "replica-priority", 0)
     assert "its priority keeps it from it" in preflight(bench, "master")
@@ -84,6 +87,58 @@ def test_in_a_cluster_a_master_that_hangs_is_replaced_and_follows_when_it_wakes(
     assert 0 < found["detection"] <= found["promotion"]
     assert [r.gone for r in card.teardown if r.kind == "frozen"] == [True]
     assert keys(heir) == ""
+
+
+def behind(bench: Bench, rig: Replicated) -> None:
+    """One replica gets what is written from the other one, which hangs: it answers, its link is up, and it lags."""
+    master, (relay, last) = rig.master, rig.replicas
+    last.run("ACL", "SETUSER", "default", "-slaveof")  # the sentinels would set it right
+    last.follow(relay)
+    relay.daemon.pause()
+    try:
+        master.run("EVAL", "redis.call('SET', KEYS[1], string.rep('x', ARGV[1]))", 1, "large", 2 << 20)
+        why = eventually(
+            lambda: next((said for said in [preflight(bench, "master")] if "bytes behind" in said), ""), why="it is fit"
+        )
+        assert f"0 of 2 replicas of 127.0.0.1:{master.port}" in why
+    finally:
+        relay.daemon.resume()
+        master.run("DEL", "large")
+        last.run("ACL", "SETUSER", "default", "+slaveof")
+    last.follow(master)
+    eventually(lambda: preflight(bench, "master") == "", why=lambda: preflight(bench, "master"))
+
+
+# One for each thing that it makes or breaks, and one behind a failover.
+KILLED = (
+    ("redis.write", "registered redis key"),
+    ("redis.break_master", "registered frozen"),
+    ("redis.break_master", "ended"),
+    ("redis.new_master", "ended"),
+)
+
+
+def test_a_drill_killed_at_any_of_its_steps_leaves_no_key_no_process_and_nothing_frozen(
+    bench: Bench, new_redis: Callable[..., Replicated]
+) -> None:
+    """One Redis for all of them: whoever leads it when the next one begins is frozen."""
+    rig = new_redis(replicas=1, sentinels=3)
+    declare(bench, "sentinel", rig.sentinels, master=rig.NAME)
+
+    def hold(engine: Engine) -> None:
+        begun = bench.begin(engine, "master", seconds_before=0.1, how="freeze")
+        assert begun.drill is not None, [r.reason for r in begun.result.rulings if not r.allows]
+        engine.run(begun.drill.id)
+
+    for does, moment in KILLED:
+        eventually(lambda: preflight(bench, "master") == "", why=lambda: preflight(bench, "master"), seconds=60)
+        assert bench.killed_when(does, moment, hold), f"{does} {moment}"
+        bench.sweep()
+        assert bench.remains() == [], f"{does} {moment}"
+        assert all(one.role in ("master", "slave") for one in rig.servers), "every one answers"
+        assert [keys(one) for one in rig.servers if one.role == "master"] == [""]
+    assert {drill.ending for drill in bench.engine.store.list()} == {Ending.LOST}
+    assert bench.engine.store.ledger.verify().ok
 
 
 def test_a_server_alone_is_refused(bench: Bench, new_redis: Callable[..., Replicated]) -> None:

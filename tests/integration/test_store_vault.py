@@ -125,7 +125,7 @@ def test_a_database_is_restored_with_the_key_of_a_restored_vault(
     card = passed(held.engine.run(begun.id))
     assert [part.target for part in card.stack] == ["vault", "app-db"]
     assert all(part.critical and part.seconds for part in card.stack)
-    assert {resource.kind: resource.gone for resource in card.teardown} == {"directory": True}
+    assert {resource.kind: resource.gone for resource in card.teardown} == {"directory": True, "sandbox": True}
     assert asked
     assert not [name for name in asked if f":{ground.place.port('vault')}/" in name]
 

@@ -30,6 +30,7 @@ from ops_platform.drills.model import (
 from ops_platform.drills.overdue import NEVER, most_overdue, standings
 from ops_platform.drills.registry import doings
 from ops_platform.drills.runbook import Probe, Runbook
+from ops_platform.drills.steps.writes import Lost, lost_of
 from ops_platform.errors import InventoryError
 from ops_platform.inventory.base import Classification
 from ops_platform.inventory.drills import Drills
@@ -301,3 +302,29 @@ def test_the_index_shows_what_was_never_drilled_what_is_late_and_the_outlook() -
     assert "missed from 2027-02-03 on" in html
     assert "RTO of 3 drills" in html
     assert drills_report([], [], [], [], NOW).count("empty") >= 5
+
+
+# Acknowledged writes
+
+
+def at(second: float) -> datetime:
+    return datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=second)
+
+
+@pytest.mark.parametrize(("most", "holds"), [(0, False), (2, False), (3, True)])
+def test_writes_that_asynchronous_replication_lost_are_bounded(most: int, holds: bool) -> None:
+    """Of ten that were acknowledged every 100 ms the last three are not there; two are whose acknowledgement never arrived."""
+    acknowledged = {n: at(n / 10) for n in range(10)}
+    done = lost_of(acknowledged, [*range(7), 41, 42], Lost(injected="loss", writer="writer", most=most), "select n")
+    (check,) = done.checks
+    assert check.holds is holds
+    assert "3 of 10 acknowledged writes are lost: [7, 8, 9]; 2 came in" in check.result
+    assert {m.name: m.value for m in done.measured} == {"rpo": pytest.approx(0.2), "lost": 3.0}
+    assert done.facts == {"acknowledged": 10, "lost": 3, "unsure": 2}
+
+
+@given(st.sets(st.integers(0, 30)), st.sets(st.integers(0, 30)))
+def test_lost_is_what_was_acknowledged_and_is_not_there_and_nothing_else(told: set[int], there: set[int]) -> None:
+    done = lost_of({n: at(n) for n in told}, there, Lost(injected="loss", writer="writer"), "select n")
+    assert (done.facts["lost"], done.facts["unsure"]) == (len(told - there), len(there - told))
+    assert done.checks[0].holds is (told <= there)

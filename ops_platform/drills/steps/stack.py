@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from ops_platform.drills.model import Checked, Confidence, Done
-from ops_platform.drills.registry import Context, does
+from ops_platform.drills.model import Checked, Confidence, Done, Resource
+from ops_platform.drills.registry import Context, Remover, does, removes
 from ops_platform.drills.stack import advice, critical_path, needed_by
 from ops_platform.drills.steps.basics import measure
 from ops_platform.errors import OpsError
@@ -75,6 +75,7 @@ def restore(context: Context, given: Stack) -> Done:
     for name in kept:
         context.alive()
         target = inventory.backed(name)
+        register_sandbox(context, target)
         began = context.clock.monotonic()
         card = _verified(context.access, target)
         took = context.clock.monotonic() - began
@@ -103,6 +104,31 @@ def look_of(name: str, card: Scorecard, took: float) -> Checked:
     said = f"{card.reason}; {card.backup_id or 'no backup'}; serving after {_served(card) or 0:.1f} s, looked at after {took:.1f} s"
     title = f"{name} is restored and looked at"
     return Checked(title=title, holds=_HOLDS[card.verdict], query=f"ops backup verify {name}", result=said)
+
+
+def register_sandbox(context: Context, target: Backed) -> None:
+    """Before its backup is restored: a worker that is killed leaves the sandbox's directory, and what was restored elsewhere."""
+    context.register("sandbox", target.id)
+
+
+def _clear_sandbox(access: Access, resource: Resource) -> None:
+    from ops_platform.inventory.model import Target
+    from ops_platform.recovery.sandbox import clear_dead
+    from ops_platform.stores.kind import open_kind
+    from ops_platform.stores.verify import elsewhere
+
+    target = access.inventory.backed(resource.name)
+    clear_dead(target, elsewhere=None if isinstance(target, Target) else elsewhere(open_kind(access, target)))
+
+
+def _sandbox_left(access: Access, resource: Resource) -> str | None:
+    from ops_platform.recovery.sandbox import homes_left
+
+    left = homes_left(access.inventory.backed(resource.name))
+    return f"{', '.join(map(str, left))} exists" if left else None
+
+
+removes("sandbox", Remover(_clear_sandbox, _sandbox_left))
 
 
 def _verified(access: Access, target: Backed) -> Scorecard:

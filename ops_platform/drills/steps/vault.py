@@ -9,7 +9,7 @@ from typing import Any, cast
 from ops_platform.clients.vault import VaultSession
 from ops_platform.drills.model import Checked, Done
 from ops_platform.drills.registry import Context, NothingGiven, does
-from ops_platform.drills.steps.stack import look_of, part_of
+from ops_platform.drills.steps.stack import look_of, part_of, register_sandbox
 from ops_platform.errors import CouldNotVerifyError, OpsError
 from ops_platform.inventory.systems import StoreTarget, VaultSystem
 from ops_platform.recovery.model import GateStatus
@@ -67,6 +67,7 @@ def restore_first(context: Context, given: NothingGiven) -> Done:
             title=f"{stored.id} is restored and unsealed", holds=True, query="sys/unseal, auth/token/lookup-self",
             result=f"{part['server']}, {part['backup']}",
         )  # fmt: skip
+        register_sandbox(context, target)
         began = context.clock.monotonic()
         with context.access.with_vault(_name_of(stored), session) as there:
             card = verify(there, target, pick="newest", alone=True)
