@@ -312,6 +312,7 @@ class Prediction(Part):
 class StackPart(Part):
     """One of the full stack. `starts` and `seconds`: when it could begin at the earliest, and until it served.
 
+    `verdict` SKIPPED: it was not restored, so nothing is proven of it; `said` tells why.
     `critical`: on the critical path; `gain`: by how much the whole would be shorter at most if it took no time.
     """
 

@@ -180,6 +180,9 @@ class ElasticsearchStore:
 
     # Level 2
 
+    def need_programs(self) -> None:
+        """A cluster restores it, and no program of this machine."""
+
     @contextmanager
     def restore(self, saved: Saved, home: Path) -> Generator[RestoredElasticsearch]:
         sandbox = Elasticsearch(self.access.http_sandbox(self.system))

@@ -111,6 +111,9 @@ class GitStore:
 
     # Level 2
 
+    def need_programs(self) -> None:
+        _run(["--version"])
+
     @contextmanager
     def restore(self, saved: Saved, home: Path) -> Generator[RestoredGit]:
         place = home / "git"

@@ -182,10 +182,16 @@ class KafkaStore:
 
     # Level 2
 
+    def need_programs(self) -> None:
+        self._programs()
+
+    def _programs(self) -> tuple[str, str]:
+        programs = self.target.sandbox.programs
+        return find_program("java", programs, "a JDK"), find_program("kafka", programs, "Apache Kafka")
+
     @contextmanager
     def restore(self, saved: Saved, home: Path) -> Generator[RestoredKafka]:
-        programs = self.target.sandbox.programs
-        java, jars = find_program("java", programs, "a JDK"), find_program("kafka", programs, "Apache Kafka")
+        java, jars = self._programs()
         place = home / "kafka"
         place.mkdir(mode=0o700)
         port, controller, password = free_port(), free_port(), secrets.token_hex(16)

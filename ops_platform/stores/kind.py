@@ -114,6 +114,10 @@ class Kind(Protocol):
         """What can be checked of the parts alone (level 1): their own sums, their form."""
         ...
 
+    def need_programs(self) -> None:
+        """Raises CouldNotVerifyError where this machine lacks what `restore` starts: a program, or a network of its own."""
+        ...
+
     def restore(self, saved: Saved, home: Path) -> AbstractContextManager[Restored]:
         """A sandbox below `home`, serving until the context ends, with nothing left of it then.
 

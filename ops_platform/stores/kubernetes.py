@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ops_platform.clients.kubernetes import Resource
 from ops_platform.errors import CorruptionError, CouldNotVerifyError
 from ops_platform.stores.kind import FAILED, PASSED, Check, Dumped, Finding, Parts, Saved
-from ops_platform.stores.servers import find_program, handed_out, socket_path
+from ops_platform.stores.servers import find_program, handed_out, need_own_network, socket_path
 
 if TYPE_CHECKING:
     import requests
@@ -97,13 +97,17 @@ class KubernetesStore:
 
     # Level 2
 
+    def need_programs(self) -> None:
+        need_own_network("what is restored there could reach the world")
+        self._programs()
+
+    def _programs(self) -> tuple[str, str]:
+        programs = self.target.sandbox.programs
+        return find_program("etcd", programs, "etcd"), find_program("kube-apiserver", programs, "kube-apiserver")
+
     @contextmanager
     def restore(self, saved: Saved, home: Path) -> Generator[RestoredKubernetes]:
-        programs = self.target.sandbox.programs
-        etcd, apiserver = (
-            find_program("etcd", programs, "etcd"),
-            find_program("kube-apiserver", programs, "kube-apiserver"),
-        )
+        etcd, apiserver = self._programs()
         place = home / "kubernetes"
         place.mkdir(mode=0o700)
         token, listening = secrets.token_hex(24), socket_path(place, "s")

@@ -156,9 +156,15 @@ class RedisStore:
 
     # Level 2
 
+    def need_programs(self) -> None:
+        self._program()
+
+    def _program(self) -> str:
+        return find_program("redis-server", self.target.sandbox.programs, "redis-server")
+
     @contextmanager
     def restore(self, saved: Saved, home: Path) -> Generator[RestoredRedis]:
-        program = find_program("redis-server", self.target.sandbox.programs, "redis-server")
+        program = self._program()
         with ExitStack() as stack:
             loaded = [
                 stack.enter_context(self._serve(program, saved, home, name, shard))

@@ -92,14 +92,19 @@ class VaultStore:
 
     # Level 2
 
+    def need_programs(self) -> None:
+        self._program()
+
+    def _program(self) -> str:
+        need_own_network(_ACTS)
+        programs = self.target.sandbox.programs
+        return find_program("vault" if "vault" in programs else "bao", programs, "openbao")
+
     @contextmanager
     def restore(self, saved: Saved, home: Path) -> Generator[RestoredVault]:
-        need_own_network(_ACTS)
+        program = self._program()
         # What cannot be read is said before anything is started.
         shares = [self.access.secret(ref) for ref in self.system.restore.shares]
-        programs = self.target.sandbox.programs
-        name = "vault" if "vault" in programs else "bao"
-        program = find_program(name, programs, "openbao")
         place = home / "vault"
         place.mkdir(mode=0o700)
         listening = socket_path(place, "s")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,15 @@ from click.testing import CliRunner
 
 from ops_platform.backup.basebackup import run_backup
 from ops_platform.cli.main import cli
+from ops_platform.clients.access import Access
 from ops_platform.drilling import write_reports
 from ops_platform.drills.begin import Beginner, planned
-from ops_platform.drills.scorecard import card_of
-from tests.drill_rig import Held, held_on, passed
+from ops_platform.drills.model import Ending
+from ops_platform.inventory import load
+from ops_platform.stores.redis import RestoredRedis
+from tests.drill_rig import Held, die, held_on, killed, passed
 from tests.redis_rig import Replicated
-from tests.rig import Cluster, Platform
+from tests.rig import Cluster, Platform, eventually
 from tests.stores_rig import dump, with_store
 
 
@@ -84,6 +88,34 @@ def test_everything_comes_back_in_order_and_the_critical_path_is_told(
     assert "manifests" in said
 
     without = passed(held.drill("stack", without="cache, app-db"))
-    assert [part.target for part in without.stack] == ["manifests"]
-    assert any("left out" in note and "app-db, cache" in note for note in without.notes)
-    assert card_of(drill) is not None
+    assert {part.target: part.verdict for part in without.stack} == {
+        "manifests": "PASS", "app-db": "SKIPPED", "cache": "SKIPPED",
+    }  # fmt: skip
+    assert any("nothing is proven of it: cache (left out" in note for note in without.notes)
+    refused = held.begin("stack", without="manifests")
+    assert refused.drill is None, "what it is about was left out"
+    assert [r.guard for r in refused.result.rulings if not r.allows] == ["preflight"]
+
+    # Killed while the cache's sandbox serves: the next start takes it away.
+    def until_the_cache_serves() -> None:
+        RestoredRedis.checks = die  # type: ignore[method-assign,assignment]
+        platform.access = Access(load(platform.file))  # a process of its own has connections of its own
+        Held(cluster, platform).drill("stack", without="app-db")
+
+    assert killed(until_the_cache_serves)
+    assert list(platform.home.glob("ops-verify-cache-*"))
+    held = Held(cluster, platform)
+    eventually(lambda: held.engine.sweep(lost_after=timedelta(0)), why="its worker holds it still")
+    assert not list(platform.home.glob("ops-verify-*"))
+    (lost,) = held.store.list()[-1:]
+    assert lost.ending is Ending.LOST
+    assert {r.kind: r.gone_at is not None for r in held.store.resources(lost.id)} == {"sandbox": True}
+
+    # A machine without Redis' server: it is skipped, said, and nothing of it counts.
+    with_store(platform, {**cache, "sandbox": {"programs": {"redis-server": "/nowhere/redis-server"}}})
+    held = Held(cluster, platform)
+    lacking = passed(held.drill("stack", without="app-db"))
+    assert {part.target: part.verdict for part in lacking.stack}["cache"] == "SKIPPED"
+    assert any("nothing is proven of it: cache (the program redis-server is not here" in note for note in lacking.notes)
+    assert "Skipped, and not in it: " in next(o.how for o in lacking.objectives if o.name == "rto")
+    assert "cache" not in " ".join(check.title for check in lacking.checks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -11,7 +12,7 @@ from ops_platform.drills.model import Checked, Confidence, Done, Resource
 from ops_platform.drills.registry import Context, Remover, does, removes
 from ops_platform.drills.stack import advice, critical_path, needed_by
 from ops_platform.drills.steps.basics import measure
-from ops_platform.errors import OpsError
+from ops_platform.errors import CouldNotVerifyError, OpsError
 from ops_platform.inventory.base import Strict
 from ops_platform.inventory.values import Id
 from ops_platform.recovery.model import Scorecard, Verdict
@@ -33,24 +34,62 @@ class Stack(Strict):
         return frozenset(one.strip() for one in self.without.split(",") if one.strip())
 
 
-def _order(context: Context, given: Stack) -> tuple[list[str], dict[str, list[str]]]:
-    """What is restored, in order, and what each needs of it; what is left out hands on what it needs itself."""
+@dataclass(frozen=True)
+class _Order:
+    """`kept`: what is restored, in order; `needs`: what each needs of it; `skipped`: what is not, and why."""
+
+    kept: list[str]
+    needs: dict[str, list[str]]
+    skipped: dict[str, str]
+
+
+def _order(context: Context, given: Stack) -> _Order:
+    """What is skipped hands on what it needs itself."""
     inventory = context.access.inventory
     needs = {one.id: list(one.depends_on) for one in (*inventory.targets, *inventory.systems)}
     whole = needed_by(context.subject.id, needs)
-    kept = [name for name in whole if name not in given.left_out]
-    through = {name: needed_by(name, needs)[:-1] for name in kept}
-    return kept, {name: [need for need in through[name] if need in kept] for name in kept}
+    skipped = {name: "left out by whoever holds the drill" for name in whole if name in given.left_out}
+    for name in whole:
+        if name not in skipped and (why := _lacking(context.access, name)):
+            skipped[name] = why
+    kept = [name for name in whole if name not in skipped]
+    through = {name: needed_by(name, needs)[:-1] for name in whole}
+    return _Order(kept, {name: [need for need in through[name] if need in kept] for name in whole}, skipped)
+
+
+def _lacking(access: Access, name: str) -> str | None:
+    """What this machine lacks to restore it; None where it can be tried."""
+    from ops_platform.backup.engine import open_engine
+    from ops_platform.clients.postgres_binaries import need_postgres
+    from ops_platform.inventory.model import Target
+    from ops_platform.stores.kind import open_kind
+
+    try:
+        target = access.inventory.backed(name)
+        major = open_engine(access, target).list()[-1].server_version // 10_000 if isinstance(target, Target) else 0
+    except (OpsError, IndexError):
+        return None  # whether there is a backup is looked at elsewhere
+    try:
+        if isinstance(target, Target):
+            need_postgres(major, target.sandbox.postgres.values())
+        else:
+            open_kind(access, target).need_programs()
+    except CouldNotVerifyError as error:
+        return error.what
+    return None
 
 
 @does("stack.order", "check", given=Stack)
 def order(context: Context, given: Stack) -> Done:
-    """Everything that the subject depends on has a backup, and is in an order in which it can be restored."""
-    kept, _ = _order(context, given)
-    checks = [_has_backup(context.access, name) for name in kept]
-    skipped = sorted(given.left_out)
-    notes = [f"left out, so nothing is proven of it: {', '.join(skipped)}"] if skipped else []
-    return Done(" → ".join(kept), {"order": kept, "notes": notes}, tuple(checks))
+    """Everything that the subject depends on has a backup, and is in an order in which it can be restored. What this machine lacks the program
+    for is skipped, and the record says so; the subject itself may not be."""
+    found = _order(context, given)
+    checks = [_has_backup(context.access, name) for name in found.kept]
+    if (why := found.skipped.get(context.subject.id)) is not None:
+        title = f"{context.subject.id} itself is restored"
+        checks.append(Checked(title=title, holds=None, query="sandbox of the subject", result=f"skipped: {why}"))
+    notes = [f"skipped, so nothing is proven of it: {name} ({why})" for name, why in found.skipped.items()]
+    return Done("; ".join([" → ".join(found.kept), *notes]), {"order": found.kept, "notes": notes}, tuple(checks))
 
 
 def _has_backup(access: Access, name: str) -> Checked:
@@ -68,22 +107,28 @@ def _has_backup(access: Access, name: str) -> Checked:
 def restore(context: Context, given: Stack) -> Done:
     """The newest backup of each into its sandbox, looked at as in a verification, one after the other: the next one begins when its turn comes,
     and how long it would take side by side is computed. One that cannot be restored does not keep the others from their turn."""
-    kept, needs = _order(context, given)
+    found = _order(context, given)
     inventory = context.access.inventory
     parts: list[dict[str, Any]] = []
     checks: list[Checked] = []
-    for name in kept:
+    for name in found.kept:
         context.alive()
         target = inventory.backed(name)
         register_sandbox(context, target)
         began = context.clock.monotonic()
         card = _verified(context.access, target)
         took = context.clock.monotonic() - began
-        parts.append(part_of(target, card, needs[name], took))
+        parts.append(part_of(target, card, found.needs[name], took))
         checks.append(look_of(name, card, took))
     good = sum(check.holds is True for check in checks)
-    facts = {"parts": parts, "versions": {part["target"]: part["server"] for part in parts}}
-    return Done(f"{good} of {len(parts)} were restored and looked at", facts, tuple(checks))
+    said = f"{good} of {len(parts)} were restored and looked at"
+    said += f"; skipped, and not proven: {', '.join(found.skipped)}" if found.skipped else ""
+    skipped = [
+        {"target": name, "kind": inventory.subject(name).kind, "needs": found.needs[name], "verdict": "SKIPPED", "seconds": None, "said": why}
+        for name, why in found.skipped.items()
+    ]  # fmt: skip
+    facts = {"parts": parts, "skipped": skipped, "versions": {part["target"]: part["server"] for part in parts}}
+    return Done(said, facts, tuple(checks))
 
 
 def _served(card: Scorecard) -> float | None:
@@ -161,7 +206,11 @@ def path(context: Context, given: Path) -> Done:
     said = advice(way, context.held.objectives.get("rto"))
     if not whole:
         said += f". Not measured: {', '.join(sorted(needs.keys() - seconds.keys()))}"
+    skipped: list[dict[str, Any]] = context.results[given.restored].facts.get("skipped", [])
+    if skipped:
+        said += f". Skipped, and not in it: {', '.join(part['target'] for part in skipped)}"
     stack = [_shown(part, way.starts, way.gains) for part in parts]
+    stack += [_shown(part, {part["target"]: 0.0}, {}) for part in skipped]
     found = measure(context, way.seconds if whole else None, said, Confidence.MEASURED)
     return Done(said, {"stack": stack}, measured=(found,))
 
