@@ -23,7 +23,7 @@ from ops_platform.clients.access import Access
 from ops_platform.clients.processes import spawn
 from ops_platform.drills.begin import Beginner, Begun, planned
 from ops_platform.drills.engine import Engine
-from ops_platform.drills.model import Checked, Done, Drill, DrillCard
+from ops_platform.drills.model import Checked, Done, Drill, DrillCard, Ending
 from ops_platform.drills.registry import Context, does
 from ops_platform.drills.scorecard import card_of
 from ops_platform.drills.steps.basics import measure, processes_with
@@ -67,11 +67,8 @@ def ledger_database(cluster: Cluster, home: Any, name: str = "ops") -> dict[str,
     }  # fmt: skip
 
 
-def held_on(
-    cluster: Cluster, new_platform: Callable[..., Platform], plan: Sequence[Mapping[str, Any]], **drills: Any
-) -> Held:
-    platform = new_platform({"app-db": [cluster]})
-    platform.body["platform"]["database"] = ledger_database(cluster, platform.home)
+def declare_drills(platform: Platform, plan: Sequence[Mapping[str, Any]], **drills: Any) -> None:
+    """With drills in its inventory, none of which anything refuses."""
     platform.body["environments"]["test"] = {"production": False}
     platform.body["drills"] = {
         "plan": [{"mode": "enforce", **one} for one in plan],
@@ -80,6 +77,48 @@ def held_on(
         **drills,
     }
     platform.reload()
+
+
+def stack_of(platform: Platform, cluster: Cluster, subject: str, restored: type[Any]) -> DrillCard:
+    """The full-stack drill of one store: killed while its sandbox serves, and after the next start has taken that away held to its end."""
+    declare_drills(platform, [{"id": "stack", "runbook": "full-stack-drill", "targets": [subject]}])
+
+    def until_it_serves() -> None:
+        restored.checks = die
+        platform.access = Access(load(platform.file))  # a process of its own has connections of its own
+        Held(cluster, platform).drill("stack")
+
+    assert killed(until_it_serves)
+    held = Held(cluster, platform)
+    try:
+        (home,) = platform.home.glob(f"ops-verify-{subject}-*")
+        eventually(lambda: held.engine.sweep(lost_after=timedelta(0)), why="its worker holds it still")
+        assert not home.exists()
+        eventually(lambda: not processes_naming(str(home)), why=lambda: processes_naming(str(home)))
+        (lost,) = held.store.list()
+        assert lost.ending is Ending.LOST
+        assert [r.gone_at is not None for r in held.store.resources(lost.id)] == [True]
+        return passed(held.drill("stack"))
+    finally:
+        held.ledger.close()
+
+
+def processes_naming(word: str) -> list[str]:
+    """Command lines that name it."""
+    found: list[str] = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if word in (line := file.read_bytes().decode(errors="replace")):
+                found.append(line)
+    return found
+
+
+def held_on(
+    cluster: Cluster, new_platform: Callable[..., Platform], plan: Sequence[Mapping[str, Any]], **drills: Any
+) -> Held:
+    platform = new_platform({"app-db": [cluster]})
+    platform.body["platform"]["database"] = ledger_database(cluster, platform.home)
+    declare_drills(platform, plan, **drills)
     return Held(cluster, platform)
 
 

@@ -11,6 +11,7 @@ import functools
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ops_platform.backup.model import Lsn, RecoveryTarget
 from ops_platform.clients.postgres_binaries import PgInstall, PostgresServer, run_as, run_tool
-from ops_platform.clients.processes import Process, identify
+from ops_platform.clients.processes import Process, identify, stop
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import ConflictError, CouldNotVerifyError, OpsError
 
@@ -54,6 +55,7 @@ _ACTING = frozenset(
     ]
 )
 _STOPPING = 120.0
+_ENDS_WITHIN = 10.0  # seconds
 _MADE_WITHIN = 3600.0  # seconds in which whoever makes a directory has said so in it
 # What may have been hung on a database or a role, and would hide damage or refuse what a check has to make.
 _PLAIN = {
@@ -110,7 +112,7 @@ def temporary_home(
 
 
 def clear_dead(target: Backed, *, elsewhere: Callable[[Path], None] | None = None) -> None:
-    """Take away the directories of programs that were killed; their servers ended with them.
+    """Take away the directories of programs that were killed, once their servers, which were told to end with them, have.
 
     `elsewhere` takes away first what such a program had made outside of its directory. Raises what that raises: then the directory stays,
     which says what there is.
@@ -119,7 +121,25 @@ def clear_dead(target: Backed, *, elsewhere: Callable[[Path], None] | None = Non
         if not owner.alive:
             if elsewhere is not None:
                 elsewhere(home)
+            _end_servers(home)
             shutil.rmtree(home, ignore_errors=True)
+
+
+def _end_servers(home: Path) -> None:
+    """A server that is still ending would write into the directory again."""
+    deadline = time.monotonic() + _ENDS_WITHIN
+    while (left := list(_naming(home))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in left:
+        stop(process, signal.SIGKILL)
+
+
+def _naming(home: Path) -> Iterator[Process]:
+    """Processes whose command line names something in it."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"{home}/".encode() in (entry / "cmdline").read_bytes() and (found := identify(int(entry.name))):
+                yield found
 
 
 def homes_left(target: Backed) -> list[Path]:

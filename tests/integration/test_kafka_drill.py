@@ -7,6 +7,8 @@ from contextlib import ExitStack
 
 import pytest
 
+from ops_platform.drills.engine import Engine
+from ops_platform.drills.model import Ending
 from tests.drill_rig import Bench, measured, passed, preflight, supervised
 from tests.kafka_rig import Kafka
 from tests.rig import Cluster, eventually
@@ -52,12 +54,7 @@ def test_a_killed_broker_costs_seconds_and_no_acknowledged_record(bench: Bench, 
     assert bench.remains() == []
     reader = next(probe for probe in card.probes if probe.step == "reader")
     assert reader.attempts > reader.failed
-    with ExitStack() as stack:
-        admin = kafka_cluster.admin
-        stack.callback(admin.poll, 0)
-        assert not [name for name in admin.list_topics(timeout=30).topics if name.startswith("ops-drill-")]
-        groups = admin.list_consumer_groups().result(30).valid
-        assert not [group.group_id for group in groups if group.group_id.startswith("ops-drill-")]
+    assert ours(kafka_cluster) == []
 
     topic = kafka_cluster.create_topic()
     try:
@@ -71,3 +68,43 @@ def test_a_killed_broker_costs_seconds_and_no_acknowledged_record(bench: Bench, 
         kafka_cluster.restart(1)
         kafka_cluster.delete_topic(topic)
     assert len(bench.engine.store.list()) == 1
+
+
+# One for each thing that it makes or breaks; the last one is not killed.
+KILLED = (
+    ("kafka.write", "registered topic"),
+    ("kafka.read", "ended"),
+    ("kafka.break_broker", "registered frozen"),
+)
+
+
+def test_a_broker_that_hangs_is_replaced_and_a_drill_killed_at_any_of_its_steps_leaves_no_topic_and_no_group(
+    bench: Bench, kafka_cluster: Kafka
+) -> None:
+    def hold(engine: Engine) -> None:
+        begun = bench.begin(engine, "broker", seconds_before=0.1, how="freeze", fragile=True)
+        assert begun.drill is not None, [r.reason for r in begun.result.rulings if not r.allows]
+        engine.run(begun.drill.id)
+
+    for does, moment in KILLED:
+        eventually(lambda: preflight(bench, "broker", fragile=True) == "", why="a partition is not in sync")
+        assert bench.killed_when(does, moment, hold), f"{does} {moment}"
+        bench.sweep()
+        assert bench.remains() == [], f"{does} {moment}"
+        assert ours(kafka_cluster) == []
+    eventually(lambda: preflight(bench, "broker", fragile=True) == "", why="a partition is not in sync")
+    card = passed(bench.drill("broker", seconds_before=1, how="freeze", fragile=True))
+    found = measured(card)
+    assert found["errors"] > 0
+    assert found["rpo"] == found["lost"] == 0
+    assert [r.gone for r in card.teardown if r.kind == "frozen"] == [True]
+    assert ours(kafka_cluster) == []
+    assert {drill.ending for drill in bench.engine.store.list()} == {Ending.LOST, Ending.COMPLETED}
+
+
+def ours(kafka: Kafka) -> list[str]:
+    """Topics and groups of drills."""
+    admin = kafka.admin
+    topics = list(admin.list_topics(timeout=30).topics)
+    groups = [group.group_id for group in admin.list_consumer_groups().result(30).valid]
+    return [name for name in (*topics, *groups) if name.startswith("ops-drill-")]

@@ -18,7 +18,7 @@ from ops_platform.ledger import Ledger
 from ops_platform.recovery.model import Verdict
 from ops_platform.stores import elasticsearch_snapshots
 from ops_platform.stores.dump import run_backup
-from ops_platform.stores.elasticsearch import ElasticsearchStore
+from ops_platform.stores.elasticsearch import ElasticsearchStore, RestoredElasticsearch
 from ops_platform.stores.kind import Saved
 from tests import drill_rig
 from tests.elasticsearch_rig import Elasticsearch
@@ -281,6 +281,16 @@ def test_indices_of_a_verification_that_was_killed_are_removed_by_a_later_one(sh
         shop.server.create_index(name)
     assert prove(shop.platform, shop.entry()).verdict is Verdict.PASS
     assert shop.proofs() == [young]
+
+
+def test_a_drill_of_the_full_stack_restores_it_and_one_that_was_killed_leaves_no_index(
+    shop: Shop, shared_cluster: Cluster
+) -> None:
+    shop.register()
+    dump(shop.platform, shop.entry())
+    card = drill_rig.stack_of(shop.platform, shared_cluster, shop.name, RestoredElasticsearch)
+    assert [(part.target, part.verdict) for part in card.stack] == [(shop.name, "PASS")]
+    assert shop.proofs() == []
 
 
 # The repository and the policy as code

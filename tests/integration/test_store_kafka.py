@@ -24,18 +24,20 @@ from ops_platform.stores.dump import run_backup
 from ops_platform.stores.fetch import fetch_backup
 from ops_platform.stores.kafka import KafkaStore, Record, RestoredKafka, packed, read_records, read_subjects
 from ops_platform.stores.kind import Check, Saved
-from tests import kafka_rig
+from tests import drill_rig, kafka_rig
 from tests.registry_rig import Registry
-from tests.rig import Ground, Platform, eventually
+from tests.rig import Cluster, Ground, Platform, eventually
 from tests.services import maven
 from tests.stores_rig import dump, gate, gates, prove, with_store
 
 
 @pytest.fixture(scope="module")
-def platform(ground: Ground) -> Iterator[Platform]:
+def platform(ground: Ground, shared_cluster: Cluster) -> Iterator[Platform]:
     made = Platform(ground, {})
+    made.body["platform"]["database"] = drill_rig.ledger_database(shared_cluster, made.home, "events")
     yield made
     made.close()
+    shared_cluster.sql("drop database events with (force)")
 
 
 def entry(kafka: kafka_rig.Kafka, platform: Platform, prefix: str) -> dict[str, Any]:
@@ -95,6 +97,14 @@ def test_topics_records_and_groups_are_the_same_in_another_broker(
     # Compacted ones first; what a transaction took back is no record.
     assert gate(card, "records").result == "26 records of 3 partitions"
     assert gate(card, "records-2").result == "5 records are the same"
+
+
+def test_a_drill_of_the_full_stack_restores_it_and_one_that_was_killed_leaves_no_broker(
+    platform: Platform, kafka: kafka_rig.Kafka, prefix: str, shared_cluster: Cluster
+) -> None:
+    dump(platform, entry(kafka, platform, prefix))
+    card = drill_rig.stack_of(platform, shared_cluster, "events", RestoredKafka)
+    assert [(part.target, part.verdict) for part in card.stack] == [("events", "PASS")]
 
 
 def test_rules_users_and_schemas_are_kept_and_come_back(
