@@ -66,6 +66,7 @@ ALLOWED = {
     ("recovery", "backup.repository"),
     # A drill of the full stack proves every store, and one of a lost Vault opens the database with the copy of it.
     ("drills", "stores.fetch"),
+    ("drills", "stores.kind"),
     ("drills", "stores.vault"),
     ("drills", "stores.verify"),
 }
