@@ -19,11 +19,13 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     tasks = {
         "backup": _backup,
+        "dump": _dump,
         "fetch": _fetch,
         "receive": _receive,
         "restore": _restore,
         "verify": _verify,
         "nothing": _nothing,
+        "replicate": _replicate,
         "ticks": _ticks,
     }
     done = tasks[task["do"]](task)
@@ -48,7 +50,8 @@ def _nothing(task: dict[str, Any]) -> dict[str, Any]:
     import ops_platform.clients.access
     import ops_platform.clients.s3
     import ops_platform.recovery.restore
-    import ops_platform.recovery.verify  # noqa: F401
+    import ops_platform.recovery.verify
+    import ops_platform.stores.dump  # noqa: F401
 
     return {}
 
@@ -60,6 +63,27 @@ def _backup(task: dict[str, Any]) -> dict[str, Any]:
     manifest = run_backup(access, access.inventory.targets[0], kind=task.get("kind", "full"))
     shown = manifest.model_dump(include={"backup_id", "raw", "stored", "seconds", "why"})
     return {**shown, "kind": manifest.kind.value}
+
+
+def _dump(task: dict[str, Any]) -> dict[str, Any]:
+    """A backup of a store that is not PostgreSQL."""
+    from ops_platform.inventory.systems import StoreTarget
+    from ops_platform.stores.dump import run_backup
+
+    access = _access()
+    target = access.inventory.backed(task["target"])
+    assert isinstance(target, StoreTarget)
+    manifest = run_backup(access, target)
+    return manifest.model_dump(include={"backup_id", "raw", "stored", "seconds"})
+
+
+def _replicate(task: dict[str, Any]) -> dict[str, Any]:
+    """To the second site."""
+    from ops_platform.backup.replicate import replicate
+
+    access = _access()
+    done = replicate(access, access.inventory.backed(task["target"]), task["copy"])
+    return {"seconds": done.seconds, "bytes": done.bytes, "objects": done.objects, "whole": done.whole}
 
 
 def _fetch(task: dict[str, Any]) -> dict[str, Any]:

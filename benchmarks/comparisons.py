@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks import decisions, events, ledger, remediation
+from benchmarks import decisions, events, ledger, remediation, stores
 from benchmarks.ground import Database, Talk, World, drop_caches, timed
 from benchmarks.measure import Comparison, Goal, interleaved
 from ops_platform.backup.model import Lsn
@@ -39,11 +39,14 @@ class Sizes:
     entries: int = 1_000_000
     reactions: int = 6
     ticks: int = 10_000
+    redis: int = 700 * _MB
+    records: int = 1_000_000
+    objects: int = 10_000
 
 
 QUICK = Sizes(
     large=48 * _MB, small=24 * _MB, huge=96 * _MB, noise=24 * _MB, wal=48 * _MB, rounds=1, events=5_000, alerts=1_000, entries=4_000,
-    reactions=1, ticks=60,
+    reactions=1, ticks=60, redis=8 * _MB, records=5_000, objects=300,
 )  # fmt: skip
 
 
@@ -683,5 +686,8 @@ COMPARISONS: dict[str, Callable[[World, Sizes], Comparison]] = {
     "ledger-verification": lambda _, sizes: ledger.verification(sizes.entries, sizes.rounds),
     "alerts-to-signals": lambda _, sizes: decisions.alerts_to_signals(sizes.alerts, max(sizes.rounds, _SHORT_ROUNDS)),
     "reaction": lambda _, sizes: remediation.reaction(sizes.reactions),
+    "redis-dump": lambda world, sizes: stores.redis_dump(world, sizes.redis, sizes.rounds),
+    "kafka-dump": lambda world, sizes: stores.kafka_dump(world, sizes.records, sizes.rounds),
+    "kubernetes-export": lambda world, sizes: stores.kubernetes_export(world, sizes.objects, sizes.rounds),
     "sensor-memory": lambda _, sizes: remediation.sensor_memory(sizes.ticks),
 }

@@ -73,6 +73,7 @@ class Ran:
     seconds: float
     peak_mb: float
     said: dict[str, Any]
+    out: str = ""
 
 
 def _tree(pid: int) -> Iterator[int]:
@@ -117,7 +118,7 @@ def timed(command: list[str], *, env: dict[str, str] | None = None, as_server: b
         raise RuntimeError(f"{' '.join(command[:4])} … failed: {(out + err).strip()[-2000:]}")
     lines = out.strip().splitlines()
     said = json.loads(lines[-1]) if env is not None and lines else {}
-    return Ran(seconds, max(peak, said.get("peak_mb", 0.0)), said)
+    return Ran(seconds, max(peak, said.get("peak_mb", 0.0)), said, out)
 
 
 def drop_caches() -> bool:
@@ -128,6 +129,21 @@ def drop_caches() -> bool:
     except OSError:
         return False
     return True
+
+
+def environment(platform: Platform) -> dict[str, str]:
+    """Modules compiled once, as in every installation that is used, and out of the tree."""
+    kept = {name: value for name, value in platform.env.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, "PYTHONPYCACHEPREFIX": str(platform.ground.directory / "pycache")}
+
+
+def child(task: dict[str, Any]) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.child", json.dumps(task)]
+
+
+def ours(platform: Platform, **task: Any) -> Ran:
+    """One operation on the platform's inventory, in a process of its own."""
+    return timed(child(task), env=environment(platform))
 
 
 class Talk:
@@ -242,15 +258,13 @@ class Database:
 
     @property
     def env(self) -> dict[str, str]:
-        """Modules compiled once, as in every installation that is used, and out of the tree."""
-        kept = {name: value for name, value in self.platform.env.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        return {**kept, "PYTHONPYCACHEPREFIX": str(self.platform.ground.directory / "pycache")}
+        return environment(self.platform)
 
     def child(self, task: dict[str, Any]) -> list[str]:
-        return [sys.executable, "-m", "benchmarks.child", json.dumps(task)]
+        return child(task)
 
     def ours(self, **task: Any) -> Ran:
-        return timed(self.child(task), env=self.env)
+        return ours(self.platform, **task)
 
     def transfer(self, **settings: Any) -> None:
         self.platform.body["targets"][0]["backup"]["transfer"] = {"block_size": "16MiB", **settings}

@@ -73,6 +73,7 @@ class Server:
 KAFKA = Server("Apache Kafka", "kafka")
 ELASTICSEARCH = Server("Elasticsearch", "elasticsearch")
 APICURIO = Server("Apicurio Registry", "apicurio")
+KAFKA_TOOLS = Server("Kafka's command line tools", "kafka-tools")  # for the benchmarks, which ask for them
 SERVERS = (KAFKA, ELASTICSEARCH, APICURIO)
 
 
