@@ -311,6 +311,7 @@ class Redis:
 
 _QUIET = 120.0  # seconds; while it forks, a server says at least a newline every ten
 _PIECE = 1 << 20
+_MARK = 40  # bytes of the mark that ends a diskless copy
 
 
 class RdbStream:
@@ -322,12 +323,13 @@ class RdbStream:
 
     def __init__(self, raw: socket.socket, address: str) -> None:
         self._raw, self._where = raw, address
+        self._room = memoryview(bytearray(_PIECE))
         self._left = b""
         self.replication_id = ""
         self.offset = -1
 
-    def pieces(self) -> Generator[bytes]:
-        """The RDB, byte for byte. Raises UnreachableError where it does not come to its end."""
+    def pieces(self) -> Generator[memoryview]:
+        """The RDB, byte for byte. The next piece overwrites the one before. Raises UnreachableError where it does not come to its end."""
         for words in (("REPLCONF", "capa", "eof", "capa", "psync2"), ("REPLCONF", "rdb-only", "1")):
             _say(self._raw, self._where, *words)
         self._raw.settimeout(_QUIET)
@@ -346,38 +348,46 @@ class RdbStream:
         else:
             raise _refusal(head, self._where)
 
-    def _length(self, size: int) -> Generator[bytes]:
+    def _length(self, size: int) -> Generator[memoryview]:
+        if first := self._left[:size]:
+            yield memoryview(first)
+        size -= len(first)
         while size:
-            piece = (self._left or self._more())[:size]
-            self._left = self._left[len(piece) :]
-            size -= len(piece)
-            yield piece
+            count = self._more(self._room[:size])
+            yield self._room[:count]
+            size -= count
 
-    def _until(self, mark: bytes) -> Generator[bytes]:
-        if len(mark) != 40:
-            raise self._broken("its end mark is not 40 bytes")
+    def _until(self, mark: bytes) -> Generator[memoryview]:
+        if len(mark) != _MARK:
+            raise self._broken(f"its end mark is not {_MARK} bytes")
+        room, held = self._room, len(self._left)
+        room[:held] = self._left
         # The mark is random, and the last that comes: behind it there is nothing.
-        while not self._left.endswith(mark):
-            yield self._left[: -len(mark)]
-            self._left = self._left[-len(mark) :] + self._more()
-        yield self._left[: -len(mark)]
+        while held < _MARK or bytes(room[held - _MARK : held]) != mark:
+            done = max(0, held - _MARK)
+            yield room[:done]
+            room[: held - done] = bytes(room[done:held])
+            held -= done
+            held += self._more(room[held:])
+        yield room[: held - _MARK]
 
     def _line(self) -> str:
         while b"\n" not in self._left:
-            self._left += self._more()
-            if len(self._left) > 1 << 16:
+            if len(self._left) > _PIECE // 2:
                 raise self._broken("it sends what is no answer")
+            # Little, so that hardly any of the data comes with it.
+            self._left += self._room[: self._more(self._room[:4096])]
         line, _, self._left = self._left.partition(b"\n")
         return line.rstrip(b"\r").decode("utf-8", "replace")
 
-    def _more(self) -> bytes:
+    def _more(self, room: memoryview) -> int:
         try:
-            piece = self._raw.recv(_PIECE)
+            count = self._raw.recv_into(room)
         except OSError as error:
             raise self._broken(type(error).__name__) from None
-        if not piece:
+        if not count:
             raise self._broken("it closed the connection")
-        return piece
+        return count
 
     def _broken(self, why: str) -> UnreachableError:
         return UnreachableError(

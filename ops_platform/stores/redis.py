@@ -90,7 +90,7 @@ class RedisStore:
         with redis.rdb(shard.address) as stream, parts.part(f"shard-{number}") as write:
             begun = b""
             for piece in stream.pieces():
-                begun = begun or piece[:9]
+                begun = begun or bytes(piece[:9])
                 write(piece)
             if not begun.startswith(b"REDIS"):
                 raise CorruptionError("what the server sent is no RDB", where=shard.address)

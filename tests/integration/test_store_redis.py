@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -254,14 +256,15 @@ def stream_of(answer: bytes, *, piece: int = 1 << 16) -> bytes:
             theirs.recv(1 << 16)
             theirs.sendall(b"+OK\r\n")
         theirs.recv(1 << 16)
-        for at in range(0, len(answer), piece):
-            theirs.sendall(answer[at : at + piece])
+        with contextlib.suppress(OSError):  # who has heard enough goes away
+            for at in range(0, len(answer), piece):
+                theirs.sendall(answer[at : at + piece])
         theirs.close()
 
     server = threading.Thread(target=serve)
     server.start()
     try:
-        return b"".join(RdbStream(ours, "here").pieces())
+        return b"".join(bytes(piece) for piece in RdbStream(ours, "here").pieces())
     finally:
         ours.close()
         server.join()
@@ -275,6 +278,19 @@ MARK = b"m" * 39 + b"k"
 def test_the_data_arrives_whole_however_it_is_cut(body: bytes, piece: int, diskless: bool) -> None:
     sent = b"$EOF:" + MARK + b"\r\n" + body + MARK if diskless else b"$%d\r\n" % len(body) + body
     assert stream_of(HEAD + sent, piece=piece) == body
+
+
+@pytest.mark.parametrize("diskless", [True, False])
+def test_data_that_comes_at_once_with_its_head_arrives_whole(diskless: bool) -> None:
+    """As from a fast server to a reader that was kept waiting."""
+    body = random.Random(1).randbytes(3 << 20)
+    sent = b"$EOF:" + MARK + b"\r\n" + body + MARK if diskless else b"$%d\r\n" % len(body) + body
+    assert stream_of(HEAD + sent, piece=len(HEAD + sent)) == body
+
+
+def test_what_never_ends_its_first_line_is_an_error() -> None:
+    with pytest.raises(UnreachableError, match="no answer"):
+        stream_of(b"x" * (1 << 20), piece=1 << 20)
 
 
 @pytest.mark.parametrize(
