@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks import decisions, events, ledger, remediation, stores
+from benchmarks import copies, decisions, events, ledger, remediation, stores
 from benchmarks.ground import Database, Talk, World, drop_caches, timed
 from benchmarks.measure import Comparison, Goal, interleaved
 from ops_platform.backup.model import Lsn
@@ -42,11 +42,12 @@ class Sizes:
     redis: int = 700 * _MB
     records: int = 1_000_000
     objects: int = 10_000
+    copied: int = 1 * _GB
 
 
 QUICK = Sizes(
     large=48 * _MB, small=24 * _MB, huge=96 * _MB, noise=24 * _MB, wal=48 * _MB, rounds=1, events=5_000, alerts=1_000, entries=4_000,
-    reactions=1, ticks=60, redis=8 * _MB, records=5_000, objects=300,
+    reactions=1, ticks=60, redis=8 * _MB, records=5_000, objects=300, copied=64 * _MB,
 )  # fmt: skip
 
 
@@ -689,5 +690,7 @@ COMPARISONS: dict[str, Callable[[World, Sizes], Comparison]] = {
     "redis-dump": lambda world, sizes: stores.redis_dump(world, sizes.redis, sizes.rounds),
     "kafka-dump": lambda world, sizes: stores.kafka_dump(world, sizes.records, sizes.rounds),
     "kubernetes-export": lambda world, sizes: stores.kubernetes_export(world, sizes.objects, sizes.rounds),
+    "replicate": lambda world, sizes: copies.replication(world, sizes.copied, sizes.rounds),
+    "replicate-memory": lambda world, sizes: copies.replication_memory(world, sizes.copied, sizes.rounds),
     "sensor-memory": lambda _, sizes: remediation.sensor_memory(sizes.ticks),
 }

@@ -34,4 +34,10 @@ def kafka_tool(name: str) -> list[str]:
     java, outcome = maven.java(), maven.ensure(maven.KAFKA_TOOLS)
     if java is None or outcome.state is State.SKIPPED:
         raise RuntimeError(f"Kafka's tools are not here: {outcome.text}")
-    return [str(java), "-Xmx512M", "-cp", f"{maven.KAFKA_TOOLS.path()}:{maven.KAFKA.path()}", f"org.apache.kafka.tools.{name}"]
+    return [
+        str(java),
+        "-Xmx512M",
+        "-cp",
+        f"{maven.KAFKA_TOOLS.path()}:{maven.KAFKA.path()}",
+        f"org.apache.kafka.tools.{name}",
+    ]

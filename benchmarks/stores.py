@@ -116,7 +116,9 @@ def _entity(chance: random.Random, n: int) -> list[list[bytes]]:
          "since": 1_700_000_000 + n, "address": f"10.{n % 200}.{n % 250}.{n % 240}", "seen": [chance.getrandbits(32) for _ in range(30)]}
     ).encode()  # fmt: skip
     items = [b"sku-%d" % chance.getrandbits(24) for _ in range(20)]
-    clicks = [word for k in range(4) for word in (b"page", b"/p/%d" % chance.getrandbits(20), b"ms", b"%d" % (k * n % 997))]
+    clicks = [
+        word for k in range(4) for word in (b"page", b"/p/%d" % chance.getrandbits(20), b"ms", b"%d" % (k * n % 997))
+    ]
     profile = [word for k in range(10) for word in (b"field-%d" % k, b"%x" % chance.getrandbits(80))]
     scored = [word for k in range(12) for word in (b"%d" % chance.getrandbits(30), b"member-%d" % k)]
     found = [
@@ -127,7 +129,10 @@ def _entity(chance: random.Random, n: int) -> list[list[bytes]]:
         [b"ZADD", b"rank:%d" % n, *scored],
     ]
     if n % 4 == 0:
-        found += [[b"SET", b"picture:%d" % n, chance.randbytes(2000)], [b"XADD", b"clicks:%d" % (n % 1000), b"*", *clicks]]
+        found += [
+            [b"SET", b"picture:%d" % n, chance.randbytes(2000)],
+            [b"XADD", b"clicks:%d" % (n % 1000), b"*", *clicks],
+        ]
     return found
 
 
@@ -162,7 +167,10 @@ def redis_dump(world: World, size: int, rounds: int) -> Comparison:
                 return ran.seconds
 
             measured(found, rounds, {OURS: mine, REDIS_CLI: lambda: timed(command).seconds})
-            said = {name: _looks_ok(path) for name, path in (("ours", store.saved(home / "ours").part("shard-0")), ("peer", file))}
+            said = {
+                name: _looks_ok(path)
+                for name, path in (("ours", store.saved(home / "ours").part("shard-0")), ("peer", file))
+            }
             if said["ours"] != said["peer"]:
                 raise RuntimeError(f"not the same: {said}")
             found.notes.append(
@@ -172,7 +180,9 @@ def redis_dump(world: World, size: int, rounds: int) -> Comparison:
     return found
 
 
-_REDIS_MISSED = "compressing and encrypting take CPU that the server's own process and its child want on the same two cores"
+_REDIS_MISSED = (
+    "compressing and encrypting take CPU that the server's own process and its child want on the same two cores"
+)
 
 
 def _fill(port: int, size: int) -> None:
@@ -248,8 +258,16 @@ def _produce(rig: kafka_rig.Kafka, topic: str, count: int) -> int:
     producer = rig.producer(**{"linger.ms": 20, "batch.size": 200_000, "queue.buffering.max.messages": 100_000})
     words = [chance.randbytes(8).hex() for _ in range(500)]
     for number in range(count):
-        lines = [{"sku": chance.choice(words), "count": number % 7, "price": number % 9973} for _ in range(2 + number % 4)]
-        order = {"id": f"{number:012d}", "customer": number % 50_000, "at": 1_700_000_000_000 + number, "lines": lines, "note": chance.choice(words)}
+        lines = [
+            {"sku": chance.choice(words), "count": number % 7, "price": number % 9973} for _ in range(2 + number % 4)
+        ]
+        order = {
+            "id": f"{number:012d}",
+            "customer": number % 50_000,
+            "at": 1_700_000_000_000 + number,
+            "lines": lines,
+            "note": chance.choice(words),
+        }
         key, value = b"%d" % (number % 50_000), json.dumps(order).encode()
         size += len(key) + len(value)
         while True:
@@ -286,7 +304,11 @@ NAMESPACES = 50
 def objects_of(number: int) -> tuple[str, str, dict[str, Any]]:
     """The object of this number as a path below its namespace, its name, and what is posted. Twenty in turn make a small application."""
     name, labels = f"app-{number // 20}-{number % 20}", {"app": f"app-{number // 20}", "team": f"team-{number % 9}"}
-    metadata: dict[str, Any] = {"name": name, "labels": labels, "annotations": {"example.com/owner": "shop", "example.com/number": str(number)}}
+    metadata: dict[str, Any] = {
+        "name": name,
+        "labels": labels,
+        "annotations": {"example.com/owner": "shop", "example.com/number": str(number)},
+    }
     core, kind = "/api/v1", number % 20
     text = "".join(f"setting.{k} = {number * k % 10_007}\n" for k in range(40))
     if kind < 8:
@@ -298,17 +320,33 @@ def objects_of(number: int) -> tuple[str, str, dict[str, Any]]:
         env = [{"name": f"NAME_{k}", "value": f"value-{k}"} for k in range(12)]
         main = {"name": "main", "image": "registry.example.com/shop:1.2.3", "env": env, "ports": [{"containerPort": 8080}],
                 "resources": {"requests": {"cpu": "100m", "memory": "128Mi"}, "limits": {"memory": "256Mi"}}}  # fmt: skip
-        spec = {"replicas": 0, "selector": {"matchLabels": {"app": name}}, "template": {"metadata": {"labels": {"app": name}}, "spec": {"containers": [main]}}}
+        spec = {
+            "replicas": 0,
+            "selector": {"matchLabels": {"app": name}},
+            "template": {"metadata": {"labels": {"app": name}}, "spec": {"containers": [main]}},
+        }
         return "/apis/apps/v1", "deployments", {"metadata": metadata, "spec": spec}
     if kind < 17:
-        return core, "services", {"metadata": metadata, "spec": {"selector": labels, "ports": [{"port": 80, "targetPort": 8080}]}}
+        return (
+            core,
+            "services",
+            {"metadata": metadata, "spec": {"selector": labels, "ports": [{"port": 80, "targetPort": 8080}]}},
+        )
     if kind == 17:
         return core, "serviceaccounts", {"metadata": metadata}
     rules = [{"apiGroups": [""], "resources": ["configmaps", "secrets"], "verbs": ["get", "list", "watch"]}]
     if kind == 18:
         return kube_rig.RBAC, "roles", {"metadata": metadata, "rules": rules}
     role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name}
-    return kube_rig.RBAC, "rolebindings", {"metadata": metadata, "roleRef": role, "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": "ns-0"}]}
+    return (
+        kube_rig.RBAC,
+        "rolebindings",
+        {
+            "metadata": metadata,
+            "roleRef": role,
+            "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": "ns-0"}],
+        },
+    )
 
 
 @contextlib.contextmanager
@@ -346,7 +384,9 @@ def kubernetes_export(world: World, count: int, rounds: int) -> Comparison:
         with kept(world, system) as store:
             kind = KubernetesStore(store.platform.access, store.target, store.target.system)  # type: ignore[arg-type]
             resources = ordered(store.platform.access.kubernetes(kind.system).resources())
-            names = ",".join(f"{one.plural}.{one.version}.{one.group}" if one.group else one.plural for one in resources)
+            names = ",".join(
+                f"{one.plural}.{one.version}.{one.group}" if one.group else one.plural for one in resources
+            )
             command = [
                 "env", f"HOME={home}", str(program), f"--kubeconfig={kube.kubeconfig}", "get", names, "--all-namespaces", "-o", "json",
             ]  # fmt: skip
