@@ -373,7 +373,7 @@ class S3Store:
         url = self._base + path + (f"?{text}" if text else "")
         # urllib3 itself refuses a body that is shorter than was announced.
         response = self._pool.request(
-            method, url, headers=signed, body=bytes(body) if method == "PUT" else None, preload_content=True
+            method, url, headers=signed, body=body if method == "PUT" else None, preload_content=True
         )
         found = {k.lower(): v for k, v in response.headers.items()}
         data = response.data
