@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,8 +18,12 @@ from typing import Any
 import dagster as dg
 import pytest
 import yaml
+from dagster._core.events import DagsterEvent, DagsterEventType
 from dagster._core.run_coordinator.queued_run_coordinator import QueuedRunCoordinator
 from dagster._core.storage.tags import RUN_KEY_TAG
+from dagster._core.test_utils import create_run_for_test
+from dagster._daemon.auto_run_reexecution.auto_run_reexecution import should_retry
+from dagster._daemon.monitoring import run_monitoring
 
 from assets.postgres import BASE_BACKUP, COPY, DATABASE, PITR_VERIFICATION, WAL_ARCHIVE
 from ops_platform.backup import archive
@@ -214,8 +220,6 @@ def tick(repository: dg.RepositoryDefinition, instance: dg.DagsterInstance, at: 
 
 
 def launch(instance: dg.DagsterInstance, requested: dg.RunRequest, status: dg.DagsterRunStatus) -> None:
-    from dagster._core.test_utils import create_run_for_test
-
     create_run_for_test(instance, status=status, tags={**requested.tags, RUN_KEY_TAG: str(requested.run_key)})
 
 
@@ -286,17 +290,45 @@ def test_a_target_is_never_worked_on_twice_whoever_starts_the_run() -> None:
         assert entry["value"] == {"applyLimitPerUniqueValue": True}
 
 
-def test_the_shipped_instance_launches_within_a_second_and_keeps_its_limits(tmp_path: Path) -> None:
-    shipped = yaml.safe_load((Path(__file__).parents[2] / "deploy" / "dagster.yaml").read_text())
-    del shipped["storage"]
-    (tmp_path / "dagster.yaml").write_text(yaml.safe_dump(shipped))
+@pytest.fixture
+def shipped(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    """An instance as deploy/dagster.yaml says, but for its storage."""
+    settings = yaml.safe_load((Path(__file__).parents[2] / "deploy" / "dagster.yaml").read_text())
+    del settings["storage"]
+    (tmp_path / "dagster.yaml").write_text(yaml.safe_dump(settings))
     with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
-        assert isinstance(instance.run_coordinator, QueuedRunCoordinator)
-        assert instance.run_coordinator.dequeue_interval_seconds == 1
-        queue = instance.get_concurrency_config().run_queue_config
-        assert queue is not None
-        assert queue.max_concurrent_runs == 20
-        assert [limit["key"] for limit in queue.tag_concurrency_limits] == ["ops/target", "dagster/partition"]
+        yield instance
+
+
+def test_the_shipped_instance_launches_within_a_second_and_keeps_its_limits(shipped: dg.DagsterInstance) -> None:
+    assert isinstance(shipped.run_coordinator, QueuedRunCoordinator)
+    assert shipped.run_coordinator.dequeue_interval_seconds == 1
+    queue = shipped.get_concurrency_config().run_queue_config
+    assert queue is not None
+    assert queue.max_concurrent_runs == 20
+    assert [limit["key"] for limit in queue.tag_concurrency_limits] == ["ops/target", "dagster/partition"]
+
+
+def test_a_run_whose_daemon_died_while_it_was_launched_is_ended_and_tried_again(
+    shipped: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands as STARTING, and no process has it: else it would keep its target's place for ever."""
+    run = create_run_for_test(shipped, status=dg.DagsterRunStatus.NOT_STARTED)
+    event = DagsterEvent(DagsterEventType.PIPELINE_STARTING.value, run.job_name, message="launching")
+    shipped.report_dagster_event(event, run.run_id)
+
+    def look(later: timedelta) -> dg.DagsterRun:
+        monkeypatch.setattr(run_monitoring, "get_current_timestamp", lambda: time.time() + later.total_seconds())
+        workspace: Any = SimpleNamespace(instance=shipped, create_request_context=lambda: None)
+        assert list(run_monitoring.execute_run_monitoring_iteration(workspace, logging.getLogger())) == [None]
+        found = shipped.get_run_by_id(run.run_id)
+        assert found is not None
+        return found
+
+    assert look(timedelta(minutes=4)).status is dg.DagsterRunStatus.STARTING
+    ended = look(timedelta(minutes=6))
+    assert ended.status is dg.DagsterRunStatus.FAILURE
+    assert should_retry(ended, shipped)
 
 
 def test_a_night_missed_by_an_outage_is_caught_up_and_an_old_one_is_not(stored: dg.DagsterInstance) -> None:
