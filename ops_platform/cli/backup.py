@@ -170,7 +170,8 @@ def _show_list(target_id: str, infos: list[BackupInfo], window: RecoveryWindow) 
         click.echo(f"no backups; take one: ops backup run {target_id}")
     moments = [begin for begin, end in window.pieces if begin == end]
     if moments:
-        click.echo(f"restorable: {len(moments)} moments, from {stamp(moments[0])} to {stamp(moments[-1])}")
+        several = f"{len(moments)} moments, from {stamp(moments[0])} to {stamp(moments[-1])}"
+        click.echo(f"restorable: {several if len(moments) > 1 else f'the moment {stamp(moments[0])}'}")
     for begin, end in window.pieces:
         if begin == end:
             continue

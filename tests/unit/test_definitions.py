@@ -31,6 +31,7 @@ from ops_platform.backup.model import WalGap
 from ops_platform.definitions import build_defs
 from ops_platform.errors import UnreachableError
 from ops_platform.inventory import LoadedInventory, load
+from ops_platform.inventory.backups import Copy
 from ops_platform.resources import PlatformResource
 from ops_platform.timing import offset
 from schedules.postgres import LOOK_BACK
@@ -214,9 +215,11 @@ def test_no_targets_is_an_inventory_too(stored: dg.DagsterInstance) -> None:
 NIGHT = datetime(2026, 7, 1, 0, 15, tzinfo=UTC)  # 02:15 in Berlin
 
 
-def tick(repository: dg.RepositoryDefinition, instance: dg.DagsterInstance, at: datetime) -> Any:
+def tick(
+    repository: dg.RepositoryDefinition, instance: dg.DagsterInstance, at: datetime, name: str = "nightly_backups"
+) -> Any:
     context = dg.build_schedule_context(instance=instance, scheduled_execution_time=at)
-    return repository.get_schedule_def("nightly_backups")(context)
+    return repository.get_schedule_def(name)(context)
 
 
 def launch(instance: dg.DagsterInstance, requested: dg.RunRequest, status: dg.DagsterRunStatus) -> None:
@@ -336,6 +339,21 @@ def test_a_night_missed_by_an_outage_is_caught_up_and_an_old_one_is_not(stored: 
     (late,) = tick(repository, stored, slot("shop") + LOOK_BACK - timedelta(minutes=10))
     assert late.run_key == "nightly_backups/shop/2026-07-01T00:15Z"
     assert isinstance(tick(repository, stored, slot("shop") + LOOK_BACK + timedelta(minutes=5)), dg.SkipReason)
+
+
+def test_what_an_outage_missed_several_times_is_made_good_once(stored: dg.DagsterInstance) -> None:
+    loaded = an_inventory("shop", "bank")
+    for target in loaded.inventory.targets:
+        target.repository.copies.append(Copy(id="second-site", store="other", keys="other"))
+    repository = build_defs(loaded).get_repository_def()
+    found = tick(repository, stored, NIGHT, "copies")
+    assert sorted(str(wanted.run_key) for wanted in found) == [
+        "copies/bank/2026-07-01T00:15Z",
+        "copies/shop/2026-07-01T00:15Z",
+    ]
+    for wanted in found:
+        launch(stored, wanted, dg.DagsterRunStatus.STARTED)
+    assert isinstance(tick(repository, stored, NIGHT + timedelta(minutes=10), "copies"), dg.SkipReason)
 
 
 def test_a_run_that_an_interrupted_tick_made_and_did_not_launch_is_asked_for_again(
