@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks import copies, decisions, events, ledger, remediation, stores
+from benchmarks import copies, decisions, drills, events, ledger, remediation, stores
 from benchmarks.ground import Database, Talk, World, drop_caches, timed
 from benchmarks.measure import Comparison, Goal, interleaved
 from ops_platform.backup.model import Lsn
@@ -692,5 +692,7 @@ COMPARISONS: dict[str, Callable[[World, Sizes], Comparison]] = {
     "kubernetes-export": lambda world, sizes: stores.kubernetes_export(world, sizes.objects, sizes.rounds),
     "replicate": lambda world, sizes: copies.replication(world, sizes.copied, sizes.rounds),
     "replicate-memory": lambda world, sizes: copies.replication_memory(world, sizes.copied, sizes.rounds),
+    "drill-overhead": lambda _, sizes: drills.overhead(max(sizes.rounds, 1)),
+    "probe-resolution": lambda _, sizes: drills.resolution(sizes.rounds),
     "sensor-memory": lambda _, sizes: remediation.sensor_memory(sizes.ticks),
 }

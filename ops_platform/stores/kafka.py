@@ -34,10 +34,11 @@ if TYPE_CHECKING:
     from ops_platform.inventory.systems import KafkaSystem, StoreTarget
 
 _HEAD, _HEADER = struct.Struct(">qqiiH"), struct.Struct(">Hi")
-_BATCH = 1000
+_BATCH = 2000
+# Fewer and larger answers than librdkafka asks for by itself, and no more than some of them held.
+_FETCH = {"fetch_message_max_bytes": 4 << 20, "queued_max_messages_kbytes": 32 << 10, "queued_min_messages": 100_000}
 _GATHERING = 0.1  # seconds
 _SILENT = 60.0  # seconds without a record or an end
-_PIECE = 1 << 20
 SUBJECTS = "subjects"
 _WIRE = 5  # bytes: a zero and the schema's id, before the value itself
 # Of the cluster that a topic was in, not of the topic: a single broker could not keep them.
@@ -451,24 +452,27 @@ def _read_partition(
     kafka: Kafka, said: Said, topic: str, partition: int, write: Callable[[bytes], None]
 ) -> dict[str, int]:
     """Everything that is committed up to now."""
-    count, first, last, buffer = 0, -1, -1, bytearray()
-    for record in _records_of(kafka, said, topic, partition):
-        buffer += packed(record)
-        if len(buffer) >= _PIECE:
-            write(bytes(buffer))
-            buffer.clear()
-        first, last, count = (record.offset if first < 0 else first), record.offset, count + 1
-    write(bytes(buffer))
+    count, first, last = 0, -1, -1
+    for batch in _batches_of(kafka, said, topic, partition):
+        # Without a `Record` for each: there are many, and each costs.
+        write(b"".join([_stored(m.offset(), m.timestamp()[1], m.key(), m.value(), m.headers() or ()) for m in batch]))
+        first, last, count = (first if count else batch[0].offset()), batch[-1].offset(), count + len(batch)
     return {"count": count, "first": first, "last": last}
 
 
 def _records_of(kafka: Kafka, said: Said, topic: str, partition: int) -> Iterator[Record]:
     """The committed records of one partition, up to where it stands now. Raises ConflictError where some went meanwhile."""
-    from confluent_kafka import KafkaError, TopicPartition
+    for batch in _batches_of(kafka, said, topic, partition):
+        yield from map(_record, batch)
+
+
+def _batches_of(kafka: Kafka, said: Said, topic: str, partition: int) -> Iterator[list[Any]]:
+    """The same as librdkafka's messages, some at once; none of the lists is empty."""
+    from confluent_kafka import TopicPartition
 
     settings = {
         "group_id": f"ops-backup-{secrets.token_hex(4)}", "enable_auto_commit": False, "auto_offset_reset": "error",
-        "isolation_level": "read_committed", "enable_partition_eof": True,
+        "isolation_level": "read_committed", "enable_partition_eof": True, "check_crcs": True, **_FETCH,
     }  # fmt: skip
     with contextlib.closing(kafka.consumer(said, **settings)) as consumer:
         with kafka.named(said, topic):
@@ -476,8 +480,8 @@ def _records_of(kafka: Kafka, said: Said, topic: str, partition: int) -> Iterato
         if low >= high:
             return
         consumer.assign([TopicPartition(topic, partition, low)])
-        heard_at = kafka.clock.monotonic()
-        while True:
+        heard_at, ended = kafka.clock.monotonic(), False
+        while not ended:
             with kafka.named(said, topic):
                 # It waits for as many as were asked for, or for all of this time, also behind the last one.
                 batch = consumer.consume(_BATCH, timeout=_GATHERING)
@@ -487,21 +491,30 @@ def _records_of(kafka: Kafka, said: Said, topic: str, partition: int) -> Iterato
                 raise UnreachableError(
                     f"{topic}/{partition} was not read to its end: no answer for {_SILENT:.0f} s", where=kafka.where
                 )
-            for message in batch:
-                error = message.error()
-                if error is None:
-                    if cast("int", message.offset()) >= high:
-                        return
-                    yield _record(message)
-                elif error.code() == KafkaError._PARTITION_EOF:  # pyright: ignore[reportPrivateUsage] - its published name
-                    return
-                elif error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):  # pyright: ignore[reportPrivateUsage]
-                    raise ConflictError(
-                        f"records of {topic}/{partition} were removed before they were read", where=kafka.where,
-                        remedy="its retention was faster: take it again, or give it more time",
-                    )  # fmt: skip
-                else:
-                    raise kafka.error(error, said, topic)
+            good, ended = _until(batch, high, kafka, said, f"{topic}/{partition}")
+            if good:
+                yield good
+
+
+def _until(batch: list[Any], high: int, kafka: Kafka, said: Said, where: str) -> tuple[list[Any], bool]:
+    """The messages below an offset, and whether that was all of them."""
+    from confluent_kafka import KafkaError
+
+    for number, message in enumerate(batch):
+        error = message.error()
+        if error is None:
+            if cast("int", message.offset()) < high:
+                continue
+            return batch[:number], True
+        if error.code() == KafkaError._PARTITION_EOF:  # pyright: ignore[reportPrivateUsage] - its published name
+            return batch[:number], True
+        if error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):  # pyright: ignore[reportPrivateUsage]
+            raise ConflictError(
+                f"records of {where} were removed before they were read", where=kafka.where,
+                remedy="its retention was faster: take it again, or give it more time",
+            )  # fmt: skip
+        raise kafka.error(error, said, where.rpartition("/")[0])
+    return batch, False
 
 
 def _record(message: Any) -> Record:
@@ -512,16 +525,18 @@ def _record(message: Any) -> Record:
 
 def packed(record: Record) -> bytes:
     """The stored form of a record; see the module's text."""
-    lengths = (-1 if record.key is None else len(record.key)), (-1 if record.value is None else len(record.value))
-    parts = [
-        _HEAD.pack(record.offset, record.timestamp, *lengths, len(record.headers)),
-        record.key or b"",
-        record.value or b"",
-    ]
-    for name, value in record.headers:
+    return _stored(record.offset, record.timestamp, record.key, record.value, record.headers)
+
+
+def _stored(
+    offset: int, timestamp: int, key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes | None]]
+) -> bytes:
+    lengths = -1 if key is None else len(key), -1 if value is None else len(value)
+    found = _HEAD.pack(offset, timestamp, *lengths, len(headers)) + (key or b"") + (value or b"")
+    for name, content in headers:
         encoded = name.encode()
-        parts += [_HEADER.pack(len(encoded), -1 if value is None else len(value)), encoded, value or b""]
-    return b"".join(parts)
+        found += _HEADER.pack(len(encoded), -1 if content is None else len(content)) + encoded + (content or b"")
+    return found
 
 
 def read_records(file: Path) -> Iterator[Record]:
