@@ -6,13 +6,15 @@ secrets and an `Access`, in a folder of its own, against those servers and Postg
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,26 @@ class Cluster:
 
     def stop(self) -> None:
         self.server.stop("immediate")
+
+
+@contextlib.contextmanager
+def small_disk(size: str, *, mode: str = "755") -> Iterator[Path]:
+    """A file system of so many bytes (`12m`)."""
+    place = scratch("ops-disk-")
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size},mode={mode}", "tmpfs", place],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        place.rmdir()
+        missing(f"a small disk ({done.stderr.strip()})", "mounting one takes root")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+        place.rmdir()
 
 
 class Platform:

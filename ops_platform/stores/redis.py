@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import secrets
 import subprocess
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -116,9 +117,7 @@ class RedisStore:
     # Level 1
 
     def files(self, saved: Saved) -> Iterator[Check]:
-        program = None
-        with contextlib.suppress(CouldNotVerifyError):
-            program = find_program("redis-check-rdb", self.target.sandbox.programs, "redis-tools")
+        program = self._checker()
         for name in saved.parts:
             yield Check(
                 f"rdb-{name}", f"The RDB of {name} is whole", "redis-check-rdb FILE (its CRC-64, every object)",
@@ -158,6 +157,12 @@ class RedisStore:
 
     def need_programs(self) -> None:
         self._program()
+
+    def _checker(self) -> str | None:
+        """None: it is not here."""
+        with contextlib.suppress(CouldNotVerifyError):
+            return find_program("redis-check-rdb", self.target.sandbox.programs, "redis-tools")
+        return None
 
     def _program(self) -> str:
         return find_program("redis-server", self.target.sandbox.programs, "redis-server")
@@ -199,16 +204,30 @@ class RedisStore:
         except CouldNotVerifyError:
             raise
         except OpsError as error:
-            if "RDB format version" in (tail := server.tail(20)):
-                raise CouldNotVerifyError(
-                    f"the sandbox's Redis is older than the source ({saved.server}): {tail}",
-                    remedy="name a program of the same version under sandbox.programs",
-                ) from None
-            if "RDB" in tail:
-                raise CorruptionError(f"the RDB does not load: {tail}", where=saved.backup_id) from None
-            raise CouldNotVerifyError(error.what, where=error.where) from None
+            raise self._why(error, saved, name, server) from None
         with stack, _session(listening) as session:
             yield session
+
+    def _why(self, error: OpsError, saved: Saved, name: str, server: Server) -> OpsError:
+        """Whose fault it is that it does not load. Redis has the same words, a short read, for an RDB that is cut off and for too little memory:
+        its own tool, which loads nothing, tells which."""
+        log = server.log.read_text(errors="replace")
+        if _NEWER in log:
+            return CouldNotVerifyError(
+                f"the sandbox's Redis is older than the source ({saved.server}): {server.tail(20)}",
+                remedy="name a program of the same version under sandbox.programs",
+            )
+        broken = _BROKEN.search(log)
+        whole = _check_rdb(self._checker(), saved.part(name)).status if broken else PASSED
+        if _NO_MEMORY.search(log) or (broken and whole is PASSED):
+            return CouldNotVerifyError(
+                "there is not enough memory to load the RDB here",
+                where=error.where,
+                remedy="verify where there is more",
+            )
+        if broken and whole is FAILED:
+            return CorruptionError(f"the RDB does not load: {server.tail(20)}", where=saved.backup_id)
+        return CouldNotVerifyError(error.what, where=error.where)
 
 
 @dataclass(frozen=True)
@@ -393,6 +412,12 @@ def _said(shards: Sequence[Shard]) -> str:
 # The sandbox
 
 
+# Redis' own words. A server that was killed says none of them, and names the RDB all the same ("Loading RDB produced by version …").
+_NEWER = "RDB format version"
+_NO_MEMORY = re.compile(r"Out Of Memory|failed allocating|Cannot allocate memory")
+_BROKEN = re.compile(r"Internal error in RDB|Short read|Wrong signature|Wrong RDB checksum|Unknown RDB|Bad data format")
+
+
 def _check_rdb(program: str | None, file: Path) -> Finding:
     if program is None:
         return Finding(UNCHECKED, "redis-check-rdb is not here; install redis-tools, or name it under sandbox.programs")
@@ -403,7 +428,12 @@ def _check_rdb(program: str | None, file: Path) -> Finding:
     told = [line.partition("] ")[2] or line for line in lines if "keys read" in line or "expires" in line]
     if done.returncode == 0 and any("RDB looks OK" in line for line in lines):
         return Finding(PASSED, ", ".join(told) or "it looks OK")
-    return Finding(FAILED, " | ".join(lines[-4:])[-500:] or f"exit code {done.returncode}")
+    said = " | ".join(lines[-4:])[-500:] or f"exit code {done.returncode}"
+    if _NEWER in done.stdout:
+        return Finding(UNCHECKED, f"redis-check-rdb is older than the source: {said}")
+    if done.returncode < 0 or _NO_MEMORY.search(done.stdout + done.stderr):
+        return Finding(UNCHECKED, f"redis-check-rdb did not come to its end: {said}")
+    return Finding(FAILED, said)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from ops_platform.clock import SystemClock
 from ops_platform.errors import CorruptionError, OpsError, UnreachableError, UsageError
 from ops_platform.local.components import COMPONENTS
 from tests.integration.wal_rig import FaultyStore, eventually
-from tests.rig import Cluster, Ground, Platform, missing, scratch
+from tests.rig import Cluster, Ground, Platform, scratch, small_disk
 
 CONTROL = "global/pg_control"
 
@@ -450,22 +450,6 @@ def test_a_single_file_comes_from_its_own_blocks(rig: Rig) -> None:
     assert fetch_file(rig.repository, rig.full, "PG_VERSION") == b"18\n"
     label = fetch_file(rig.repository, rig.full, "backup_label").decode()
     assert f"LABEL: {rig.full.backup_id}" in label
-
-
-@contextlib.contextmanager
-def small_disk(size: str) -> Iterator[Path]:
-    place = scratch("ops-disk-")
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        place.rmdir()
-        missing(f"a small disk ({done.stderr.strip()})", "mounting one takes root")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "--lazy", place], check=True)
-        place.rmdir()
 
 
 def test_too_little_space_is_said_before_anything_is_written(rig: Rig) -> None:

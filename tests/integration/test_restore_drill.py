@@ -22,7 +22,7 @@ from ops_platform.drills.scorecard import card_of
 from ops_platform.drills.steps.basics import processes_with
 from ops_platform.inventory.model import at_copy
 from tests.drill_rig import Held, held_on
-from tests.rig import Cluster, Platform, eventually
+from tests.rig import Cluster, Platform, eventually, small_disk
 
 
 @pytest.fixture
@@ -137,3 +137,20 @@ def test_a_drill_whose_target_has_no_backup_is_refused(held: Held) -> None:
     refused = {ruling.guard: ruling.reason for ruling in begun.result.rulings if not ruling.allows}
     assert set(refused) == {"preflight"}
     assert not (held.platform.home / "drills").exists()
+
+
+def test_a_disk_that_is_too_small_fails_the_drill_in_clear_words_and_nothing_stays(held: Held) -> None:
+    run_backup(held.platform.access, held.platform.target)
+    with small_disk("16m") as disk:
+        held.platform.body["drills"]["workspace"] = str(disk / "drills")
+        held.platform.reload()
+        small = Held(held.cluster, held.platform)
+        drill = small.drill("monthly", seconds_before=0.2)
+        card = card_of(drill)
+        assert card is not None
+        assert (card.verdict, card.ending) == ("FAIL", "failed")
+        assert "are needed" in card.reason
+        assert "GiB are free" in card.reason
+        assert all(resource.gone for resource in card.teardown)
+        assert list((disk / "drills").iterdir()) == []
+    assert held.cluster.sql("select count(*) from ops_canary.drill_writes") == 0

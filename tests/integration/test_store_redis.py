@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import random
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -26,7 +28,8 @@ from ops_platform.stores.kind import Check, Saved
 from ops_platform.stores.redis import missing_slots
 from tests import redis_rig
 from tests.authority import Authority
-from tests.rig import Ground, Platform, eventually
+from tests.rig import Ground, Platform, eventually, small_disk
+from tests.servers import program
 from tests.stores_rig import dump, gate, gates, prove, with_store
 
 PASSWORD = 'a "quoted" word'
@@ -141,6 +144,84 @@ def test_restored_data_that_is_not_the_sources_fails(
     card = prove(platform, entry(single.port, platform), kind=kind)
     assert card.verdict is Verdict.FAIL
     assert [name for name, status in gates(card).items() if status == "failed"] == [failing]
+
+
+class Broken(stores_redis.RedisStore):
+    """The RDB with a change, before or after its own tool has looked at it."""
+
+    change: Any = None
+    early: bool = True
+
+    def files(self, saved: Saved) -> Iterator[Check]:
+        if self.early:
+            type(self).change(saved.part("shard-0"))
+        return super().files(saved)
+
+    def restore(self, saved: Saved, home: Path) -> Any:
+        if not self.early:
+            type(self).change(saved.part("shard-0"))
+        return super().restore(saved, home)
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _newer(file: Path) -> None:
+    body = file.read_bytes()
+    assert body.startswith(b"REDIS00")
+    file.write_bytes(b"REDIS0099" + body[9:])
+
+
+@pytest.mark.parametrize(
+    ("change", "early", "verdict", "said"),
+    [
+        (_cut, True, Verdict.FAIL, "not restored"),
+        (_cut, False, Verdict.FAIL, "the RDB does not load"),
+        (_newer, True, Verdict.COULD_NOT_VERIFY, "RDB format version 99"),
+        (_newer, False, Verdict.COULD_NOT_VERIFY, "the sandbox's Redis is older than the source"),
+    ],
+)
+def test_an_rdb_that_is_cut_off_fails_and_one_of_a_newer_redis_is_not_judged(
+    platform: Platform, single: redis_rig.Redis, change: Any, early: bool, verdict: Verdict, said: str
+) -> None:
+    repository_has_one(platform, single)
+    target = with_store(platform, entry(single.port, platform))
+    members = {"change": staticmethod(change), "early": early}
+    kind = type("Changed", (Broken,), members)(platform.access, target, target.system)
+    card = prove(platform, entry(single.port, platform), kind=kind)
+    assert card.verdict is verdict, card.reason
+    assert said in card.reason + " ".join(card.notes)
+    assert not list(platform.home.glob("ops-verify-*"))
+
+
+def test_a_sandbox_without_memory_or_room_on_its_disk_judges_nothing_and_leaves_nothing(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key of 128 MiB is little in the RDB and much for a server that may have 150 MB."""
+    little = platform.home / "redis-server"
+    little.write_text(f'#!/bin/sh\nulimit -v 150000\nexec {program("redis-server")} "$@"\n')
+    little.chmod(0o755)
+    with redis_rig.replicated(replicas=0, password=PASSWORD) as made:
+        made.master.run("SETRANGE", "large", (128 << 20) - 1, "x")
+        system = entry(made.master.port, platform, id="large")
+        dump(platform, system)
+        programs = {"redis-server": str(little)}
+        card = prove(platform, {**system, "sandbox": {"directory": str(platform.home), "programs": programs}})
+        assert card.verdict is Verdict.COULD_NOT_VERIFY, card.reason
+        assert "not enough memory" in card.reason
+        assert not list(platform.home.glob("ops-verify-*"))
+        with small_disk("200k") as disk:
+            tight = {**system, "sandbox": {"directory": str(disk)}}
+            card = prove(platform, tight)
+            assert (card.verdict, "are free" in card.reason) == (Verdict.COULD_NOT_VERIFY, True)
+            # As of a disk that others fill meanwhile.
+            roomy = shutil.disk_usage("/")._replace(free=1 << 40)
+            monkeypatch.setattr(shutil, "disk_usage", lambda _path: roomy)
+            card = prove(platform, tight)
+            assert card.verdict is Verdict.COULD_NOT_VERIFY, card.reason
+            assert "No space left on device" in card.reason
+            assert list(disk.iterdir()) == []
 
 
 def repository_has_one(platform: Platform, single: redis_rig.Redis) -> None:
