@@ -69,6 +69,12 @@ class CopyKeys:
             self._known[wrapped] = plain
         return plain
 
+    def forget(self, wrapped: str) -> None:
+        """To be called once the last object that needs it is gone. The store's Object Lock may keep it, which opens nothing any more."""
+        self._store.delete(self._key(wrapped))
+        with self._lock:
+            self._known.pop(wrapped, None)
+
     def _key(self, wrapped: str) -> str:
         return f"{self._prefix}{hashlib.sha256(wrapped.encode()).hexdigest()}.json"
 

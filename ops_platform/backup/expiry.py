@@ -33,6 +33,7 @@ from ops_platform.actions import (
     run_action,
 )
 from ops_platform.backup.archive import Archive, open_target_repository, read_archive
+from ops_platform.backup.copykeys import CopyKeys
 from ops_platform.backup.expiry_rules import (
     DEAD_AFTER,
     Cut,
@@ -49,7 +50,7 @@ from ops_platform.backup.model import AnyManifest, BackupInfo, BackupKind, Proof
 from ops_platform.backup.repository import Repository, WalObject, info_of
 from ops_platform.clients.objectstore import DeleteOutcome, ObjectInfo
 from ops_platform.clock import SYSTEM_CLOCK, Clock
-from ops_platform.errors import CorruptionError, OpsError, RefusedError, UnreachableError, UsageError
+from ops_platform.errors import CorruptionError, NotThereError, OpsError, RefusedError, UnreachableError, UsageError
 from ops_platform.inventory.model import Backed, Mode, Target
 from ops_platform.ledger import Ledger
 
@@ -379,13 +380,26 @@ class ExpiryAction:
         return Applied(Outcome.APPLIED, "aborted")
 
     def _remove_backup(self, backup_id: str) -> Applied:
-        manifest = self._repository.manifest_key(backup_id)
+        manifest, key = self._repository.manifest_key(backup_id), self._key_at_copy(backup_id)
         if self._store.delete(manifest) is DeleteOutcome.PINNED:
             self._pinned.add(backup_id)
             retention = self._store.retention(manifest)
             until = f" until {retention.until.isoformat()}" if retention else ""
             return Applied(Outcome.PINNED, f"the store's Object Lock keeps it{until}")
-        return self._remove_objects(backup_id)
+        done = self._remove_objects(backup_id)
+        if key is not None and done.outcome is Outcome.APPLIED:
+            key()
+        return done
+
+    def _key_at_copy(self, backup_id: str) -> Callable[[], None] | None:
+        """What removes its data key, which belongs to it alone; None but at a copy, and where its manifest does not tell it."""
+        if not isinstance(keys := self._repository.keys, CopyKeys):
+            return None
+        try:
+            wrapped = self._repository.any_manifest(backup_id).key
+        except (CorruptionError, NotThereError):
+            return None
+        return lambda: keys.forget(wrapped)
 
     def _remove_objects(self, backup_id: str) -> Applied:
         done = self._delete([info.key for info in self._repository.objects_of(backup_id)])

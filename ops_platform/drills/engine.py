@@ -19,6 +19,7 @@ from ops_platform.drills.model import Done, Drill, DrillState, Ending, Resource,
 from ops_platform.drills.registry import Context, TimedOutError, doing, remover
 from ops_platform.drills.runbook import AnyStep, filled_in, runbook_of
 from ops_platform.drills.store import AbortedError, Store, this_host
+from ops_platform.drills.workspace import drills_of
 from ops_platform.errors import ConflictError, OpsError
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class Engine:
     # What dead drills have left
 
     def sweep(self, *, lost_after: timedelta = LOST_AFTER) -> list[Drill]:
-        """End every drill whose worker is gone, and take away what ended ones could not. Those that were worked on.
+        """End every drill whose worker is gone, and take away what ended ones could not. Those that were worked on. Old samples are forgotten.
 
         A recovery in earnest is not ended: it is gone on with, by whoever began it (`ops recover`).
         """
@@ -129,6 +130,7 @@ class Engine:
                 if ours:
                     self._remove_all(drill)
                     done.append(drill)
+        self.store.forget_samples(self.clock.now() - drills_of(self.access).samples_kept)
         return done
 
     def _waited_too_long(self, drill: Drill) -> bool:

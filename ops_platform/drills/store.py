@@ -472,6 +472,14 @@ class Store(Tables):
             ).fetchall()
         return [Sample(*row) for row in rows]
 
+    def forget_samples(self, before: datetime) -> int:
+        """Of drills that ended before that moment; their scorecards keep what was made of them. How many were forgotten."""
+        with self.transaction() as t:
+            return t.connection.execute(
+                "delete from ops_drills.samples s using ops_drills.drills d where d.id = s.drill and d.ended_at < %s",
+                [before],
+            ).rowcount
+
     # People
 
     def approve(self, digest: str, subject: str, *, who: str, valid_for: timedelta) -> Approval:

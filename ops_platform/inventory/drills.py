@@ -74,6 +74,10 @@ class Drills(Strict):
         default=[_WORKING_DAY],
         description="When no drill begins. An empty list: a drill may begin at any time.",
     )
+    samples_kept: PositiveDuration = Field(
+        default=timedelta(days=400),
+        description="What probes saw, attempt by attempt, is forgotten this long after its drill ended; scorecards stay.",
+    )
     schedule: Cron | None = Field(
         default=None, description="When the most overdue drill is held, such as `0 20 1-7 * *`; none: by hand alone."
     )

@@ -20,7 +20,7 @@ from ops_platform.cli.main import cli
 from ops_platform.clients.postgres_binaries import free_port
 from ops_platform.clients.processes import Process, spawn, stop
 from ops_platform.drills.begin import Beginner, planned
-from ops_platform.drills.model import DrillState, Ending, StepState
+from ops_platform.drills.model import DrillState, Ending, Sample, StepState
 from ops_platform.drills.scorecard import card_of
 from ops_platform.drills.steps import injection
 from ops_platform.errors import ConflictError, UsageError
@@ -316,6 +316,35 @@ def test_a_finding_that_is_found_again_is_the_same_one(bench: Bench) -> None:
     assert finding.seen == 2
     changed = bench.engine.store.assign(finding.id, owner="bob", due=None, note="ordered", actor="ann")
     assert (changed.owner, changed.note, changed.due) == ("bob", "ordered", finding.due)
+
+
+def test_what_probes_saw_is_forgotten_in_its_time_and_not_before_its_drill_has_ended(bench: Bench) -> None:
+    bench.body["drills"]["samples_kept"] = "30d"
+    bench.both("toys", [SAY])
+    bench.both("others", [SAY], targets=["attic"])
+    old, running = bench.drill("toys"), bench.begin(bench.engine, "others").drill
+    assert running is not None
+    now = datetime.now(UTC)
+    for drill in (old, running):
+        bench.engine.store.saw(drill.id, "writer", [Sample(now - timedelta(days=90), True, 1.0, 1)])
+
+    def kept() -> list[int]:
+        return [len(bench.engine.store.samples(drill.id, "writer")) for drill in (old, running)]
+
+    def ended(days: int) -> None:
+        with bench.engine.store.transaction() as t:
+            t.connection.execute(
+                "update ops_drills.drills set ended_at = %s where id = %s", [now - timedelta(days=days), old.id]
+            )
+
+    ended(29)
+    bench.engine.sweep()
+    assert kept() == [1, 1]
+    ended(31)
+    bench.engine.sweep()
+    assert kept() == [0, 1]
+    assert bench.engine.store.get(old.id).card == old.card
+    bench.engine.run(running.id)
 
 
 def test_a_late_worker_makes_nothing(bench: Bench) -> None:

@@ -18,10 +18,12 @@ import pytest
 from dagster import DagsterInstance
 from pydantic import TypeAdapter
 
+from ops_platform.actions import Outcome
 from ops_platform.backup import replicate as room
 from ops_platform.backup.archive import open_target_repository, read_archive
 from ops_platform.backup.basebackup import run_backup
 from ops_platform.backup.copykeys import CopyKeys
+from ops_platform.backup.expiry import ExpiryAction
 from ops_platform.backup.model import Lsn, Proof, no_progress
 from ops_platform.backup.receiver import receive_range
 from ops_platform.backup.replicate import Inspected, Replicated, inspect, replicate, standing
@@ -35,6 +37,7 @@ from ops_platform.promises import judge
 from ops_platform.recovery.model import Verdict
 from ops_platform.recovery.verify import verify
 from tests.rig import Cluster, Ground, Platform, scratch
+from tests.stores_rig import MovedClock
 
 OPS = str(Path(sys.executable).with_name("ops"))
 SITE = "second-site"
@@ -408,6 +411,29 @@ def test_expiring_a_copy_goes_by_the_same_promises(sites: Sites) -> None:
     done = sites.ops("backup", "expire", "app-db", "--copy", SITE, "--dry-run", "--json")
     (plan,) = json.loads(done.stdout)
     assert plan["status"] == "nothing to do"
+
+
+def test_a_backups_data_key_goes_from_the_copy_with_the_backup_and_no_other_does(sites: Sites) -> None:
+    newer = run_backup(sites.platform.access, sites.target, kind="full")
+    sites.replicate()
+
+    def held() -> dict[str, str]:
+        store = sites.copy.store
+        return {json.loads(store.get(info.key))["wrapped"]: info.key for info in store.list("app-db/keys/")}
+
+    gone = {sites.copy.any_manifest(one.backup_id).key for one in (sites.full, sites.incremental)}
+    before = held()
+    assert gone < before.keys()
+    policy = sites.target.backup.model_copy(update={"minimum_redundancy": 1})
+    target = at_copy(sites.target, SITE).model_copy(update={"backup": policy})
+    action = ExpiryAction(sites.copy, target, clock=MovedClock(timedelta(days=400)))
+    changes = action.plan().of_kind("backup")
+    assert {change.object for change in changes} == {sites.full.backup_id, sites.incremental.backup_id}
+    assert [action.check(change) or action.apply(change).outcome for change in changes] == [Outcome.APPLIED] * 2
+    assert held().keys() == before.keys() - gone
+    assert sites.inspect().whole
+    for info in list(sites.source.objects_of(newer.backup_id)):
+        sites.source.store.delete(info.key)
 
 
 # Commands
