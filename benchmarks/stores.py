@@ -400,7 +400,7 @@ def kubernetes_export(world: World, count: int, rounds: int) -> Comparison:
                 "kubernetes-export",
                 f"export of a cluster with {len(listed):,} objects",
                 "seconds",
-                f"One API server with its etcd on this machine; {count:,} objects of eight kinds in {NAMESPACES} namespaces and what the server makes by "
+                f"One API server with its etcd on this machine; {count:,} objects of seven kinds in {NAMESPACES} namespaces and what the server makes by "
                 f"itself, {file.stat().st_size / _MB:.0f} MiB of JSON. From the start of the process to its end; both ask for all {len(resources)} "
                 f"kinds in pages of 500. Ours also asks which kinds there are, and cleans each object of what the server fills in. {_STORED} "
                 "`kubectl get -o json` of the same kinds, built from its module in the server's version, writes a local file; it has the "

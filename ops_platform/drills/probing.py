@@ -8,6 +8,7 @@ It is a process of its own, so that it goes on when the drill's worker is killed
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sys
 import time
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ops_platform.drills.store import Store
 
 _FLUSH = 0.5  # seconds
+_SOON = 0.05  # the same until it has seen the target well, which whoever began the drill waits for
 _ASK = 2.0  # seconds between two looks whether it is still wanted
 _ALONE = 120.0  # seconds without the platform's database, after which it ends by itself
 _AT_ONCE = 40  # attempts under way
@@ -57,7 +59,7 @@ class Probing:
         self.done: deque[Sample] = deque(maxlen=_KEPT)
         self.lately: deque[Sample] = deque(maxlen=20_000)
         self.running: set[asyncio.Task[None]] = set()
-        self.ended = False
+        self.ended = asyncio.Event()
 
     async def run(self) -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._leave)
@@ -65,7 +67,7 @@ class Probing:
         teller = asyncio.create_task(self._tell())
         every = self.step.every_ms / 1000
         following = time.monotonic()
-        while not self.ended:
+        while not self.ended.is_set():
             if len(self.running) < _AT_ONCE:
                 self.number += 1
                 task = asyncio.create_task(self._attempt(self.number))
@@ -79,7 +81,7 @@ class Probing:
         await asyncio.to_thread(self.asker.close)
 
     def _leave(self) -> None:
-        self.ended = True
+        self.ended.set()
 
     async def _attempt(self, n: int) -> None:
         at, began = datetime.now(UTC), time.monotonic()
@@ -94,23 +96,27 @@ class Probing:
     async def _tell(self) -> None:
         """Samples in their order to the database, conditions judged, and whether this is still wanted."""
         asked = heard = time.monotonic()
-        while not self.ended:
-            await asyncio.sleep(_FLUSH)
+        pause = _SOON
+        while not self.ended.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self.ended.wait()
             batch = [self.done.popleft() for _ in range(len(self.done))]
             try:
                 if batch:
                     await asyncio.to_thread(self.store.saw, self.drill.id, self.step.id, batch)
                     self.lately.extend(batch)
+                    pause = _FLUSH if pause == _FLUSH or any(sample.ok for sample in batch) else _SOON
                 await asyncio.to_thread(self._judge)
                 if time.monotonic() - asked > _ASK:
                     asked = time.monotonic()
                     if not await asyncio.to_thread(self._wanted):
-                        self.ended = True
+                        self.ended.set()
                 heard = time.monotonic()
             except OpsError:
                 self.done.extendleft(reversed(batch))
                 if time.monotonic() - heard > _ALONE:
-                    self.ended = True
+                    self.ended.set()
 
     def _wanted(self) -> bool:
         return self.store.wanted(self.drill.id, "process", word_of(self.drill.id, self.step.id))

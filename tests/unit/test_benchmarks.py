@@ -6,11 +6,12 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from benchmarks import decisions
+from benchmarks import decisions, drills, stores
 from benchmarks.measure import Comparison, Goal, Spread, document, interleaved, merged, report, verdict
 from benchmarks.remediation import FROM_TICK, PARTS, REACTION, Moments, memory_sides
 from ops_platform.clients.alertmanager import merge, read_alerts
 from ops_platform.clients.http import Answer
+from ops_platform.drills.model import Sample, StepRecord, StepState
 from ops_platform.inventory.model import Inventory
 from ops_platform.remediation.intake import decide
 
@@ -153,3 +154,57 @@ def test_each_alert_of_the_benchmark_meets_one_rule_and_every_guard() -> None:
     assert decisions.rule_all_on(inventory, decided, now) == (20, 80), "the budget of all rules"
     frozen = datetime(2026, 12, 24, tzinfo=UTC)
     assert decisions.rule_all_on(inventory, decided, frozen) == (0, 100), "a freeze of changes refuses them all"
+
+
+# Stores and drills
+
+NOW = datetime(2026, 3, 1, tzinfo=UTC)
+
+
+def test_the_commands_for_a_redis_make_keys_of_every_type_and_the_same_each_time() -> None:
+    commands = list(stores.redis_commands(100_000))
+    assert {command.split(b"\r\n")[2] for command in commands} == {b"SET", b"HSET", b"RPUSH", b"SADD", b"ZADD", b"XADD"}
+    assert commands == list(stores.redis_commands(100_000))
+    assert 100_000 <= sum(map(len, commands)) < 200_000
+    for command in commands:
+        words = command.split(b"\r\n")
+        assert words[0] == b"*%d" % command.count(b"\r\n$"), "as many words as are announced"
+
+
+def test_twenty_objects_in_turn_are_of_seven_kinds_and_no_two_of_a_kind_have_one_name() -> None:
+    made = [stores.objects_of(number) for number in range(200)]
+    assert len({plural for _, plural, _ in made}) == 7
+    assert len({(plural, body["metadata"]["name"]) for _, plural, body in made}) == 200
+
+
+def record(step: str, begin: float, end: float) -> StepRecord:
+    return StepRecord(step, StepState.DONE, 1, NOW + timedelta(seconds=begin), NOW + timedelta(seconds=end))
+
+
+def test_a_drills_own_time_is_all_that_lies_outside_of_its_waits() -> None:
+    steps = {"before": (2, 4), "promoted": (4.5, 7), "outage": (7, 8), "rejoined": (8.25, 9), "whole": (9.5, 10)}
+    records = {name: record(name, *times) for name, times in steps.items()}
+    found = drills.own_seconds(NOW, NOW + timedelta(seconds=11.5), records)
+    assert found == {
+        "until the probes run": 2, "between waits": 0.5 + 0.25 + 0.5, "the end": 1.5, drills.OVERHEAD: 4.75, drills.WHOLE: 11.5,
+    }  # fmt: skip
+
+
+def sample(ms: float, ok: bool, took: float = 1.0) -> Sample:
+    return Sample(NOW + timedelta(milliseconds=ms), ok, took, None, None if ok else "late")
+
+
+def test_the_spacing_of_attempts_is_that_of_their_beginnings() -> None:
+    middle, late = drills.spacing([sample(at, True) for at in [*range(0, 5000, 50), 5100]])
+    assert middle == 50
+    assert 50 <= late <= 150
+
+
+def test_an_outage_is_compared_with_the_hang_that_it_met_and_others_are_counted() -> None:
+    hang = drills.Hang(NOW + timedelta(milliseconds=120), NOW + timedelta(milliseconds=320))
+    samples = [sample(at, not (150 <= at <= 250 or at == 600)) for at in range(0, 1000, 50)]
+    error, others = drills.largest_error(samples, [hang])
+    assert error == pytest.approx(200 - (301 - 150))
+    assert others == 1
+    with pytest.raises(RuntimeError, match="nobody saw"):
+        drills.largest_error([sample(at, True) for at in range(0, 1000, 50)], [hang])
