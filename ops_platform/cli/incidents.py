@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ops_platform.cli.common import Commands, actor, address, ago, emit, json_option, opened, parse_moment, stamp, table
-from ops_platform.errors import RefusedError, UsageError
+from ops_platform.errors import ConflictError, RefusedError, UsageError
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
@@ -111,13 +111,14 @@ def refuse(incident: str, digest: str | None) -> None:
 
 def _decide(incident: str, digest: str | None, decision: str) -> None:
     from ops_platform.remediation.buttons import need_approver
+    from ops_platform.remediation.model import State
     from ops_platform.remediation.rules import remediation_of
     from ops_platform.remediation.words import plan_lines
 
     with _store() as (access, store):
         found = store.get(incident)
-        if found.digest is None:
-            raise UsageError(f"the incident is {found.state.value} and has no plan", where=found.id)
+        if found.state is not State.WAITING or found.digest is None:
+            raise ConflictError(f"the incident is {found.state.value}, and not waiting", where=found.id)
         if digest is None:
             click.echo("\n".join(plan_lines(found)))
             click.confirm(f"{decision} this plan?", abort=True)
