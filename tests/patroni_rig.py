@@ -1,4 +1,5 @@
-"""A Patroni cluster for the tests: three PostgreSQL nodes and an etcd, all real, on loopback ports.
+"""A Patroni cluster for the tests: three PostgreSQL nodes and an etcd, all real: each node in a network of its own where the machine allows
+it, so that it can be cut off, on loopback ports elsewhere.
 
 It is as impatient as Patroni allows, so that a failover takes seconds. A node whose Patroni was killed is started again by nobody but
 the test.
@@ -21,6 +22,7 @@ import yaml
 
 from ops_platform.clients.postgres_binaries import find_postgres, free_port, run_as
 from ops_platform.clients.processes import identify, stop
+from tests.network_rig import Network, Place, network
 from tests.rig import PASSWORD, eventually, missing
 from tests.servers import Daemon, answers, folder, program
 
@@ -30,8 +32,11 @@ SUPERUSER_PASSWORD, REPLICATION_PASSWORD = "super", "replication"
 class Node:
     """One member: a Patroni, and the PostgreSQL that it starts."""
 
-    def __init__(self, name: str, home: Path, etcd: int, bindir: Path, *, synchronous: bool) -> None:
-        self.name, self.home = name, home / name
+    def __init__(
+        self, name: str, home: Path, etcd: str, bindir: Path, place: Place | None, *, synchronous: bool
+    ) -> None:
+        self.name, self.home, self.place = name, home / name, place
+        self.host = place.host if place else "127.0.0.1"
         self.home.mkdir()
         user = run_as()
         user.own(self.home)
@@ -39,12 +44,14 @@ class Node:
         self.file = self.home / "patroni.yaml"
         self._body = self._config(etcd, bindir, synchronous)
         self.file.write_text(yaml.safe_dump(self._body))
-        command = [program("patroni"), str(self.file)]
-        self.daemon = Daemon(name, command, self.running, log=self.home / "patroni.log", seconds=120, user=user)
+        command, switched = [program("patroni"), str(self.file)], user if place is None else None
+        if place is not None:
+            command = place.command(command, user)
+        self.daemon = Daemon(name, command, self.running, log=self.home / "patroni.log", seconds=120, user=switched)
         self.daemon.log.touch()
         user.own(self.daemon.log)
 
-    def _config(self, etcd: int, bindir: Path, synchronous: bool) -> dict[str, Any]:
+    def _config(self, etcd: str, bindir: Path, synchronous: bool) -> dict[str, Any]:
         cluster = {
             "ttl": 20, "loop_wait": 1, "retry_timeout": 3, "maximum_lag_on_failover": 1 << 20,
             "primary_start_timeout": 0, "master_start_timeout": 0, "synchronous_mode": synchronous,
@@ -56,17 +63,17 @@ class Node:
         login = {"superuser": ("postgres", SUPERUSER_PASSWORD), "replication": ("replicator", REPLICATION_PASSWORD)}
         return {
             "scope": "app", "namespace": "/ops/", "name": self.name,
-            "restapi": {"listen": f"127.0.0.1:{self.rest}", "connect_address": f"127.0.0.1:{self.rest}"},
+            "restapi": {"listen": f"{self.host}:{self.rest}", "connect_address": f"{self.host}:{self.rest}"},
             # Not etcd3: with it Patroni 3.0.2 (dcs/etcd3.py) puts the leader's key without comparing it, so that a leader whose lease ran out
             # while it hung takes the lead from its successor when it wakes, before its watch has caught up.
-            "etcd": {"hosts": [f"127.0.0.1:{etcd}"]},
+            "etcd": {"hosts": [etcd]},
             "bootstrap": {
                 "dcs": cluster,
                 "initdb": [{"encoding": "UTF8"}, {"locale": "C"}, "data-checksums"],
-                "pg_hba": ["local all all trust", "host all all 127.0.0.1/32 scram-sha-256", "host replication all 127.0.0.1/32 scram-sha-256"],
+                "pg_hba": ["local all all trust", "host all all all scram-sha-256", "host replication all all scram-sha-256"],
             },
             "postgresql": {
-                "listen": f"127.0.0.1:{self.port}", "connect_address": f"127.0.0.1:{self.port}",
+                "listen": f"{self.host}:{self.port}", "connect_address": f"{self.host}:{self.port}",
                 "data_dir": str(self.home / "data"), "bin_dir": str(bindir), "pgpass": str(self.home / "pgpass"),
                 "authentication": {role: {"username": name, "password": word} for role, (name, word) in login.items()},
                 "parameters": {"unix_socket_directories": str(self.home), "fsync": "off", "shared_buffers": "16MB"},
@@ -83,7 +90,7 @@ class Node:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.rest}"
+        return f"http://{self.host}:{self.rest}"
 
     def running(self) -> bool:
         return answers(f"{self.url}/health")
@@ -96,7 +103,7 @@ class Node:
 
     def connect(self) -> psycopg.Connection[Any]:
         return psycopg.connect(
-            host="127.0.0.1", port=self.port, user="postgres", password=SUPERUSER_PASSWORD, autocommit=True
+            host=self.host, port=self.port, user="postgres", password=SUPERUSER_PASSWORD, autocommit=True
         )
 
     @property
@@ -123,7 +130,7 @@ class Node:
 class Patroni:
     """The cluster: `nodes`, of which one leads."""
 
-    def __init__(self, home: Path, *, synchronous: bool) -> None:
+    def __init__(self, home: Path, network: Network | None, *, synchronous: bool) -> None:
         install = find_postgres(15)
         if install is None or install.tool("pg_rewind") is None:
             missing("PostgreSQL 15 with pg_rewind", "make services installs it")
@@ -131,7 +138,8 @@ class Patroni:
         if shutil.which("patroni") is None or shutil.which("etcd") is None:
             missing("Patroni and etcd", "make services installs them")
         client, peer = free_port(), free_port()
-        urls = f"http://127.0.0.1:{client}", f"http://127.0.0.1:{peer}"
+        host = network.host if network else "127.0.0.1"
+        urls = f"http://{host}:{client}", f"http://{host}:{peer}"
         flags = {
             "data-dir": home / "etcd", "listen-client-urls": urls[0], "advertise-client-urls": urls[0],
             "listen-peer-urls": urls[1], "initial-advertise-peer-urls": urls[1], "initial-cluster": f"default={urls[1]}",
@@ -139,7 +147,12 @@ class Patroni:
         }  # fmt: skip
         command = [program("etcd"), *(f"--{name}={value}" for name, value in flags.items())]
         self.etcd = Daemon("etcd", command, lambda: answers(f"{urls[0]}/health"), log=home / "etcd.log")
-        self.nodes = [Node(f"n{number}", home, client, install.bindir, synchronous=synchronous) for number in (1, 2, 3)]
+        self.nodes = [
+            Node(
+                f"n{n}", home, f"{host}:{client}", install.bindir, network and network.place(), synchronous=synchronous
+            )
+            for n in (1, 2, 3)
+        ]
 
     def start(self) -> None:
         self.etcd.start()
@@ -190,8 +203,8 @@ class Patroni:
 
 @contextlib.contextmanager
 def cluster(*, synchronous: bool = True) -> Iterator[Patroni]:
-    with folder("ops-patroni-") as home:
-        made = Patroni(home, synchronous=synchronous)
+    with folder("ops-patroni-") as home, network() as net:
+        made = Patroni(home, net, synchronous=synchronous)
         try:
             made.start()
             yield made

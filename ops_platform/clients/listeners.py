@@ -54,9 +54,9 @@ def listens(host: str, port: int) -> Process:
     return found.pop()
 
 
-def network_of(pid: int) -> str:
-    """The name of its network namespace. Raises OSError: it is gone, or not ours to see."""
-    return str(Path(f"/proc/{pid}/ns/net").readlink())
+def network_of(pid: int | None = None) -> str:
+    """The name of its network namespace, of ours where none is given. Raises OSError: it is gone, or not ours to see."""
+    return str(Path(f"/proc/{pid}/ns/net" if pid else _OURS / "ns/net").readlink())
 
 
 def _addresses(host: str, port: int) -> list[tuple[int, Any]]:
@@ -105,7 +105,7 @@ def _table_with(*, server: Place, client: Place) -> list[_Socket] | None:
 def _networks() -> Iterator[Path]:
     """A folder of /proc for each network namespace, ours first."""
     yield _OURS
-    seen = {str((_OURS / "ns/net").readlink())}
+    seen = {network_of()}
     for pid in _pids():
         with contextlib.suppress(OSError):
             if (name := network_of(pid)) not in seen:

@@ -11,17 +11,21 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from ops_platform.clients.listeners import listens, parent_of
 from ops_platform.clients.processes import Process, identify
+from ops_platform.clients.wires import Wire, is_up, plug, wires_of
 from ops_platform.drills.model import Done, Resource
 from ops_platform.drills.registry import Context, Remover, removes
 from ops_platform.errors import CouldNotVerifyError
 from ops_platform.inventory.base import Strict
 from ops_platform.inventory.values import Id
+
+if TYPE_CHECKING:
+    from ops_platform.clients.access import Access
 
 _DIES_WITHIN = 10.0
 
@@ -95,6 +99,37 @@ def freeze_server(context: Context, which: Callable[[], Server]) -> Done:
     return Done(f"{server.name}: process {process.pid} hangs", facts)
 
 
+def cut_server(context: Context, which: Callable[[], Server]) -> Done:
+    """Unplug the network of one server, and of whatever else shares it; the teardown plugs it in. Raises what `listens` and `wires_of` raise."""
+    if (before := noted(context)) is not None:
+        _unplug(before.detail["wires"])
+        return Done("an interrupted attempt had done it", {k: v for k, v in before.detail.items() if k != "wires"})
+    server = which()
+    wires = wires_of(listens(server.host, server.port).pid)
+    facts = {**server.facts, "at": context.clock.now().isoformat()}
+    context.register("cut off", server.name, facts, wires=[[wire.index, wire.name] for wire in wires])
+    _unplug([[wire.index, wire.name] for wire in wires])
+    return Done(f"{server.name} is cut off: {', '.join(wire.name for wire in wires)} is down", facts)
+
+
+def _unplug(wires: Sequence[Any]) -> None:
+    for index, name in wires:
+        plug(Wire(index, name), up=False)
+
+
+def _plug_in(_access: Access, resource: Resource) -> None:
+    for index, name in resource.detail["wires"]:
+        plug(Wire(index, name), up=True)
+
+
+def _unplugged(_access: Access, resource: Resource) -> str | None:
+    down = [name for index, name in resource.detail["wires"] if is_up(Wire(index, name)) is False]
+    return f"{', '.join(down)} is down" if down else None
+
+
+removes("cut off", Remover(_plug_in, _unplugged))
+
+
 def frozen_before(context: Context) -> Done | None:
     """What an interrupted attempt had begun to freeze is frozen; None where there was none."""
     if (before := noted(context)) is None:
@@ -116,10 +151,10 @@ def freeze(processes: Sequence[Sequence[int]]) -> None:
 
 
 def thaw(context: Context) -> None:
-    """What was frozen goes on: before anything is looked at that needs it."""
+    """What was frozen goes on, and what was cut off is plugged in: before anything is looked at that needs it."""
     from ops_platform.drills.engine import remove_what_was_made
 
-    remove_what_was_made(context.access, context.store, context.held, kinds=("frozen",))
+    remove_what_was_made(context.access, context.store, context.held, kinds=("frozen", "cut off"))
 
 
 def waited(context: Context, look: Callable[[], tuple[bool, str]], *, every: float = 0.2) -> str:

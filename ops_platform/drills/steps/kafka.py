@@ -16,7 +16,7 @@ from ops_platform.drills.registry import Context, NothingGiven, Remover, does, r
 from ops_platform.drills.steps.basics import moment_of
 from ops_platform.drills.steps.injection import After, Break, Server, break_server, thaw, waited
 from ops_platform.drills.steps.probes import start_probe
-from ops_platform.drills.steps.writes import Lost, acknowledged_writes, lost_of
+from ops_platform.drills.steps.writes import Lost, attempted, lost_of
 from ops_platform.errors import CouldNotVerifyError, OpsError
 from ops_platform.inventory.base import Strict
 from ops_platform.inventory.systems import KafkaSystem
@@ -272,8 +272,8 @@ def new_leader(context: Context, given: After) -> Done:
 def lost_records(context: Context, given: Lost) -> Done:
     """Every number that was acknowledged stands in the topic, read from its beginning to its end."""
     kafka, topic = _kafka(context.access, context.subject.id), context.fact(given.injected, "topic")
-    acknowledged = acknowledged_writes(context, given)
-    return lost_of(acknowledged, _numbers(kafka, topic), given, f"{topic}, from its beginning to its end")
+    tried = attempted(context, given)
+    return lost_of(tried, _numbers(kafka, topic), given, f"{topic}, from its beginning to its end")
 
 
 def _numbers(kafka: Kafka, topic: str) -> list[int]:

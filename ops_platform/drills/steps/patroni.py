@@ -1,4 +1,4 @@
-"""A PostgreSQL cluster that Patroni keeps: whether it is fit, its primary killed or frozen, a switchover, and what users had of it.
+"""A PostgreSQL cluster that Patroni keeps: whether it is fit, its primary killed, frozen or cut off, a switchover, and what users had of it.
 
 What is broken is broken on this machine (see `injection`), so the drill runs where the primary does.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,12 +18,14 @@ from ops_platform.clients.listeners import listens
 from ops_platform.clients.postgres import asking
 from ops_platform.clients.processes import Process
 from ops_platform.drills.askers import TABLE
-from ops_platform.drills.model import Checked, Done
+from ops_platform.drills.model import Checked, Confidence, Done, Measured
 from ops_platform.drills.registry import Context, NothingGiven, does
+from ops_platform.drills.steps.basics import moment_of
 from ops_platform.drills.steps.injection import (
     After,
     Server,
     children,
+    cut_server,
     freeze,
     frozen_before,
     kill_server,
@@ -30,7 +33,7 @@ from ops_platform.drills.steps.injection import (
     thaw,
     waited,
 )
-from ops_platform.drills.steps.writes import Lost, acknowledged_writes, lost_of
+from ops_platform.drills.steps.writes import Lost, attempted, lost_of
 from ops_platform.errors import CouldNotVerifyError, OpsError, UnreachableError
 from ops_platform.inventory.base import Strict
 from ops_platform.inventory.values import Id, Size
@@ -140,6 +143,10 @@ def _where(member: Mapping[str, Any]) -> dict[str, Any]:
     return {"member": member["name"], **place, "url": url, "timeline": member.get("timeline")}
 
 
+def _server(member: Mapping[str, Any]) -> Server:
+    return Server(str(member["name"]), str(member["host"]), int(member["port"]), _where(member))
+
+
 def _processes(where: Mapping[str, Any]) -> tuple[Process, Process]:
     """Its Patroni and its postmaster. Raises what `listens` raises."""
     api = urlsplit(where["url"])
@@ -152,11 +159,7 @@ def _processes(where: Mapping[str, Any]) -> tuple[Process, Process]:
 def kill_primary(context: Context, given: NothingGiven) -> Done:
     """kill -9 of the primary's postmaster, on this machine. Whether it died is looked at; that it follows again is the teardown's."""
 
-    def which() -> Server:
-        member = _led(context)
-        return Server(str(member["name"]), str(member["host"]), int(member["port"]), _where(member))
-
-    return kill_server(context, which)
+    return kill_server(context, lambda: _server(_led(context)))
 
 
 @does(
@@ -183,12 +186,21 @@ def freeze_primary(context: Context, given: NothingGiven) -> Done:
     return Done(f"{member['name']} hangs", facts)
 
 
+@does("patroni.cut_primary", "inject", changes=lambda _given: "the primary's own network is unplugged")
+def cut_primary(context: Context, given: NothingGiven) -> Done:
+    """The network namespace of the primary, on this machine, is unplugged: it goes on, and reaches nobody, and nobody reaches it."""
+    return cut_server(context, lambda: _server(_led(context)))
+
+
 # What comes after
 
 
 @does("patroni.new_primary", "wait_until", given=After)
 def new_primary(context: Context, given: After) -> Done:
-    """Until another member leads, by the word of those that were not broken. When the old one was missed, and when the new one led."""
+    """Until another member leads, by the word of those that were not broken. When the old one was missed, and when the new one led.
+
+    Raises CouldNotVerifyError where the old one, killed, was started again in its place.
+    """
     old, url = context.fact(given.injected, "member"), context.fact(given.injected, "url")
     seen: dict[str, Any] = {}
 
@@ -198,43 +210,98 @@ def new_primary(context: Context, given: After) -> Done:
         except UnreachableError:
             return False
         now = context.clock.now().isoformat()
+        if found.leader is not None and found.leader.get("name") == old:
+            _still_dead(context, context.results[given.injected].facts)
         if found.leader is None or found.leader.get("name") != old:
             seen.setdefault("missed_at", now)
         if found.leader is not None and found.leader.get("name") != old:
-            seen.update(promoted_at=now, member=found.leader["name"], timeline=found.leader.get("timeline"))
+            seen.update(promoted_at=now, member=found.leader["name"])
             return True
         return False
 
     context.wait(led)
-    return Done(f"{seen['member']} leads, timeline {seen['timeline']}", seen)
+    return Done(f"{seen['member']} leads", seen)
+
+
+def _still_dead(context: Context, injected: Mapping[str, Any]) -> None:
+    """Asked of a server that was killed alone: one that hangs would not answer, and keep us."""
+    api = next((a for a in context.access.patroni(context.target) if a.url == injected["url"]), None)
+    if api is None or "pid" not in injected:
+        return
+    with contextlib.suppress(UnreachableError):
+        said = api.request("GET", "/patroni", timeout=2.0, good=(200, 503)).json()
+        began, leads = said.get("postmaster_start_time"), said.get("role") in ("primary", "master")
+        if leads and said.get("state") == "running" and began and moment_of(began) > moment_of(injected["at"]):
+            raise CouldNotVerifyError(
+                "the primary that was killed leads again, and nobody took over: Patroni started it in its place",
+                where=str(injected["member"]), remedy="primary_start_timeout: 0 makes Patroni fail over at once",
+            )  # fmt: skip
 
 
 @does("postgres.lost_writes", "check", given=Lost)
 def lost_writes(context: Context, given: Lost) -> Done:
     """Every number that was acknowledged stands in the table of whoever leads now. One that stands there unacknowledged is no loss."""
-    acknowledged = acknowledged_writes(context, given)
+    tried = attempted(context, given)
     target, query = context.target, f"select n from {TABLE} where drill = %s"
     with asking(context.access.postgres(target, role="primary"), target.id) as connection:
         there = [row[0] for row in connection.execute(query, [context.held.id]).fetchall()]
-    return lost_of(acknowledged, there, given, query)
+    return lost_of(tried, there, given, query)
 
 
 class Rejoined(After):
     """Of `patroni.rejoined`."""
 
     promoted: Id = Field(description="The step that waited for the new primary.")
+    full_copy: bool = Field(default=False, description="Whether the old primary may come back by a copy of everything.")
 
 
 @does("patroni.rejoined", "wait_until", given=Rejoined)
 def rejoined(context: Context, given: Rejoined) -> Done:
-    """Until the old primary follows the new one, on its timeline, and has thrown away what nobody else had."""
-    old, url = context.fact(given.injected, "member"), context.fact(given.injected, "url")
-    said = waited(context, lambda: _all_follow(context))
-    api = next(api for api in context.access.patroni(context.target) if api.url == url)
-    role = api.request("GET", "/patroni", timeout=2.0, good=(200, 503)).json().get("role")
-    if role in ("primary", "master"):
-        raise CouldNotVerifyError(f"{old} leads again: {said}", where=str(old))
-    return Done(f"{old} follows")
+    """What hung goes on, and what was cut off is plugged in; then until one member leads and every other one follows it, on its timeline. Looked
+    at are who leads, for how long two said that they do, and how the old primary came back: by pg_rewind, by a copy of everything, or as it was."""
+    thaw(context)
+    old, new = context.fact(given.injected, "member"), context.fact(given.promoted, "member")
+    twice: list[float] = []
+
+    def whole() -> tuple[bool, str]:
+        words = _words(context)
+        if len(words.leaders) > 1:
+            twice.append(context.clock.monotonic())
+        return words.all_follow, words.said
+
+    said = waited(context, whole, every=0.05)
+    leader = cluster_of(context).leader
+    leads = Checked(
+        title="The old primary follows", holds=None if leader is None else leader["name"] != old, query="GET /cluster",
+        result=f"{leader['name'] if leader else 'nobody'} leads; {new} had taken over from {old}",
+    )  # fmt: skip
+    double = Measured(
+        name="two_leaders", value=round(twice[-1] - twice[0], 3) if twice else 0.0, confidence=Confidence.BOUND,
+        how="from the first to the last moment at which two members said that they lead, once the old one was back",
+    )  # fmt: skip
+    return Done(said, checks=(leads, _how_it_came(context, given)), measured=(double,))
+
+
+def _how_it_came(context: Context, given: Rejoined) -> Checked:
+    """By the label of a backup that its recovery began from: pg_rewind and pg_basebackup both write one, and a start renames it."""
+    title, query = "The old primary came back without a copy of everything", "backup_label.old in its data directory"
+    since = moment_of(context.fact(given.injected, "at")).timestamp()
+    try:
+        postmaster = listens(str(context.fact(given.injected, "host")), int(context.fact(given.injected, "port")))
+        label = Path(f"/proc/{postmaster.pid}/cwd/backup_label.old")  # a postmaster stands in its data directory
+        made = label.exists() and label.stat().st_mtime >= since
+        lines = dict(line.split(": ", 1) for line in label.read_text().splitlines() if ": " in line) if made else {}
+    except (OpsError, OSError) as error:
+        return Checked(title=title, holds=None, query=query, result=str(error))
+    method, begin = lines.get("BACKUP METHOD"), lines.get("START WAL LOCATION", "").partition(" ")[0]
+    match method:
+        case None:
+            holds, said = True, "as it was: it had nothing that the new timeline does not have"
+        case "pg_rewind":
+            holds, said = True, f"by pg_rewind, with the WAL of the new timeline from {begin} on"
+        case _:
+            holds, said = given.full_copy, f"by a copy of everything ({method}), from {begin} on"
+    return Checked(title=title, holds=holds, query=query, result=said)
 
 
 @does("patroni.whole", "teardown")
@@ -244,22 +311,46 @@ def whole(context: Context, given: NothingGiven) -> Done:
     return Done(waited(context, lambda: _all_follow(context)))
 
 
-def _all_follow(context: Context) -> tuple[bool, str]:
-    """By each member's own word, and the leader's of who streams from it: what Patroni's store says of one that hung is old."""
+@dataclass(frozen=True)
+class Words:
+    """Each member's own word, and the leader's of who streams from it: what Patroni's store says of one that hung is old."""
+
+    states: Sequence[Mapping[str, Any]]
+
+    @property
+    def leaders(self) -> list[Mapping[str, Any]]:
+        return [s for s in self.states if s.get("role") in ("primary", "master") and s.get("state") in _RUNS]
+
+    @property
+    def all_follow(self) -> bool:
+        if len(self.leaders) != 1:
+            return False
+        (leader,), others = self.leaders, [s for s in self.states if s is not self.leaders[0]]
+        streams = [r for r in leader.get("replication", ()) if r.get("state") == "streaming"]
+        follow = all(s.get("state") in _RUNS and s.get("timeline") == leader.get("timeline") for s in others)
+        return follow and len(streams) >= len(others)
+
+    @property
+    def said(self) -> str:
+        return "; ".join(
+            f"{s['api']}: {s.get('role')}, {s.get('state')}, timeline {s.get('timeline')}" for s in self.states
+        )
+
+
+def _words(context: Context) -> Words:
     states: list[Mapping[str, Any]] = []
     for api in context.access.patroni(context.target):
         try:
-            states.append({"name": api.host, **api.request("GET", "/patroni", timeout=2.0, good=(200, 503)).json()})
+            said = api.request("GET", "/patroni", timeout=2.0, good=(200, 503)).json()
+            states.append({**said, "api": api.host})
         except OpsError as error:
-            states.append({"name": api.host, "state": error.what})
-    leaders = [s for s in states if s.get("role") in ("primary", "master")]
-    others = [s for s in states if s not in leaders]
-    said = "; ".join(f"{s['name']}: {s.get('role')}, {s.get('state')}, timeline {s.get('timeline')}" for s in states)
-    if len(leaders) != 1 or leaders[0].get("state") != "running":
-        return False, said
-    streams = [r for r in leaders[0].get("replication", ()) if r.get("state") == "streaming"]
-    follow = all(s.get("state") in _RUNS and s.get("timeline") == leaders[0].get("timeline") for s in others)
-    return follow and len(streams) >= len(others), said
+            states.append({"api": api.host, "state": error.what})
+    return Words(tuple(states))
+
+
+def _all_follow(context: Context) -> tuple[bool, str]:
+    words = _words(context)
+    return words.all_follow, words.said
 
 
 # Switchover
@@ -290,7 +381,8 @@ def switch_over(context: Context, given: Switch) -> Done:
         assert before is not None  # noqa: S101 - registered above
     old, new, at = before.detail["member"], before.detail["to"], before.detail["at"]
     if (leader := cluster_of(context).leader) is not None and leader["name"] == old:
-        api = next(a for a in context.access.patroni(context.target) if a.url == before.detail["url"])
+        apis = context.access.patroni(context.target)
+        api = next((a for a in apis if a.url == before.detail["url"]), apis[0])  # any member takes it
         body = {"leader": old, "candidate": new}
         with contextlib.suppress(UnreachableError):  # it answers when it is done, which may be later than we listen
             api.request("POST", "/switchover", body=body, good=(200, 202))

@@ -12,7 +12,7 @@ from ops_platform.drills.model import Checked, Done, Resource
 from ops_platform.drills.registry import Context, NothingGiven, Remover, does, removes
 from ops_platform.drills.steps.injection import After, Break, Server, at, break_server, thaw, waited
 from ops_platform.drills.steps.probes import Attempts, start_probe
-from ops_platform.drills.steps.writes import Lost, acknowledged_writes, lost_of
+from ops_platform.drills.steps.writes import Lost, attempted, lost_of
 from ops_platform.errors import CouldNotVerifyError, OpsError
 from ops_platform.inventory.base import Strict
 from ops_platform.inventory.systems import RedisSystem
@@ -240,10 +240,10 @@ def _missed(redis: Redis, old: str, node: str) -> bool:
 def lost_writes(context: Context, given: Lost) -> Done:
     """Every number that was acknowledged stands in the set of whoever has the shard now."""
     redis, key = _redis(context.access, context.subject.id), context.fact(given.injected, "key")
-    acknowledged = acknowledged_writes(context, given)
+    tried = attempted(context, given)
     with redis.at(redis.holder(key)) as session:
         there = [int(member) for member in session.call("SMEMBERS", key)]
-    return lost_of(acknowledged, there, given, f"SMEMBERS {key}")
+    return lost_of(tried, there, given, f"SMEMBERS {key}")
 
 
 @does("redis.rejoined", "wait_until", given=After)

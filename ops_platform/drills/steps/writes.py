@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from pydantic import Field
@@ -40,7 +41,7 @@ def outage(context: Context, given: Outage) -> Done:
         _named("first_error", (gap.began - at).total_seconds(), "from the injection to the first attempt that failed")
     )
     found.append(_named("write_gap", gap.seconds, "the outage as the writer had it"))
-    found.append(Measured(name="errors", value=float(failed), unit="", how="attempts that failed"))
+    found.append(_count("errors", failed, "attempts that failed"))
     if given.promoted is not None:
         facts = context.results[given.promoted].facts
         for name, key in (("detection", "missed_at"), ("promotion", "promoted_at")):
@@ -78,21 +79,44 @@ class Lost(After):
     )
 
 
-def acknowledged_writes(context: Context, given: Lost) -> dict[int, datetime]:
-    """By number, when the attempt began; once the probe writes again."""
+@dataclass(frozen=True)
+class Attempted:
+    """What a writer tried. `acknowledged`: by number, when the attempt began. `unanswered`: the numbers of those that failed: whether they
+    were written nobody knows before it is looked."""
+
+    acknowledged: Mapping[int, datetime]
+    unanswered: frozenset[int]
+
+
+def attempted(context: Context, given: Lost) -> Attempted:
+    """Once the probe writes again."""
     at = moment_of(context.fact(given.injected, "at"))
-    return {s.n: s.at for s in after_recovery(context, given.writer, at) if s.ok and s.n is not None}
+    samples = [s for s in after_recovery(context, given.writer, at) if s.n is not None]
+    return Attempted(
+        {s.n: s.at for s in samples if s.ok and s.n is not None},
+        frozenset(s.n for s in samples if not s.ok and s.n is not None),
+    )
 
 
-def lost_of(acknowledged: dict[int, datetime], there: Collection[int], given: Lost, query: str) -> Done:
-    """The check, and as rpo the time from the first to the last write that is lost. Ask what is there after what was acknowledged."""
-    held = set(there)
-    lost, unsure = sorted(acknowledged.keys() - held), sorted(held - acknowledged.keys())
+def lost_of(tried: Attempted, there: Collection[int], given: Lost, query: str) -> Done:
+    """The check, and as rpo the time from the first to the last write that is lost. Ask what is there after what was tried.
+
+    A write without an answer is no loss, whether it is there or not: nobody was told that it is.
+    """
+    acknowledged, held = tried.acknowledged, set(there)
+    lost, unsure = sorted(acknowledged.keys() - held), sorted(tried.unanswered & held)
     said = f"{len(lost)} of {len(acknowledged)} acknowledged writes are lost{f': {lost[:10]}' if lost else ''}"
-    said += f"; {len(unsure)} came in whose acknowledgement was lost on the way"
+    said += f"; of {len(tried.unanswered)} without an answer {len(unsure)} are there"
     seconds = (max(acknowledged[n] for n in lost) - min(acknowledged[n] for n in lost)).total_seconds() if lost else 0.0
-    rpo = Measured(name="rpo", value=round(seconds, 3), how=f"{len(lost)} acknowledged writes were lost")
-    number = Measured(name="lost", value=float(len(lost)), unit="", how="acknowledged writes that are not there")
+    numbers = (
+        Measured(name="rpo", value=round(seconds, 3), how=f"{len(lost)} acknowledged writes were lost"),
+        _count("lost", len(lost), "acknowledged writes that are not there"),
+        _count("unknown", len(unsure), "writes that are there, and whose acknowledgement never came"),
+    )
     check = Checked(title="Acknowledged writes are there", holds=len(lost) <= given.most, query=query, result=said)
     facts = {"acknowledged": len(acknowledged), "lost": len(lost), "unsure": len(unsure)}
-    return Done(said, facts, (check,), (rpo, number))
+    return Done(said, facts, (check,), numbers)
+
+
+def _count(name: str, value: int, how: str) -> Measured:
+    return Measured(name=name, value=float(value), unit="", how=how)
