@@ -55,6 +55,7 @@ class Node:
         cluster = {
             "ttl": 20, "loop_wait": 1, "retry_timeout": 3, "maximum_lag_on_failover": 1 << 20,
             "primary_start_timeout": 0, "master_start_timeout": 0, "synchronous_mode": synchronous,
+            "ignore_slots": [{"name": "ops_wal", "type": "physical"}],  # the receiver's, which is Patroni's no more than its WAL
             "postgresql": {
                 "use_pg_rewind": True, "use_slots": True,
                 "parameters": {"wal_level": "replica", "hot_standby": "on", "wal_log_hints": "on", "wal_keep_size": "64MB"},
@@ -105,6 +106,10 @@ class Node:
         return psycopg.connect(
             host=self.host, port=self.port, user="postgres", password=SUPERUSER_PASSWORD, autocommit=True
         )
+
+    def connect_beside(self) -> psycopg.Connection[Any]:
+        """Over its socket: also while nobody reaches it by its network."""
+        return psycopg.connect(host=str(self.home), port=self.port, user="postgres", autocommit=True)
 
     @property
     def log(self) -> str:
@@ -165,7 +170,8 @@ class Patroni:
             connection.execute(
                 f"create role ops_backup login replication password '{PASSWORD.replace(chr(39), chr(39) * 2)}'"
             )
-            connection.execute("grant pg_monitor, pg_read_all_data to ops_backup")
+            connection.execute("grant pg_monitor, pg_read_all_data, pg_checkpoint to ops_backup")
+            connection.execute("grant execute on function pg_create_restore_point(text), pg_switch_wal() to ops_backup")
             connection.execute("create schema ops_canary authorization ops_backup")
 
     @property
@@ -179,6 +185,12 @@ class Patroni:
             ),
             None,
         )  # type: ignore[return-value]
+
+    def configure(self, **settings: Any) -> None:
+        """Change what all members are told: each hears of it in its next turn."""
+        body, url = json.dumps(settings).encode(), f"{self.leader.url}/config"
+        with urllib.request.urlopen(urllib.request.Request(url, body, method="PATCH"), timeout=5):
+            pass
 
     def whole(self) -> None:
         """Until one leads and two stream from it."""

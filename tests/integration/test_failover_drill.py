@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import Any
 
+import psycopg
 import pytest
 import yaml
 
+from ops_platform.backup.archive import holds
+from ops_platform.backup.basebackup import run_backup
+from ops_platform.backup.model import Lsn, RecoveryTarget
+from ops_platform.backup.receiver import Receiver
+from ops_platform.clients.postgres_binaries import PostgresServer, find_postgres
 from ops_platform.drills.askers import TABLE
 from ops_platform.drills.begin import Beginner, planned
 from ops_platform.drills.loader import shipped
-from ops_platform.drills.model import Done
+from ops_platform.drills.model import Done, DrillCard
 from ops_platform.drills.registry import Context, NothingGiven, does
 from ops_platform.drills.scorecard import card_of
+from ops_platform.recovery.restore import restore
 from tests import patroni_rig
 from tests.drill_rig import Held, held_on, ledger_database, measured, passed
+from tests.integration.wal_rig import Wire
 from tests.rig import Cluster, Platform, eventually, missing
+from tests.servers import folder
 
 pytestmark = pytest.mark.xdist_group("patroni")
 
@@ -56,10 +73,37 @@ def rows_left(patroni: patroni_rig.Patroni) -> int:
     return row[0] if row else -1
 
 
+REWIND = "The old primary came back without a copy of everything"
+
+
+def result(card: DrillCard, title: str) -> str:
+    return next(check.result for check in card.checks if check.title == title)
+
+
 def test_a_killed_primary_costs_seconds_and_no_acknowledged_write(held: Held, patroni: patroni_rig.Patroni) -> None:
-    old = patroni.leader
-    card = passed(held.drill("failover-drill", seconds_before=2))
-    assert patroni.leader is not old
+    """The archive goes on by itself over the new timeline: what was committed on both sides of the failover is restored."""
+    old, platform = patroni.leader, held.platform
+    receiver = Receiver(platform.access, [platform.target], most_backoff=0.5)
+    receiver.start()
+    try:
+        state = receiver.states[0]
+        eventually(lambda: state.phase == "streaming", why=lambda: state.last_error)
+        run_backup(platform.access, platform.target)
+        with old.connect() as connection:
+            connection.execute("create table mark as select 'before'::text as name")
+        card = passed(held.drill("failover-drill", seconds_before=2))
+        assert patroni.leader is not old
+        at = across(patroni)
+        position = Lsn.parse(told(patroni.leader, "select pg_current_wal_flush_lsn()::text"))
+        line = patroni.leader.state()["timeline"]
+        eventually(
+            lambda: state.timeline == line and holds(platform.repository, position, timeline=line),
+            why=lambda: f"{state.phase}, timeline {state.timeline}: {state.last_error}",
+        )
+    finally:
+        receiver.stop()
+        assert receiver.join(60)
+    assert restored(held, at) == ["before", "after"]
     found = measured(card)
     assert found["errors"] > 0
     assert found["rpo"] == 0
@@ -68,8 +112,59 @@ def test_a_killed_primary_costs_seconds_and_no_acknowledged_write(held: Held, pa
     assert writer.outages
     assert writer.outages[0].ended is not None
     assert writer.unavailable_seconds > 0
+    assert result(card, REWIND).startswith(("by pg_rewind", "as it was"))  # whether it wrote more than it sent, nobody says
     assert rows_left(patroni) == 0
     assert old.state()["role"] == "replica"
+
+
+def told(node: patroni_rig.Node, query: str) -> Any:
+    with node.connect() as connection:
+        row = connection.execute(query).fetchone()
+        assert row is not None
+        return row[0]
+
+
+def across(patroni: patroni_rig.Patroni) -> datetime:
+    """A moment after a row of the new timeline, and before another one."""
+    with patroni.leader.connect() as connection:
+        connection.execute("insert into mark values ('after')")
+        at = connection.execute("select clock_timestamp()").fetchone()
+        connection.execute("insert into mark values ('later')")
+        assert at is not None
+        return at[0]
+
+
+def restored(held: Held, at: datetime) -> list[str]:
+    """The marks as they were at the moment."""
+    with folder("ops-restore-") as home:
+        done = restore(held.platform.access, held.platform.target, RecoveryTarget("time", at), home / "data")
+        install = find_postgres(15)
+        assert install is not None
+        server = PostgresServer(install, Path(done.directory))
+        server.start()
+        try:
+            with server.connect("postgres") as connection:
+                return [row[0] for row in connection.execute("select name from mark").fetchall()]
+        finally:
+            server.stop("immediate")
+
+
+def told_by(node: patroni_rig.Node) -> Any:
+    with urllib.request.urlopen(f"{node.url}/config", timeout=5) as answer:
+        return json.load(answer)
+
+
+def test_a_primary_that_is_started_in_its_place_was_not_lost(held: Held, patroni: patroni_rig.Patroni) -> None:
+    old = patroni.leader
+    patroni.configure(primary_start_timeout=300, master_start_timeout=300)
+    try:
+        eventually(lambda: "300" in json.dumps(told_by(old)), why="it is not told")
+        card = card_of(held.drill("failover-drill", seconds_before=2))
+    finally:
+        patroni.configure(primary_start_timeout=0, master_start_timeout=0)
+    assert card is not None
+    assert (card.verdict, patroni.leader) == ("FAIL", old)
+    assert "nobody took over: Patroni started it in its place" in card.reason
 
 
 def test_a_frozen_primary_is_replaced_and_follows_when_it_wakes(held: Held, patroni: patroni_rig.Patroni) -> None:
@@ -82,15 +177,55 @@ def test_a_frozen_primary_is_replaced_and_follows_when_it_wakes(held: Held, patr
     assert old.state()["state"] == "running"
 
 
-def test_a_primary_that_is_cut_off_is_replaced_and_gives_up(held: Held, patroni: patroni_rig.Patroni) -> None:
+def test_a_primary_that_is_cut_off_gives_up_and_what_it_wrote_alone_is_gone(
+    held: Held, patroni: patroni_rig.Patroni
+) -> None:
+    """An attempt at a split brain, and acknowledgements that are lost on their way: those writes are neither lost nor promised."""
     old = patroni.leader
     if old.place is None:
         missing("a network of its own for each node", "making one takes root, iproute2 and nsenter")
-    card = passed(held.drill("cut-drill", seconds_before=2))
+    with old.connect() as connection:
+        connection.execute("create table ops_canary.alone (n int)")
+    wires = {node: Wire(node.port, node.host) for node in patroni.nodes}
+    try:
+        hosts = [{"host": "127.0.0.1", "port": wire.port} for wire in wires.values()]
+        held.platform.body["targets"][0]["connection"]["hosts"] = hosts
+        held.platform.reload()
+        with ThreadPoolExecutor(1) as pool:
+            alone = pool.submit(split, old, wires[old])
+            card = passed(Held(held.cluster, held.platform).drill("cut-drill", seconds_before=4))
+            assert alone.result(60) > 0
+    finally:
+        for wire in wires.values():
+            wire.close()
     assert patroni.leader is not old
-    assert measured(card)["rpo"] == 0
-    assert measured(card)["two_leaders"] == 0
+    assert [told(node, "select count(*) from ops_canary.alone") for node in patroni.nodes] == [0, 0, 0]
+    assert result(card, REWIND).startswith("by pg_rewind")
+    found = measured(card)
+    assert found["unknown"] > 0
+    assert (found["lost"], found["rpo"], found["two_leaders"]) == (0, 0, 0)
     assert [resource.gone for resource in card.teardown if resource.kind == "cut off"] == [True]
+    assert all(node.place is not None and node.place.plugged for node in patroni.nodes)
+
+
+def split(old: patroni_rig.Node, wire: Wire) -> int:
+    """Lose the answers of the primary from some write on; once it is cut off, write to it for as long as it lets us. How many it took."""
+    written = f"select count(*) from {TABLE}"
+    eventually(lambda: told(old, f"select to_regclass('{TABLE}') is not null") and told(old, written) > 20)
+    wire.mute = True
+    count = told(old, written)
+    eventually(lambda: told(old, written) > count, why="nobody writes")
+    assert old.place is not None
+    eventually(lambda: not old.place.plugged, why="it is not cut off")  # type: ignore[union-attr]
+    wire.mute = False
+    number = 0
+    with contextlib.suppress(psycopg.Error), old.connect_beside() as connection:
+        connection.execute("set synchronous_commit to local")
+        while not old.place.plugged:
+            connection.execute("insert into ops_canary.alone values (%s)", [number])
+            number += 1
+            time.sleep(0.05)
+    return number
 
 
 def test_a_switchover_there_and_back_loses_nothing(held: Held, patroni: patroni_rig.Patroni) -> None:

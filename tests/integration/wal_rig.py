@@ -128,11 +128,12 @@ def _answers(port: int) -> bool:
 
 
 class Wire:
-    """A TCP connection to the store through our hands: `broken` resets what is open and whatever comes, in mid-flight."""
+    """TCP connections to a server through our hands: `broken` resets what is open and whatever comes, in mid-flight; `mute` lets nothing
+    through that the server answers."""
 
-    def __init__(self, port: int) -> None:
-        self._to = port
-        self.broken = False
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
+        self._to = host, port
+        self.broken = self.mute = False
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -145,19 +146,28 @@ class Wire:
                 client = self._listener.accept()[0]
                 if self.broken:
                     _reset(client)
-                    continue
-                server = socket.create_connection(("127.0.0.1", self._to))
-                with self._lock:
-                    self._open |= {client, server}
-                for one, other in ((client, server), (server, client)):
-                    threading.Thread(target=self._carry, args=(one, other), daemon=True).start()
+                else:  # whoever does not answer keeps nobody else waiting
+                    threading.Thread(target=self._join, args=(client,), daemon=True).start()
 
-    def _carry(self, one: socket.socket, other: socket.socket) -> None:
+    def _join(self, client: socket.socket) -> None:
+        try:
+            server = socket.create_connection(self._to, timeout=5)
+        except OSError:
+            _reset(client)
+            return
+        server.settimeout(None)
+        with self._lock:
+            self._open |= {client, server}
+        threading.Thread(target=self._carry, args=(server, client, True), daemon=True).start()
+        self._carry(client, server, False)
+
+    def _carry(self, one: socket.socket, other: socket.socket, answers: bool) -> None:
         with contextlib.suppress(OSError):
             while data := one.recv(65536):
                 if self.broken:
                     break
-                other.sendall(data)
+                if not (answers and self.mute):
+                    other.sendall(data)
         for end in (one, other):
             _reset(end)
             with self._lock:
