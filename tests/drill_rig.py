@@ -27,7 +27,7 @@ from ops_platform.drills.model import Checked, Done, Drill, DrillCard, Ending
 from ops_platform.drills.registry import Context, does
 from ops_platform.drills.scorecard import card_of
 from ops_platform.drills.steps.basics import measure, processes_with
-from ops_platform.drills.steps.injection import Break, at, break_server
+from ops_platform.drills.steps.injection import Break, at, break_server, cut_server
 from ops_platform.drills.store import Store
 from ops_platform.errors import OpsError
 from ops_platform.inventory import load
@@ -229,6 +229,18 @@ class Broken(Break):
 def break_it(context: Context, given: Broken) -> Done:
     """Kill or freeze whoever serves an address."""
     return break_server(context, given.how, lambda: at("it", given.address))
+
+
+class Cut(Strict):
+    """Of `toy.cut`."""
+
+    address: str
+
+
+@does("toy.cut", "inject", given=Cut)
+def cut(context: Context, given: Cut) -> Done:
+    """Unplug the network of whoever serves an address."""
+    return cut_server(context, lambda: at("it", given.address))
 
 
 class Say(Strict):

@@ -97,10 +97,10 @@ class Daemon:
         return f"{self.name}; the end of its log:\n{tail}"
 
 
-def accepts(port: int) -> bool:
+def accepts(port: int, host: str = "127.0.0.1") -> bool:
     with socket.socket() as probe:
         probe.settimeout(2)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        return probe.connect_ex((host, port)) == 0
 
 
 def answers(url: str) -> bool:

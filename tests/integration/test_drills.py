@@ -17,9 +17,10 @@ from click.testing import CliRunner, Result
 
 from ops_platform.actions import Status
 from ops_platform.cli.main import cli
-from ops_platform.clients.postgres_binaries import free_port
+from ops_platform.clients.postgres_binaries import free_port, run_as
 from ops_platform.clients.processes import Process, spawn, stop
 from ops_platform.drills.begin import Beginner, planned
+from ops_platform.drills.engine import Engine
 from ops_platform.drills.model import DrillState, Ending, Sample, StepState
 from ops_platform.drills.scorecard import card_of
 from ops_platform.drills.steps import injection
@@ -28,8 +29,9 @@ from ops_platform.remediation import store as incidents
 from ops_platform.remediation.model import Ending as IncidentEnding
 from ops_platform.remediation.model import Opening
 from tests.drill_rig import TRIED, Bench
+from tests.network_rig import network
 from tests.remediation_rig import a_signal
-from tests.rig import Cluster, eventually
+from tests.rig import Cluster, eventually, missing
 from tests.servers import accepts
 from tests.stores_rig import MovedClock
 
@@ -254,12 +256,15 @@ def test_an_abort_puts_back_what_was_broken(bench: Bench) -> None:
     assert bench.remains() == []
 
 
+def serving(host: str, port: int) -> str:
+    return f"import socket, time; s = socket.create_server(({host!r}, {port})); time.sleep(600)"
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[Process, str]]:
     """A process of ours that serves an address, and nothing else."""
     port = free_port()
-    serve = f"import socket, time; s = socket.create_server(('127.0.0.1', {port})); time.sleep(600)"
-    process = spawn([sys.executable, "-c", serve], tmp_path / "log")
+    process = spawn([sys.executable, "-c", serving("127.0.0.1", port)], tmp_path / "log")
     eventually(lambda: accepts(port), why="it does not listen")
     yield process, f"127.0.0.1:{port}"
     assert stop(process, signal.SIGKILL)
@@ -291,6 +296,44 @@ def test_a_server_that_will_not_die_is_a_failed_drill(
     assert f"it did not die: process {server[0].pid} is alive" in drill.reason
     assert bench.drill("toys").verdict == "PASS"
     assert not server[0].alive
+
+
+def test_who_shares_our_network_is_not_cut_off(bench: Bench, server: tuple[Process, str]) -> None:
+    bench.both("toys", [{"id": "loss", "kind": "inject", "does": "toy.cut", "with": {"address": server[1]}}])
+    drill = bench.drill("toys")
+    assert (drill.verdict, drill.ending) == ("FAIL", Ending.FAILED)
+    assert "whoever cuts it off cuts off the drill, too" in drill.reason
+    assert bench.engine.store.resources(drill.id) == []
+
+
+def test_who_was_cut_off_is_plugged_in_however_the_drill_ends(bench: Bench, tmp_path: Path) -> None:
+    def hold(engine: Engine) -> None:
+        begun = bench.begin(engine, "toys")
+        assert begun.drill is not None, [r.reason for r in begun.result.rulings if not r.allows]
+        engine.run(begun.drill.id)
+
+    port = free_port()
+    with network() as net, ExitStack() as stack:
+        if net is None:
+            missing("a network of its own for a server", "making one takes root, iproute2 and nsenter")
+        assert net is not None
+        place = net.place()
+        process = spawn(place.command([sys.executable, "-c", serving(place.host, port)], run_as()), tmp_path / "log")
+        stack.callback(stop, process, signal.SIGKILL)
+        eventually(lambda: accepts(port, place.host), why="it does not listen")
+        loss = {"id": "loss", "kind": "inject", "does": "toy.cut", "with": {"address": f"{place.host}:{port}"}}
+        bench.both("toys", [loss, {**SAY, "needs": ["loss"], "with": {"error": "broken off"}}])
+        for moment, plugged in (("registered cut off", True), ("ended", False)):
+            assert bench.killed_when("toy.cut", moment, hold)
+            assert (place.plugged, accepts(port, place.host)) == (plugged, plugged)
+            bench.sweep()
+            assert place.plugged
+            assert bench.remains() == []
+            eventually(lambda: accepts(port, place.host), why="nobody reaches it")
+        drill = bench.drill("toys")
+        assert drill.ending is Ending.FAILED
+        assert [r.gone_at is not None for r in bench.engine.store.resources(drill.id)] == [True]
+        assert place.plugged
 
 
 def test_a_teardown_that_fails_is_a_failed_drill_and_stays_a_finding_until_one_shows_that_it_is_gone(

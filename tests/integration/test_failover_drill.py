@@ -112,7 +112,9 @@ def test_a_killed_primary_costs_seconds_and_no_acknowledged_write(held: Held, pa
     assert writer.outages
     assert writer.outages[0].ended is not None
     assert writer.unavailable_seconds > 0
-    assert result(card, REWIND).startswith(("by pg_rewind", "as it was"))  # whether it wrote more than it sent, nobody says
+    assert result(card, REWIND).startswith(
+        ("by pg_rewind", "as it was")
+    )  # whether it wrote more than it sent, nobody says
     assert rows_left(patroni) == 0
     assert old.state()["role"] == "replica"
 
@@ -210,11 +212,9 @@ def test_a_primary_that_is_cut_off_gives_up_and_what_it_wrote_alone_is_gone(
 
 def split(old: patroni_rig.Node, wire: Wire) -> int:
     """Lose the answers of the primary from some write on; once it is cut off, write to it for as long as it lets us. How many it took."""
-    written = f"select count(*) from {TABLE}"
-    eventually(lambda: told(old, f"select to_regclass('{TABLE}') is not null") and told(old, written) > 20)
-    wire.mute = True
-    count = told(old, written)
-    eventually(lambda: told(old, written) > count, why="nobody writes")
+    there, written = f"select to_regclass('{TABLE}') is not null", f"select count(*) from {TABLE}"
+    eventually(lambda: told(old, there) and told(old, written) > 20, why="nobody writes")
+    wire.mute = True  # seconds before it is cut off: the next write on each connection is done, and nobody hears of it
     assert old.place is not None
     eventually(lambda: not old.place.plugged, why="it is not cut off")  # type: ignore[union-attr]
     wire.mute = False
