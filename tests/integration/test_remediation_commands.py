@@ -15,9 +15,10 @@ from pydantic import TypeAdapter
 from ops_platform.remediation.explain import Explained
 from ops_platform.remediation.model import Ending, Incident, State
 from ops_platform.remediation.replay import Report
-from tests import remediation_rig
+from tests import prometheus_rig, remediation_rig
 from tests.integration.test_commands import OPS
 from tests.remediation_rig import Desk, new_desk
+from tests.rig import eventually
 
 __all__ = ["new_desk"]
 NewDesk = Callable[..., Desk]
@@ -238,6 +239,19 @@ def test_what_was_recorded_is_replayed_through_other_rules(new_desk: NewDesk) ->
     assert (changed.unmatched, changed.incidents) == (2, ())
     assert "--to lies before --from" in ops(desk, "rules", "replay", "--from", span[3], "--to", span[1], code=2).stderr
     assert desk.store.claims(now - timedelta(days=1)) == [], "nothing is claimed for what is only played"
+
+
+def test_the_history_of_a_prometheus_is_replayed(new_desk: NewDesk) -> None:
+    labels = {"lamp": "a"}
+    rules = [{"name": "g", "interval": "1s", "rules": [{"alert": "LampOn", "expr": "vector(1)", "labels": labels}]}]
+    with prometheus_rig.prometheus(rules=rules) as prometheus:
+        system = {"id": "metrics", "kind": "prometheus", "url": prometheus.url}
+        desk = new_desk([a_rule(**HOOK)], systems=[system])
+        since = (desk.store.clock.now() - timedelta(minutes=5)).isoformat()
+        words = ("rules", "replay", "--from", since, "--prometheus", "metrics")
+        report = eventually(lambda: found if (found := answer(Report, desk, *words)).signals else None)
+        assert (report.signals, report.unmatched) == (1, 0)
+        assert [one.rule for one in report.incidents] == ["dark"]
 
 
 def test_the_run_of_an_incident_shows_its_guards_record_and_where_to_look_on(new_desk: NewDesk) -> None:

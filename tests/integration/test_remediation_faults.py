@@ -128,6 +128,29 @@ def test_two_clusters_are_one_source_a_silence_in_either_counts_and_only_both_sa
         eventually(lambda: tick() == [], why="both were heard, and it fires nowhere")
 
 
+def test_a_watchdog_that_stops_arriving_is_an_incident_until_it_arrives_again(new_desk: NewDesk) -> None:
+    with prometheus_rig.alertmanager() as am:
+        system = {**am_system("am", am), "watchdog": {"absent_for": "1s"}}
+        rule = a_rule(alert=["alertname=WatchdogAbsent", "alertmanager=am"], mode="observe")
+        desk = new_desk([rule], alertmanagers=["am"], systems=[system])
+
+        def tick() -> list[Incident]:
+            poll_alerts(desk.access, desk.store, budget=20)
+            return desk.store.list()
+
+        am.fire(watchdog := {"alertname": "Watchdog"})
+        eventually(lambda: desk.store.last_seen("watchdog/am") or tick())
+        assert tick() == []
+        am.resolve(watchdog)
+        (missed,) = eventually(tick, why="it does not arrive any more")
+        assert missed.signal.labels["alertname"] == "WatchdogAbsent"
+        am.daemon.stop()
+        assert [one.id for one in tick()] == [missed.id], "nobody can say that it arrives again"
+        am.daemon.start()
+        am.fire(watchdog)
+        eventually(lambda: not tick(), why="it arrives again")
+
+
 # Sensors
 
 
