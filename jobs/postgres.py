@@ -25,7 +25,7 @@ class ExpiryConfig(dg.Config):
 @dg.op(pool=POOL, description="Delete what no promise needs any more; observes unless the policy says enforce.")
 def expire(context: dg.OpExecutionContext, config: ExpiryConfig, platform: PlatformResource) -> None:
     from ops_platform.actions.words import lines
-    from ops_platform.backup.expiry import expire as run_expiry
+    from ops_platform.proof import expire as run_expiry
 
     bad: list[str] = []
     with platform.access() as access:
@@ -33,17 +33,18 @@ def expire(context: dg.OpExecutionContext, config: ExpiryConfig, platform: Platf
             if target.repository.engine != "native":
                 continue
             try:
-                result = run_expiry(
+                done = run_expiry(
                     access, target, mode=None if config.mode == "policy" else config.mode,  # type: ignore[arg-type]
                     approve=config.approve or None, actor=f"dagster run {context.run_id}",
                 )  # fmt: skip
             except OpsError as error:
                 bad.append(f"{target.id}: {error}")
                 continue
-            for line in lines(result):
-                context.log.info(f"{target.id}: {line}")
-            if not result.ok:
-                bad.append(f"{target.id}: {'; '.join(lines(result))}")
+            for result in done:
+                for line in lines(result):
+                    context.log.info(f"{target.id}: {line}")
+                if not result.ok:
+                    bad.append(f"{target.id}: {'; '.join(lines(result))}")
     if bad:
         raise dg.Failure("; ".join(bad))
 

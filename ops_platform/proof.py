@@ -18,6 +18,7 @@ from ops_platform.recovery.model import Scorecard, Verdict
 from ops_platform.recovery.verify import Pick, verify
 
 if TYPE_CHECKING:
+    from ops_platform.actions import ActionResult
     from ops_platform.backup.replicate import Replicated
     from ops_platform.clients.access import Access
     from ops_platform.inventory.model import Backed
@@ -32,6 +33,32 @@ class Proven:
     scorecard: Scorecard
     report: Path | None
     history: list[Scorecard]
+
+
+def expire(
+    access: Access,
+    target: Backed,
+    *,
+    mode: Literal["observe", "enforce"] | None = None,
+    approve: str | None = None,
+    copy: bool = False,
+    actor: str,
+) -> list[ActionResult]:
+    """Expire backups, and then what only they named outside of the repository. `copy`: the target is one at a copy.
+
+    Raises what `backup.expiry.expire` raises; what a store says against it is the second result's, or raised.
+    """
+    from ops_platform.backup import expiry
+    from ops_platform.inventory.model import Target
+    from ops_platform.stores.kind import KeptElsewhere, open_kind
+
+    done = [expiry.expire(access, target, mode=mode, approve=approve, alone=copy, actor=actor)]
+    if isinstance(target, Target) or copy or not done[0].ok:
+        return done
+    if isinstance(kind := open_kind(access, target), KeptElsewhere):
+        chosen = mode or target.backup.expiry.mode.value
+        done.append(kind.expire(enforce=chosen == "enforce", actor=actor))
+    return done
 
 
 def prove(

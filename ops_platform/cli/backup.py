@@ -307,20 +307,21 @@ def expire(
 
     Exit 1 where it was refused, failed or left something out, 3 where nobody could look whether what was done holds.
     """
-    from ops_platform.backup.expiry import expire as run_expiry
+    from ops_platform.proof import expire as run_expiry
 
     results: list[ActionResult] = []
     with opened() as access:
         each = Each(chosen_backed(access.inventory, targets, everything))
         for target in each:
             with each.going_on(target):
-                result = run_expiry(
-                    access, at(target, copy_id), mode=mode, approve=approve, alone=copy_id is not None, actor=actor(),  # type: ignore[arg-type]
+                done = run_expiry(
+                    access, at(target, copy_id), mode=mode, approve=approve, copy=copy_id is not None, actor=actor(),  # type: ignore[arg-type]
                 )  # fmt: skip
-                results.append(result)
-                each.add(action_exit_code(result))
-                if not as_json:
-                    show_action(target.id, result)
+                for result in done:
+                    results.append(result)
+                    each.add(action_exit_code(result))
+                    if not as_json:
+                        show_action(target.id, result)
     if as_json:
         emit(list[dict[str, Any]], [result.as_json() for result in results])
     ctx.exit(each.code)

@@ -30,10 +30,11 @@ from ops_platform.errors import (
     OpsError,
     UnreachableError,
 )
-from ops_platform.stores.elasticsearch_snapshots import Repository, agree, policy_failure
+from ops_platform.stores.elasticsearch_snapshots import Repository, agree, expire_snapshots, policy_failure
 from ops_platform.stores.kind import FAILED, NOT_APPLICABLE, PASSED, Check, Dumped, Finding, Parts, Saved
 
 if TYPE_CHECKING:
+    from ops_platform.actions import ActionResult
     from ops_platform.clients.access import Access
     from ops_platform.inventory.systems import ElasticsearchSystem, Snapshots, StoreTarget
 
@@ -155,6 +156,10 @@ class ElasticsearchStore:
                 remedy="look at the failed shard in the node's log, and take it again",
             )
         return found
+
+    def expire(self, *, enforce: bool, actor: str) -> ActionResult:
+        """`stores.kind.KeptElsewhere`: the snapshots of backups that have expired."""
+        return expire_snapshots(self.access, self.target, self.snapshots, self.cluster, enforce=enforce, actor=actor)
 
     # Level 1
 

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ops_platform.actions import (
+    ActionResult,
     Applied,
     Change,
     Check,
@@ -155,22 +156,9 @@ def agree(access: Access, target: StoreTarget, wanted: Snapshots, cluster: Elast
 
     Raises RefusedError where a guard refuses, NotThereError where there is no repository to take a snapshot into.
     """
-    from ops_platform.ledger import Ledger
-
     repository = Repository(cluster, wanted.repository)
-    guards: list[Guard] = [
-        ModeGuard(wanted.mode, "snapshots.mode"),
-        LegalHold(target.legal_hold),
-        CountLimit(target.backup.expiry.max_count, SNAPSHOT),
-        PercentLimit(target.backup.expiry.max_percent, SNAPSHOT),
-    ]
-    with contextlib.ExitStack() as stack:
-        ledger = None
-        if access.inventory.platform.database is not None:
-            ledger = stack.enter_context(Ledger(access.platform_db, clock=access.clock))
-        result = run_action(
-            SnapshotsAction(access, target, wanted, repository), ledger=ledger, guards=guards, actor="ops backup run", clock=access.clock
-        )  # fmt: skip
+    action = SnapshotsAction(access, target, wanted, repository)
+    result = _run(access, target, action, ModeGuard(wanted.mode, "snapshots.mode"), actor="ops backup run")
     if wanted.mode is Mode.ENFORCE and not result.ok:
         why = "; ".join(ruling.reason for ruling in result.refusals) or result.status.value
         raise RefusedError(f"repository and policy were not made what is declared: {why}", where=target.id)
@@ -182,13 +170,47 @@ def agree(access: Access, target: StoreTarget, wanted: Snapshots, cluster: Elast
     return repository.differs(wanted)
 
 
+def expire_snapshots(
+    access: Access, target: StoreTarget, wanted: Snapshots, cluster: Elasticsearch, *, enforce: bool, actor: str
+) -> ActionResult:
+    """Remove snapshots of ours that no backup names any more, where `snapshots.mode` says enforce, too."""
+    mode = wanted.mode if enforce else Mode.OBSERVE
+    action = SnapshotsAction(access, target, wanted, Repository(cluster, wanted.repository), expiry_alone=True)
+    return _run(access, target, action, ModeGuard(mode, "snapshots.mode" if enforce else "the expiry"), actor=actor)
+
+
+def _run(access: Access, target: StoreTarget, action: SnapshotsAction, mode: ModeGuard, *, actor: str) -> ActionResult:
+    from ops_platform.ledger import Ledger
+
+    guards: list[Guard] = [
+        mode,
+        LegalHold(target.legal_hold),
+        CountLimit(target.backup.expiry.max_count, SNAPSHOT),
+        PercentLimit(target.backup.expiry.max_percent, SNAPSHOT),
+    ]
+    with contextlib.ExitStack() as stack:
+        ledger = None
+        if access.inventory.platform.database is not None:
+            ledger = stack.enter_context(Ledger(access.platform_db, clock=access.clock))
+        return run_action(action, ledger=ledger, guards=guards, actor=actor, clock=access.clock)
+
+
 class SnapshotsAction:
-    """`actions.Action`: registers repository and policy, and removes snapshots of ours that no backup names any more."""
+    """`actions.Action`: registers repository and policy, and removes snapshots of ours that no backup names any more; or the latter alone."""
 
     name = "elasticsearch.snapshots"
 
-    def __init__(self, access: Access, target: StoreTarget, wanted: Snapshots, repository: Repository) -> None:
+    def __init__(
+        self,
+        access: Access,
+        target: StoreTarget,
+        wanted: Snapshots,
+        repository: Repository,
+        *,
+        expiry_alone: bool = False,
+    ) -> None:
         self._access, self._target, self._wanted, self._repository = access, target, wanted, repository
+        self._alone = expiry_alone
 
     @property
     def target_id(self) -> str:
@@ -197,11 +219,11 @@ class SnapshotsAction:
     def plan(self) -> Plan:
         wanted, changes = self._wanted, list[Change]()
         registered = self._repository.registered()
-        if wanted.type is not None:
+        if wanted.type is not None and not self._alone:
             body = wanted_repository(wanted)
             if _differences("", body, registered):
                 changes.append(Change(REPOSITORY, wanted.repository, registered, body, reversible=True))
-        if wanted.policy is not None:
+        if wanted.policy is not None and not self._alone:
             body, found = wanted_policy(wanted, wanted.policy), self._repository.policy(wanted.policy)
             if _differences("", body, found):
                 changes.append(Change(POLICY, wanted.policy.id, found, body, reversible=True))
@@ -247,12 +269,16 @@ class SnapshotsAction:
         return Applied(Outcome.APPLIED, "put as declared")
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
-        differs = self._repository.differs(self._wanted)
+        differs = [] if self._alone else self._repository.differs(self._wanted)
         removed = {
             change.object for change in plan.of_kind(SNAPSHOT) if outcomes[change.object].outcome is Outcome.APPLIED
         }
         left = sorted(removed & {one["snapshot"] for one in self._ours()})
-        checks = [Check("as declared", not differs, "; ".join(differs) or "repository and policy are as declared")]
+        checks = list[Check]()
+        if not self._alone:
+            checks.append(
+                Check("as declared", not differs, "; ".join(differs) or "repository and policy are as declared")
+            )
         if removed:
             checks.append(Check("gone", not left, f"left: {', '.join(left)}" if left else f"{len(removed)} snapshots"))
         if any(change.kind == REPOSITORY for change in plan.changes):

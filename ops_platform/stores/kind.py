@@ -17,6 +17,7 @@ from ops_platform.recovery.findings import FAILED, PASSED, UNCHECKED, Finding
 from ops_platform.recovery.model import GateStatus
 
 if TYPE_CHECKING:
+    from ops_platform.actions import ActionResult
     from ops_platform.clients.access import Access
     from ops_platform.inventory.systems import StoreTarget
 
@@ -132,6 +133,15 @@ class MadeElsewhere(Protocol):
 
     def clear(self, home: Path) -> None:
         """Take away what a restore has made that was killed, by what it noted in its `home`. Raises OpsError where that fails."""
+        ...
+
+
+@runtime_checkable
+class KeptElsewhere(Protocol):
+    """A kind whose data does not stand in our repository, so that expiry has to be told to it."""
+
+    def expire(self, *, enforce: bool, actor: str) -> ActionResult:
+        """Remove what no backup names any more; with `enforce` false only say what would be removed. Raises OpsError."""
         ...
 
 

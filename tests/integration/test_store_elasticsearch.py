@@ -15,6 +15,7 @@ import pytest
 from ops_platform.backup.archive import open_target_repository
 from ops_platform.errors import AccessDeniedError, NotThereError, OpsError, RefusedError, UnreachableError
 from ops_platform.ledger import Ledger
+from ops_platform.proof import expire
 from ops_platform.recovery.model import Verdict
 from ops_platform.stores import elasticsearch_snapshots
 from ops_platform.stores.dump import run_backup
@@ -329,6 +330,12 @@ def test_snapshots_that_no_backup_names_go_and_the_others_stay(shop: Shop, monke
     dump(shop.platform, enforced)
     assert {"dead", "somebodys", named} < set(shop.snapshots())  # it may be a dump that still runs
     monkeypatch.setattr(elasticsearch_snapshots, "_DEAD_AFTER", timedelta(0))
+    target = with_store(shop.platform, enforced)
+    for mode, status in ((None, "observed"), ("enforce", "done")):
+        backups, snapshots = expire(shop.platform.access, target, mode=mode, actor="ann")  # type: ignore[arg-type]
+        assert (backups.status.value, snapshots.status.value) == ("nothing to do", status)
+        assert [change.object for change in snapshots.plan.changes] == ["dead"]
+        assert ("dead" in shop.snapshots()) is (mode is None)
     dump(shop.platform, enforced)
     left = shop.snapshots()
     assert "dead" not in left
