@@ -48,7 +48,13 @@ def test_under_sentinel_another_one_takes_over_and_the_old_master_follows(
         return all(rig.seen_master(one) != old.port for one in rig.sentinels)
 
     with supervised([one.daemon for one in rig.servers], replaced):
-        card = passed(bench.drill("master", seconds_before=1, copies=1, most_lost=0))
+        held = bench.drill("master", seconds_before=1, copies=1, most_lost=0)
+    card = passed(held)
+    store = bench.engine.store
+    made_at = {r.step: r.made_at for r in store.resources(held.id) if r.kind == "process"}
+    writing = store.steps(held.id)["writer"].ended_at
+    assert writing is not None
+    assert made_at["reader"] < writing, "the probes start up side by side"
     assert rig.master is not old
     found = measured(card)
     assert found["errors"] > 0

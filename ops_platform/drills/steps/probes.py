@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 from pydantic import Field
 
 from ops_platform.clients.processes import spawn
-from ops_platform.drills.model import Done
+from ops_platform.drills.model import Done, StepState
 from ops_platform.drills.probing import command, word_of
 from ops_platform.drills.registry import Context
+from ops_platform.drills.runbook import AnyStep, runbook_of
 from ops_platform.drills.steps.basics import processes_with
 from ops_platform.errors import CouldNotVerifyError
 from ops_platform.inventory.base import Strict
 
 _STARTS_WITHIN = 30.0
+_READERS = ("postgres.read", "redis.read")  # they make nothing of their own that would have to be registered first
 
 
 class Attempts(Strict):
@@ -25,13 +30,9 @@ class Attempts(Strict):
 
 def start_probe(context: Context) -> Done:
     """Its own process, which goes on when ours is killed, and ends when the drill has. Begun once it has seen the target well."""
-    word = word_of(context.held.id, context.step.id)
-    context.register("process", word, word=word, signal="TERM")
-    log = context.workspace / f"{context.step.id}.log"
-    context.register("directory", str(context.workspace), path=str(context.workspace))
-    context.workspace.mkdir(mode=0o711, parents=True, exist_ok=True)
-    if not any(processes_with(word)):
-        spawn(command(word), log, env={"OPS_INVENTORY": str(context.access.loaded.path)})
+    log = _start(context, context.step)
+    for other in _beside(context):
+        _start(context, other)
     began = context.clock.monotonic()
 
     def seen() -> bool:
@@ -44,6 +45,29 @@ def start_probe(context: Context) -> Done:
 
     context.wait(seen)
     return Done("it runs and reaches the target")
+
+
+def _start(context: Context, step: AnyStep) -> Path:
+    """Unless it runs already. Returns where it writes what it has to say."""
+    word = word_of(context.held.id, step.id)
+    context.store.register(context.held, step.id, "process", word, {"word": word, "signal": "TERM"})
+    log = context.workspace / f"{step.id}.log"
+    context.register("directory", str(context.workspace), path=str(context.workspace))
+    context.workspace.mkdir(mode=0o711, parents=True, exist_ok=True)
+    if not any(processes_with(word)):
+        spawn(command(word), log, env={"OPS_INVENTORY": str(context.access.loaded.path)})
+    return log
+
+
+def _beside(context: Context) -> Iterator[AnyStep]:
+    """The readers that come right after this step and need nothing else: they start up meanwhile, which takes a second each."""
+    book, mode = runbook_of(context.held), context.held.mode
+    order = book.steps_for(mode)
+    known = {name for name, record in context.results.items() if record.state is StepState.DONE} | {context.step.id}
+    for step in order[order.index(context.step) + 1 :]:
+        if step.does not in _READERS or not book.needs_of(step, mode) <= known:
+            return
+        yield step
 
 
 def _last_error(context: Context) -> str | None:
