@@ -21,7 +21,7 @@ from tests import redis_rig
 from tests.drill_rig import Bench, supervised
 from tests.rig import Cluster, scratch
 
-OVERHEAD, WHOLE = "ours, the drill's own time", "the whole drill"
+OVERHEAD, WHOLE = "the drill's own time", "the whole drill"
 MEDIAN, P99 = "median of the spacing", "99th percentile of the spacing"
 OFF = "error of an outage's length, the largest of a drill"
 EVERY_MS, HUNG, TIMES = 50, 1.0, 4
