@@ -4,6 +4,7 @@ from typing import Any
 from urllib.parse import quote
 
 import dagster as dg
+from dagster._core.storage.tags import PRIORITY_TAG
 
 from assets.remediation import INCIDENTS
 from ops_platform.errors import NotOurTurnError
@@ -43,7 +44,8 @@ def work_on_incident(context: dg.OpExecutionContext, config: IncidentConfig, pla
         raise dg.Failure(f"{incident.id} is escalated: {incident.reason}", metadata=metadata, allow_retries=False)
 
 
-@dg.job(description="Work on one incident.", tags={"ops/domain": "remediation"})
+# An incident does not wait behind a night of backups.
+@dg.job(description="Work on one incident.", tags={"ops/domain": "remediation", PRIORITY_TAG: "10"})
 def remediate() -> None:
     work_on_incident()
 

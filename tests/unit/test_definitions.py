@@ -20,12 +20,13 @@ import pytest
 import yaml
 from dagster._core.events import DagsterEvent, DagsterEventType
 from dagster._core.run_coordinator.queued_run_coordinator import QueuedRunCoordinator
-from dagster._core.storage.tags import RUN_KEY_TAG
+from dagster._core.storage.tags import PRIORITY_TAG, RUN_KEY_TAG
 from dagster._core.test_utils import create_run_for_test
 from dagster._daemon.auto_run_reexecution.auto_run_reexecution import should_retry
 from dagster._daemon.monitoring import run_monitoring
 
 from assets.postgres import BASE_BACKUP, COPY, DATABASE, PITR_VERIFICATION, WAL_ARCHIVE
+from jobs.remediation import remediate
 from ops_platform.backup import archive
 from ops_platform.backup.model import WalGap
 from ops_platform.definitions import build_defs
@@ -301,6 +302,15 @@ def shipped(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
     (tmp_path / "dagster.yaml").write_text(yaml.safe_dump(settings))
     with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
         yield instance
+
+
+def test_an_incident_is_launched_before_everything_that_waits() -> None:
+    """The queue sorts by this tag; what has none counts as 0."""
+    repository = build_defs(an_inventory("a")).get_repository_def()
+    others = [job for job in repository.get_all_jobs() if not job.name.startswith("__")]
+    assert others
+    assert {job.tags.get(PRIORITY_TAG, "0") for job in others if job.name != "remediate"} == {"0"}
+    assert int(remediate.tags[PRIORITY_TAG]) > 0
 
 
 def test_the_shipped_instance_launches_within_a_second_and_keeps_its_limits(shipped: dg.DagsterInstance) -> None:
