@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ops_platform.clients.postgres_binaries import find_postgres
-from ops_platform.errors import OpsError
+from ops_platform.errors import CouldNotVerifyError, OpsError
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
     from ops_platform.clients.postgres import Member
-    from ops_platform.inventory.model import Target
+    from ops_platform.inventory.model import Backed, Target
+    from ops_platform.inventory.systems import StoreTarget
 
 State = Literal["good", "warn", "bad", "unknown"]
 _MAX_SKEW = 300
@@ -46,6 +47,30 @@ def examine(access: Access, target: Target) -> Examination:
         ("store", lambda: _store(access, target)),
         ("key service", lambda: _keys(access, target)),
         ("sandbox", lambda: _sandbox(access, target)),
+    ]
+    return Examination(target.id, asked(parts))
+
+
+def examine_store(access: Access, target: StoreTarget) -> Examination:
+    """A store of another kind: it answers, its repository and key service work, and a backup of it could be restored here."""
+    from ops_platform.stores.kind import open_kind
+
+    def server() -> Iterator[Found]:
+        yield Found("server", "good", open_kind(access, target).look())
+
+    def sandbox() -> Iterator[Found]:
+        try:
+            open_kind(access, target).need_programs()
+        except CouldNotVerifyError as error:
+            yield Found("sandbox", "bad", error.what, error.remedy)
+        else:
+            yield Found("sandbox", "good", "what a restore starts is on this machine")
+
+    parts: list[tuple[str, Callable[[], Iterator[Found]]]] = [
+        ("server", server),
+        ("store", lambda: _store(access, target)),
+        ("key service", lambda: _keys(access, target)),
+        ("sandbox", sandbox),
     ]
     return Examination(target.id, asked(parts))
 
@@ -280,7 +305,7 @@ def _slot(access: Access, target: Target) -> Iterator[Found]:
 # Store, keys, sandbox
 
 
-def _store(access: Access, target: Target) -> Iterator[Found]:
+def _store(access: Access, target: Backed) -> Iterator[Found]:
     if target.repository.store is None:
         yield Found("store", "good", f"kept by {target.repository.engine}")
         return
@@ -306,7 +331,7 @@ def _store(access: Access, target: Target) -> Iterator[Found]:
         )
 
 
-def _keys(access: Access, target: Target) -> Iterator[Found]:
+def _keys(access: Access, target: Backed) -> Iterator[Found]:
     if target.repository.keys is None:
         return
     service = access.keys(target.repository.keys)

@@ -30,6 +30,7 @@ from ops_platform.errors import (
     OpsError,
     UnreachableError,
 )
+from ops_platform.inventory.base import Mode
 from ops_platform.stores.elasticsearch_snapshots import Repository, agree, expire_snapshots, policy_failure
 from ops_platform.stores.kind import FAILED, NOT_APPLICABLE, PASSED, Check, Dumped, Finding, Parts, Saved
 
@@ -82,6 +83,14 @@ class ElasticsearchStore:
         return bool(self.system.restore.urls)
 
     # Dump
+
+    def look(self) -> str:
+        if self.repository.registered() is None and self.snapshots.mode is not Mode.ENFORCE:
+            raise NotThereError(
+                f"there is no snapshot repository {self.snapshots.repository}", where=self.cluster.where,
+                remedy="register it, or declare its type and settings with snapshots.mode: enforce",
+            )  # fmt: skip
+        return f"Elasticsearch {_version(self.cluster)}"
 
     def dump(self, parts: Parts) -> Dumped:
         cluster = self.cluster

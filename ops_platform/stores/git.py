@@ -56,6 +56,12 @@ class GitStore:
 
     # Dump
 
+    def look(self) -> str:
+        token = self.access.secret(self.system.token).reveal() if self.system.token else None
+        for repository in self.system.repositories:
+            _head(repository.url, token)
+        return f"{len(self.system.repositories)} repositories"
+
     def dump(self, parts: Parts) -> Dumped:
         token = self.access.secret(self.system.token).reveal() if self.system.token else None
         found: list[dict[str, Any]] = []

@@ -73,6 +73,10 @@ class KafkaStore:
 
     # Dump
 
+    def look(self) -> str:
+        kafka, said = self.access.kafka(self.system), Said()
+        return f"{len(self._topics(kafka, kafka.admin(said), said))} topics"
+
     def dump(self, parts: Parts) -> Dumped:
         kafka, said = self.access.kafka(self.system), Said()
         admin = kafka.admin(said)

@@ -107,6 +107,10 @@ class Restored(Protocol):
 class Kind(Protocol):
     """One store of a kind. Made by its module's `open_store(access, target)`, which asks nothing yet."""
 
+    def look(self) -> str:
+        """What a dump begins with, without the rest: who answers, in a few words. Raises OpsError for what would keep a dump from being taken."""
+        ...
+
     def dump(self, parts: Parts) -> Dumped:
         """Read the store over its own protocol. Raises OpsError for whatever keeps it from being whole: half a dump is none."""
         ...

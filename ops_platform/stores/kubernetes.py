@@ -61,6 +61,10 @@ class KubernetesStore:
 
     # Dump
 
+    def look(self) -> str:
+        cluster = self.access.kubernetes(self.system)
+        return f"Kubernetes {cluster.version()}, {len(list(cluster.resources()))} kinds of objects"
+
     def dump(self, parts: Parts) -> Dumped:
         cluster = self.access.kubernetes(self.system)
         counted: dict[str, int] = {}

@@ -45,6 +45,9 @@ class RedisStore:
 
     # Dump
 
+    def look(self) -> str:
+        return _said(self._shards(self.access.redis(self.system)))
+
     def dump(self, parts: Parts) -> Dumped:
         redis = self.access.redis(self.system)
         before = self._shards(redis)

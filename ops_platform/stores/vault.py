@@ -53,15 +53,12 @@ class VaultStore:
 
     # Dump
 
+    def look(self) -> str:
+        return _server(self._status(self.access.vault(self.system.vault)))
+
     def dump(self, parts: Parts) -> Dumped:
         session = self.access.vault(self.system.vault)
-        status = _seal_status(session)
-        if status["storage_type"] != "raft":
-            raise UsageError(
-                f"its storage is {status['storage_type']}, and only raft storage has snapshots",
-                where=session.url,
-                remedy="migrate it to raft (operator migrate), or back that storage up itself",
-            )
+        status = self._status(session)
         facts: dict[str, Any] = {name: status.get(name) for name in ("type", "t", "n", "cluster_id")}
         facts["canary"] = self._canary(session)
         where = f"{session.url}/v1/sys/storage/raft/snapshot"
@@ -69,6 +66,17 @@ class VaultStore:
         with parts.part(SNAPSHOT) as write:
             facts |= _read_snapshot(cast("IO[bytes]", _Tee(_stream(response), write)), where)
         return Dumped(source=session.url, server=_server(status), facts=facts)
+
+    def _status(self, session: VaultSession) -> Any:
+        """Raises UsageError for a server without snapshots."""
+        status = _seal_status(session)
+        if status["storage_type"] != "raft":
+            raise UsageError(
+                f"its storage is {status['storage_type']}, and only raft storage has snapshots",
+                where=session.url,
+                remedy="migrate it to raft (operator migrate), or back that storage up itself",
+            )
+        return status
 
     def _canary(self, session: VaultSession) -> dict[str, str] | None:
         """A salted digest of the canary secret, to know it again."""

@@ -13,13 +13,16 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ops_platform.backup.archive import open_target_repository
+from ops_platform.cli.main import cli
 from ops_platform.clients.postgres_binaries import free_port
 from ops_platform.clients.redis import SLOTS, RdbStream, slot_ranges
 from ops_platform.definitions import build_defs
+from ops_platform.doctor import examine_store
 from ops_platform.errors import AccessDeniedError, ConflictError, UnreachableError
 from ops_platform.recovery.model import Verdict
 from ops_platform.resources import PlatformResource
@@ -243,6 +246,22 @@ def test_a_wrong_password_says_so_and_shows_nothing(platform: Platform, single: 
     with pytest.raises(AccessDeniedError) as caught:
         dump(platform, entry(single.port, platform, password=f"file://{platform.home}/wrong"))
     assert "not the password" not in str(caught.value)
+
+
+def test_the_doctor_looks_at_a_store_and_at_what_its_restore_needs(platform: Platform, single: redis_rig.Redis) -> None:
+    found = examine_store(platform.access, with_store(platform, entry(single.port, platform)))
+    assert {one.what: one.state for one in found.findings if one.what in ("server", "store", "key service", "sandbox")} == {
+        "server": "good", "store": "good", "key service": "good", "sandbox": "good",
+    }  # fmt: skip
+    lacking = {"sandbox": {"programs": {"redis-server": "/nowhere/redis-server"}}}
+    found = examine_store(platform.access, with_store(platform, entry(free_port(), platform, **lacking)))
+    bad = {one.what: one.found for one in found.findings if one.state == "bad"}
+    assert bad.keys() == {"server", "sandbox"}
+    assert "redis-server is not here" in bad["sandbox"]
+    env = {"OPS_INVENTORY": str(platform.file)}
+    done = CliRunner().invoke(cli, ["doctor", "cache"], env=env)
+    assert done.exit_code == 1
+    assert "what to do: install redis-server" in done.output
 
 
 # Sentinel, and a failover in the middle
