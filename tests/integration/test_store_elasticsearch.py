@@ -301,11 +301,14 @@ def test_a_repository_is_registered_where_the_inventory_says_enforce_and_else_mi
     declared = {"type": "fs", "settings": {"location": str(shop.where), "compress": True}}
     with pytest.raises(NotThereError, match=f"no snapshot repository {shop.name}"):
         dump(shop.platform, shop.entry(snapshots=declared))
+    with pytest.raises(NotThereError, match=f"no snapshot repository {shop.name}"):
+        shop.store(snapshots=declared).look()
     assert not shop.where.exists()
     enforced = {**declared, "mode": "enforce"}
     dump(shop.platform, shop.entry(snapshots=enforced))
     found = shop.server.call("GET", f"/_snapshot/{shop.name}")[shop.name]
     assert (found["type"], found["settings"]) == ("fs", {"location": str(shop.where), "compress": "true"})
+    assert shop.store(snapshots=declared).look().startswith("Elasticsearch 8")
     assert gates(prove(shop.platform, shop.entry(snapshots=enforced)))["policy"] == "passed"
     with Ledger(shop.platform.access.platform_db) as ledger:
         kinds = [one.kind for one in ledger.entries() if one.body.get("plan", {}).get("target") == shop.name]

@@ -23,7 +23,7 @@ from ops_platform.recovery.model import Verdict
 from ops_platform.stores.dump import run_backup
 from ops_platform.stores.fetch import fetch_backup
 from ops_platform.stores.kafka import KafkaStore, Record, RestoredKafka, packed, read_records, read_subjects
-from ops_platform.stores.kind import Check, Saved
+from ops_platform.stores.kind import Check, Saved, open_kind
 from tests import drill_rig, kafka_rig
 from tests.registry_rig import Registry
 from tests.rig import Cluster, Ground, Platform, eventually
@@ -87,6 +87,7 @@ def test_topics_records_and_groups_are_the_same_in_another_broker(
 ) -> None:
     manifest = dump(platform, entry(kafka, platform, prefix))
     assert [part.name for part in manifest.parts] == ["records-0", "records-1", "records-2"]
+    assert open_kind(platform.access, with_store(platform, entry(kafka, platform, prefix))).look() == "3 topics"
     card = prove(platform, entry(kafka, platform, prefix))
     assert card.verdict is Verdict.PASS, card.reason
     assert gates(card) == {

@@ -13,7 +13,7 @@ from ops_platform.clients.kubernetes import Resource
 from ops_platform.errors import UnreachableError
 from ops_platform.recovery.model import Verdict
 from ops_platform.stores.fetch import fetch_backup
-from ops_platform.stores.kind import Check, Saved
+from ops_platform.stores.kind import Check, Saved, open_kind
 from ops_platform.stores.kubernetes import KubernetesStore, clean, differences, ordered, read_objects
 from tests import kube_rig
 from tests.rig import Ground, Platform
@@ -104,6 +104,7 @@ def shop(kube: kube_rig.Kube) -> str:
 
 def test_objects_are_created_again_in_an_empty_server_and_are_the_same(platform: Platform, shop: str) -> None:
     manifest = dump(platform, entry(platform, shop))
+    assert "kinds of objects" in open_kind(platform.access, with_store(platform, entry(platform, shop))).look()
     card = prove(platform, entry(platform, shop))
     assert card.verdict is Verdict.PASS, card.reason
     assert gates(card) == {
