@@ -275,11 +275,14 @@ def test_the_demo_twice_in_a_row_for_an_ordinary_user_and_interrupted_between(ne
     entries = json.loads(newcomer.run("ledger", "list", "-n", "1000", "--json"))
     kinds = [entry["kind"] for entry in entries]
     whole = ["backup.taken", "backup.verification", "backup.verification"]
-    assert [kind for kind in kinds if kind in whole] == [*whole, "backup.taken", *whole]
+    # The demo's daemon evaluates schedules, too: at night it may add a backup and a proof of its own.
+    told = iter(kinds)
+    assert all(kind in told for kind in [*whole, "backup.taken", *whole]), kinds
     assert re.findall(r"(\d+) entries, unbroken", ledger) == [str(len(entries))]
     assert {entry["subject"] for entry in entries} == {"app-db"}
     verdicts = [json.loads(entry["text"])["verdict"] for entry in entries if entry["kind"] == "backup.verification"]
-    assert verdicts == ["PASS"] * 4
+    assert len(verdicts) >= 4
+    assert set(verdicts) == {"PASS"}
     for kind in ("incident.closed", "incident.applying", "drill.ended"):
         assert kinds.count(kind) == 2, kind
     assert "NOT PROTECTED" not in ledger
