@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ops_platform.inventory.systems import ElasticsearchSystem, Snapshots, StoreTarget
 
 Json = dict[str, Any]
-_READS = "the index privileges read, maintenance and view_index_metadata on the indices"
+_READS = "the index privileges read, monitor, maintenance and view_index_metadata on the indices"
 _MONITOR = "the cluster privilege monitor"
 _RESTORES = "the cluster privilege manage, and the index privilege manage on ops-proof-*"
 _PROOF = "ops-proof-"
@@ -98,7 +98,9 @@ class ElasticsearchStore:
         before = self._look(cluster)
         if not before:
             raise NotThereError(
-                "there is no index that was asked for", where=cluster.where, remedy="look at `indices` in the inventory"
+                "there is no index that was asked for",
+                where=cluster.where,
+                remedy="look at `indices` in the inventory, and whether our role may see them",
             )
         snapshot = self._take(_chosen(before.values()))
         after = self._look(cluster, known=before)

@@ -52,7 +52,7 @@ class Repository:
     def registered(self) -> Json | None:
         """Its type and settings; None where the cluster has none of that name."""
         try:
-            return self.cluster.ask(_MANAGE, "GET", f"/_snapshot/{self.name}")[self.name]
+            return self.cluster.ask(_TAKES, "GET", f"/_snapshot/{self.name}")[self.name]
         except NotThereError:
             return None
 

@@ -1,20 +1,24 @@
-"""The rights that the playbooks of Elasticsearch state, on a real node that asks for them: with them all goes, without one it is named."""
+"""The rights that playbooks and backups of Elasticsearch state, on a real node that asks for them: with them all goes, without one it is named."""
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
 from ops_platform.actions import Outcome, Status
-from ops_platform.errors import AccessDeniedError
+from ops_platform.errors import AccessDeniedError, NotThereError
+from ops_platform.recovery.model import Verdict
 from ops_platform.remediation.playbook import playbook
-from tests import elasticsearch_rig
+from tests import drill_rig, elasticsearch_rig
 from tests.elasticsearch_rig import Elasticsearch
 from tests.integration.systems_rig import Bench, bench
-from tests.rig import Cluster, eventually
+from tests.rig import Cluster, Ground, Platform, eventually
+from tests.stores_rig import dump, prove
 
 pytestmark = pytest.mark.xdist_group("elasticsearch")
 LIFT, RETRY = playbook("elasticsearch.lift_read_only"), playbook("elasticsearch.retry_failed_shards")
@@ -114,3 +118,55 @@ def test_shards_are_retried_with_the_stated_rights_alone(
     result = may(["monitor", REROUTE], []).run(RETRY)
     assert result.status is Status.DONE, result.as_json()
     eventually(lambda: node.health(index)["status"] == "green")
+
+
+# Backups
+
+
+@pytest.fixture
+def platform(ground: Ground, shared_cluster: Cluster) -> Iterator[Platform]:
+    made = Platform(ground, {})
+    made.body["platform"]["database"] = drill_rig.ledger_database(shared_cluster, made.home, "rights")
+    yield made
+    made.close()
+    shared_cluster.sql("drop database rights with (force)")
+
+
+def test_a_snapshot_is_taken_restored_and_compared_with_the_documented_rights_alone(
+    node: Elasticsearch, index: str, platform: Platform
+) -> None:
+    for number in range(3):
+        node.add(index, {"customer": f"Müller {number}"})
+    node.call("PUT", f"/_snapshot/{index}", {"type": "fs", "settings": {"location": str(node.repositories / index)}})
+
+    def entry(name: str, cluster: list[str], *indices: tuple[str, list[str]]) -> dict[str, Any]:
+        role = {"cluster": cluster, "indices": [{"names": [on], "privileges": may} for on, may in indices]}
+        user, password = node.user(role)
+        (platform.home / name).write_text(password)
+        (platform.home / name).chmod(0o600)
+        return {
+            "id": name, "kind": "elasticsearch", "urls": [node.url], "timeout": "20s", "indices": [f"{index}*"],
+            "snapshots": {"repository": index}, "auth": {"user": user, "password": f"file://{platform.home}/{name}"},
+        }  # fmt: skip
+
+    reads, proofs = (
+        (f"{index}*", ["read", "monitor", "maintenance", "view_index_metadata"]),
+        ("ops-proof-*", ["manage", "read"]),
+    )
+    cluster = ["monitor", "create_snapshot", "manage"]
+    enough = entry("enough", cluster, reads, proofs)
+    dump(platform, enough)
+    card = prove(platform, enough)
+    assert card.verdict is Verdict.PASS, card.reason
+    without: dict[str, tuple[Any, ...]] = {
+        "monitor": (["create_snapshot"], reads, proofs),
+        "create_snapshot": (["monitor"], reads, proofs),
+        "maintenance": (cluster, (reads[0], ["read", "monitor", "view_index_metadata"]), proofs),
+        "on the indices": (cluster, (reads[0], ["view_index_metadata"]), proofs),
+    }
+    for right, role in without.items():
+        with pytest.raises(AccessDeniedError) as refused:
+            dump(platform, entry(f"without-{secrets.token_hex(4)}", *role))
+        assert re.search(f"give our role the .*{right}", str(refused.value)), right
+    with pytest.raises(NotThereError, match="our role may see them"):
+        dump(platform, entry("blind", cluster, proofs))
