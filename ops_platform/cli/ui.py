@@ -32,6 +32,9 @@ def ui(port: int | None, host: str) -> None:
 
 def _together(commands: list[list[str]], env: dict[str, str]) -> int:
     """Run them until one ends or we are told to; none outlives the others."""
+    import contextlib
+    import os
+    import signal
     import subprocess
     import time
 
@@ -51,6 +54,8 @@ def _together(commands: list[list[str]], env: dict[str, str]) -> int:
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.pid, signal.SIGKILL)  # its code servers, where it left them
 
 
 def _free(host: str) -> int:

@@ -25,6 +25,7 @@ from ops_platform.errors import CouldNotVerifyError, OpsError, UsageError
 from ops_platform.inventory import load
 from ops_platform.inventory.template import Described, render, target_id_of
 from ops_platform.inventory.values import SecretRef
+from tests.rig import eventually
 
 OPS = str(Path(sys.executable).with_name("ops"))
 
@@ -201,6 +202,23 @@ with opened():
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stderr == "the ledger cannot be read\n"
+
+
+def test_what_the_web_ui_started_ends_with_it(tmp_path: Path) -> None:
+    from ops_platform.cli.ui import _together
+
+    note = tmp_path / "pid"
+    leaves = f"trap '' TERM; (echo $BASHPID > {note}; exec sleep 600) & while [ ! -s {note} ]; do :; done"
+    _together([["bash", "-c", leaves]], dict(os.environ))
+    eventually(lambda: not runs(int(note.read_text())), why="it runs on")
+
+
+def runs(pid: int) -> bool:
+    """A dead one that nobody has collected yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
