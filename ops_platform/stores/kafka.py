@@ -35,8 +35,14 @@ if TYPE_CHECKING:
 
 _HEAD, _HEADER = struct.Struct(">qqiiH"), struct.Struct(">Hi")
 _BATCH = 2000
-# Fewer and larger answers than librdkafka asks for by itself, and no more than some of them held.
-_FETCH = {"fetch_message_max_bytes": 4 << 20, "queued_max_messages_kbytes": 32 << 10, "queued_min_messages": 100_000}
+# Fewer and larger answers than librdkafka asks for by itself, no more than some of them held; where so many were held that it paused, it
+# would go on after a second, which is longer than they last.
+_FETCH = {
+    "fetch_message_max_bytes": 4 << 20,
+    "queued_max_messages_kbytes": 64 << 10,
+    "queued_min_messages": 100_000,
+    "fetch_queue_backoff_ms": 1,
+}
 _GATHERING = 0.1  # seconds
 _SILENT = 60.0  # seconds without a record or an end
 SUBJECTS = "subjects"
