@@ -7,6 +7,7 @@ own, and nodes of its own where it changes them.
 
 from __future__ import annotations
 
+import base64
 import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -406,6 +407,16 @@ def pod(
         "metadata": {"labels": {"app": app}, "annotations": annotations},
         "spec": {"terminationGracePeriodSeconds": 5, "containers": containers, **(spec or {})},
     }
+
+
+def inline(file: Path) -> str:
+    """The kubeconfig with its files in it, as one secret."""
+    found = yaml.safe_load(file.read_text())
+    cluster, user = found["clusters"][0]["cluster"], found["users"][0]["user"]
+    for holder, name in ((cluster, "certificate-authority"), (user, "client-certificate"), (user, "client-key")):
+        if name in holder:
+            holder[f"{name}-data"] = base64.b64encode(Path(holder.pop(name)).read_bytes()).decode()
+    return yaml.safe_dump(found)
 
 
 def _condition(found: Mapping[str, Any], kind: str) -> bool:

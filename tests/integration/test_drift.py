@@ -29,7 +29,6 @@ from ops_platform.stores.drift import (
     with_manifests,
 )
 from tests import kube_rig
-from tests.integration.test_store_kubernetes import inline
 from tests.rig import Ground, Platform
 from tests.stores_rig import with_store
 
@@ -89,7 +88,7 @@ class Site:
 def site(ground: Ground, kube: kube_rig.Kube, tmp_path: Path) -> Iterator[Site]:
     platform = Platform(ground, {})
     (platform.home / "kubeconfig").touch(mode=0o600)
-    (platform.home / "kubeconfig").write_text(inline(kube.kubeconfig))
+    (platform.home / "kubeconfig").write_text(kube_rig.inline(kube.kubeconfig))
     git = tmp_path / "infra"
     subprocess.run(["git", "init", "-q", "-b", "main", str(git)], check=True)
     made = Site(kube, platform, kube.namespace("drift"), git)

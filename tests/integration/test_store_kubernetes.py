@@ -39,23 +39,9 @@ def platform(ground: Ground, kube: kube_rig.Kube) -> Iterator[Platform]:
         script.write_text(f'#!/bin/sh\nexec {kube.home}/kube {name} "$@"\n')
         script.chmod(0o755)
     (made.home / "kubeconfig").touch(mode=0o600)
-    (made.home / "kubeconfig").write_text(inline(kube.kubeconfig))
+    (made.home / "kubeconfig").write_text(kube_rig.inline(kube.kubeconfig))
     yield made
     made.close()
-
-
-def inline(file: Path) -> str:
-    """The kubeconfig with its files in it, as one secret."""
-    import base64
-
-    import yaml
-
-    found = yaml.safe_load(file.read_text())
-    cluster, user = found["clusters"][0]["cluster"], found["users"][0]["user"]
-    for holder, name in ((cluster, "certificate-authority"), (user, "client-certificate"), (user, "client-key")):
-        if name in holder:
-            holder[f"{name}-data"] = base64.b64encode(Path(holder.pop(name)).read_bytes()).decode()
-    return yaml.safe_dump(found)
 
 
 def entry(platform: Platform, *namespaces: str) -> dict[str, Any]:
