@@ -55,7 +55,7 @@ services: $(VENV)/.dev
 
 test: lint services ## Everything: lint, types, unit, integration on real servers, end to end
 	$(SAY) "tests"
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 4 --dist loadgroup $(PYTEST_ARGS)
 
 unit: $(VENV)/.dev ## The tests that need no server
 	$(SAY) "unit tests"

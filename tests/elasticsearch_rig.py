@@ -112,6 +112,8 @@ SETTINGS = {
     "network.host": "127.0.0.1",
     # How full the disk of this machine is, is no business of a test unless it says so.
     "cluster.routing.allocation.disk.threshold_enabled": "false",
+    # Whenever it looks at its disks it takes blocks off by itself, and a shorter interval counts only after the look that is due.
+    "cluster.info.update.interval": "1h",
 }
 
 

@@ -30,9 +30,8 @@ REROUTE, UPDATE = "cluster:admin/reroute", "indices:admin/settings/update"
 @pytest.fixture(scope="module")
 def node() -> Iterator[Elasticsearch]:
     with elasticsearch_rig.node(secured=True) as made:
-        # Else it takes blocks off by itself as soon as it next looks at its disks.
         room = {f"cluster.routing.allocation.disk.watermark.{name}": "1b" for name in ("low", "high", "flood_stage")}
-        made.call("PUT", "/_cluster/settings", {"persistent": {"cluster.info.update.interval": "1h", **room}})
+        made.call("PUT", "/_cluster/settings", {"persistent": room})
         yield made
 
 

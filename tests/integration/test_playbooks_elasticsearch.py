@@ -18,6 +18,7 @@ from ops_platform.errors import AccessDeniedError, NotThereError, OpsError, Refu
 from ops_platform.inventory.model import Mode
 from ops_platform.remediation.playbook import Playbook, playbook
 from ops_platform.remediation.playbooks.elasticsearch import Watermark
+from tests import elasticsearch_rig
 from tests.elasticsearch_rig import Elasticsearch
 from tests.integration import http_faults as faults
 from tests.integration.http_faults import FaultyProxy
@@ -35,8 +36,6 @@ class Site:
     def __init__(self, server: Elasticsearch, cluster: Cluster, stack: ExitStack) -> None:
         self.server, self._cluster, self._stack = server, cluster, stack
         self.prefix = f"t{secrets.token_hex(4)}"
-        # Elasticsearch itself would take blocks off as soon as it next looks at its disks.
-        self.settings(**{"cluster.info.update.interval": "1h"})
         self.room(True)
 
     def settings(self, **settings: str | None) -> None:
@@ -179,23 +178,19 @@ def test_another_block_is_no_matter_of_this(site: Site) -> None:
     site.server.configure_index(name, blocks__read_only=None)
 
 
-def test_a_block_that_the_flood_stage_set_is_lifted(site: Site) -> None:
+def test_a_block_that_the_flood_stage_set_is_lifted(shared_cluster: Cluster) -> None:
     """By Elasticsearch itself, on a disk that is too full by its settings."""
-    name = site.index(blocked=False)
-    site.room(False)
-    site.settings(
-        **{"cluster.routing.allocation.disk.threshold_enabled": "true", "cluster.info.update.interval": "10s"}
-    )
-    try:
+    looks = {"cluster.routing.allocation.disk.threshold_enabled": "true", "cluster.info.update.interval": "10s"}
+    with elasticsearch_rig.node(settings=looks) as server, ExitStack() as stack:
+        site = Site(server, shared_cluster, stack)
+        name = site.index(blocked=False)
+        site.room(False)
         eventually(lambda: site.is_blocked(name))
-        site.settings(**{"cluster.info.update.interval": "1h"})
         site.room(True)
         result = site.lift()
         # As soon as there is room Elasticsearch may have lifted it, too.
         assert result.status in (Status.DONE, Status.NOTHING), result.as_json()
         assert not site.is_blocked(name)
-    finally:
-        site.settings(**{"cluster.routing.allocation.disk.threshold_enabled": None})
 
 
 @pytest.mark.parametrize(
