@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from ops_platform.backup.archive import open_target_repository
 from ops_platform.backup.model import StoreManifest
+from ops_platform.backup.repository import Repository
 from ops_platform.inventory.systems import StoreTarget
 from ops_platform.recovery.model import Gate, Scorecard
 from ops_platform.stores.dump import run_backup
+from ops_platform.stores.kind import Kind, open_kind
 from ops_platform.stores.verify import verify
 from tests.rig import Platform
 
@@ -57,6 +60,18 @@ def prove(platform: Platform, system: Mapping[str, Any], **more: Any) -> Scoreca
     """A verification of the store, which is put into the inventory."""
     target = with_store(platform, system)
     return verify(platform.access, target, **more)
+
+
+def repository(platform: Platform, system: Mapping[str, Any]) -> Repository:
+    """Of the store, which is put into the inventory: before the platform's access is asked for, which that makes anew."""
+    target = with_store(platform, system)
+    return open_target_repository(platform.access, target)
+
+
+def kind(platform: Platform, system: Mapping[str, Any]) -> Kind:
+    """The same for the store itself."""
+    target = with_store(platform, system)
+    return open_kind(platform.access, target)
 
 
 def gates(card: Scorecard) -> dict[str, str]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from ops_platform.backup.archive import open_target_repository
 from ops_platform.errors import AccessDeniedError, NotThereError, OpsError, RefusedError, UnreachableError
 from ops_platform.ledger import Ledger
 from ops_platform.proof import expire
@@ -21,7 +20,7 @@ from ops_platform.stores import elasticsearch_snapshots
 from ops_platform.stores.dump import run_backup
 from ops_platform.stores.elasticsearch import ElasticsearchStore, RestoredElasticsearch
 from ops_platform.stores.kind import Saved
-from tests import drill_rig
+from tests import drill_rig, stores_rig
 from tests.elasticsearch_rig import Elasticsearch
 from tests.integration.http_faults import Answer, FaultyProxy, passing, reply
 from tests.rig import Cluster, Ground, Platform
@@ -79,7 +78,7 @@ class Shop:
         return [one["snapshot"] for one in self.server.call("GET", f"/_snapshot/{self.name}/_all")["snapshots"]]
 
     def backups(self) -> int:
-        return len(open_target_repository(self.platform.access, with_store(self.platform, self.entry())).infos())
+        return len(stores_rig.repository(self.platform, self.entry()).infos())
 
     def files(self) -> list[Path]:
         """Of the index's only shard, as its node keeps them."""

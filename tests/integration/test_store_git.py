@@ -14,11 +14,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from ops_platform.backup.archive import open_target_repository
 from ops_platform.errors import AccessDeniedError, NotThereError, OpsError
 from ops_platform.recovery.model import Verdict
 from ops_platform.stores import git as stores_git
 from ops_platform.stores.kind import Check, Saved
+from tests import stores_rig
 from tests.rig import Ground, Platform
 from tests.stores_rig import dump, gate, gates, prove, with_store
 
@@ -173,10 +173,10 @@ def test_a_bundle_that_cannot_be_cloned_is_a_failure(platform: Platform, source:
 def test_a_damaged_source_is_not_backed_up(platform: Platform, source: Path, api: str) -> None:
     tree = git(source, "rev-parse", "HEAD~1^{tree}")
     (source / ".git/objects" / tree[:2] / tree[2:]).unlink()
-    before = len(open_target_repository(platform.access, with_store(platform, entry(source, api, platform))).infos())
+    before = len(stores_rig.repository(platform, entry(source, api, platform)).infos())
     with pytest.raises(OpsError):
         dump(platform, entry(source, api, platform))
-    after = open_target_repository(platform.access, with_store(platform, entry(source, api, platform))).infos()
+    after = stores_rig.repository(platform, entry(source, api, platform)).infos()
     assert len(after) == before
 
 

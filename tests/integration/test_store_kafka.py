@@ -23,8 +23,8 @@ from ops_platform.recovery.model import Verdict
 from ops_platform.stores.dump import run_backup
 from ops_platform.stores.fetch import fetch_backup
 from ops_platform.stores.kafka import KafkaStore, Record, RestoredKafka, packed, read_records, read_subjects
-from ops_platform.stores.kind import Check, Saved, open_kind
-from tests import drill_rig, kafka_rig
+from ops_platform.stores.kind import Check, Saved
+from tests import drill_rig, kafka_rig, stores_rig
 from tests.registry_rig import Registry
 from tests.rig import Cluster, Ground, Platform, eventually
 from tests.services import maven
@@ -87,7 +87,7 @@ def test_topics_records_and_groups_are_the_same_in_another_broker(
 ) -> None:
     manifest = dump(platform, entry(kafka, platform, prefix))
     assert [part.name for part in manifest.parts] == ["records-0", "records-1", "records-2"]
-    assert open_kind(platform.access, with_store(platform, entry(kafka, platform, prefix))).look() == "3 topics"
+    assert stores_rig.kind(platform, entry(kafka, platform, prefix)).look() == "3 topics"
     card = prove(platform, entry(kafka, platform, prefix))
     assert card.verdict is Verdict.PASS, card.reason
     assert gates(card) == {
@@ -131,7 +131,7 @@ def test_rules_users_and_schemas_are_kept_and_come_back(
     assert card.verdict is Verdict.PASS, card.reason
     assert gate(card, "schemas").result.endswith(", for 1 records")
     assert (gates(card)["acls"], gates(card)["users"], gates(card)["subjects"]) == ("passed", "passed", "passed")
-    repository = open_target_repository(platform.access, with_store(platform, system))
+    repository = stores_rig.repository(platform, system)
     saved = fetch_backup(repository, manifest, platform.home / "subjects")
     assert set(quotas) <= set(describe_quotas(platform.access.kafka(with_store(platform, system).system)))  # type: ignore[arg-type]
     assert ["user", prefix] in [pair for quota in saved.facts["quotas"] for pair in quota["entity"]]

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 
-from ops_platform.backup.archive import open_target_repository
 from ops_platform.clients.kubernetes import Resource
 from ops_platform.errors import UnreachableError
 from ops_platform.recovery.model import Verdict
 from ops_platform.stores.fetch import fetch_backup
-from ops_platform.stores.kind import Check, Saved, open_kind
+from ops_platform.stores.kind import Check, Saved
 from ops_platform.stores.kubernetes import KubernetesStore, clean, differences, ordered, read_objects
-from tests import kube_rig
+from tests import kube_rig, stores_rig
 from tests.rig import Ground, Platform
 from tests.stores_rig import dump, gate, gates, prove, with_store
 
@@ -90,13 +89,13 @@ def shop(kube: kube_rig.Kube) -> str:
 
 def test_objects_are_created_again_in_an_empty_server_and_are_the_same(platform: Platform, shop: str) -> None:
     manifest = dump(platform, entry(platform, shop))
-    assert "kinds of objects" in open_kind(platform.access, with_store(platform, entry(platform, shop))).look()
+    assert "kinds of objects" in stores_rig.kind(platform, entry(platform, shop)).look()
     card = prove(platform, entry(platform, shop))
     assert card.verdict is Verdict.PASS, card.reason
     assert gates(card) == {
         "whole": "passed", "age": "passed", "objects": "passed", "created": "passed", "compared": "passed", "teardown": "passed",
     }  # fmt: skip
-    repository = open_target_repository(platform.access, with_store(platform, entry(platform, shop)))
+    repository = stores_rig.repository(platform, entry(platform, shop))
     saved = fetch_backup(repository, manifest, platform.home / "looked-at")
     kept = {(resource.kind, found["metadata"].get("name")) for resource, found in read_objects(saved.part("objects"))}
     assert {("Deployment", "web"), ("Secret", "login"), ("Widget", "w"), ("Job", "once"), ("Namespace", shop)} <= kept

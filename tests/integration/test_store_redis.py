@@ -249,12 +249,14 @@ def test_a_wrong_password_says_so_and_shows_nothing(platform: Platform, single: 
 
 
 def test_the_doctor_looks_at_a_store_and_at_what_its_restore_needs(platform: Platform, single: redis_rig.Redis) -> None:
-    found = examine_store(platform.access, with_store(platform, entry(single.port, platform)))
+    cache = with_store(platform, entry(single.port, platform))  # first: it makes the access anew
+    found = examine_store(platform.access, cache)
     assert {one.what: one.state for one in found.findings if one.what in ("server", "store", "key service", "sandbox")} == {
         "server": "good", "store": "good", "key service": "good", "sandbox": "good",
     }  # fmt: skip
     lacking = {"sandbox": {"programs": {"redis-server": "/nowhere/redis-server"}}}
-    found = examine_store(platform.access, with_store(platform, entry(free_port(), platform, **lacking)))
+    cache = with_store(platform, entry(free_port(), platform, **lacking))
+    found = examine_store(platform.access, cache)
     bad = {one.what: one.found for one in found.findings if one.state == "bad"}
     assert bad.keys() == {"server", "sandbox"}
     assert "redis-server is not here" in bad["sandbox"]

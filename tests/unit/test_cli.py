@@ -192,7 +192,8 @@ def test_errors_have_their_exit_code_and_no_traceback(
 
 
 def test_what_the_database_driver_logs_of_a_session_that_broke_off_is_not_printed(tmp_path: Path) -> None:
-    (tmp_path / "platform.yaml").write_text("version: 1\nplatform: {name: test}\nenvironments: {}\nowners: {}\n")
+    file = tmp_path / "platform.yaml"
+    file.write_text("version: 1\nplatform: {name: test}\nenvironments: {}\nowners: {}\n")
     script = """
 import logging
 from ops_platform.cli.common import opened
@@ -200,7 +201,8 @@ with opened():
     logging.getLogger("psycopg").warning("error ignored in rollback")
     logging.getLogger("ops_platform.metrics").warning("the ledger cannot be read")
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    env = {**os.environ, "OPS_INVENTORY": str(file)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
     assert done.stderr == "the ledger cannot be read\n"
 
 
