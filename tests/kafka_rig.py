@@ -418,10 +418,19 @@ class Kafka:
         Asked by a consumer, which never joins: the admin client's own call ends the process when the coordinator is not there yet
         (librdkafka issue 5040).
         """
-        with closing(self.consumer(**{"group.id": group})) as consumer:
-            topics = consumer.list_topics(timeout=_SECONDS).topics
-            where = [TopicPartition(name, number) for name, topic in topics.items() for number in topic.partitions]
-            found = consumer.committed(where, timeout=_SECONDS)
+
+        def ask() -> list[TopicPartition] | None:
+            with closing(self.consumer(**{"group.id": group})) as consumer:
+                topics = consumer.list_topics(timeout=_SECONDS).topics
+                where = [TopicPartition(name, number) for name, topic in topics.items() for number in topic.partitions]
+                try:
+                    return consumer.committed(where, timeout=_SECONDS)
+                except KafkaException as error:
+                    if error.args[0].code() in (KafkaError.NOT_COORDINATOR, KafkaError.COORDINATOR_NOT_AVAILABLE):
+                        return None  # it moves
+                    raise
+
+        found = eventually(ask, seconds=_SECONDS, why=f"no broker tells what {group} has committed")
         return {(each.topic, each.partition): each.offset for each in found if each.offset >= 0}
 
     def commit(self, group: str, topic: str, offset: int, partition: int = 0) -> None:

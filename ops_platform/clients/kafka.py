@@ -19,7 +19,7 @@ from ops_platform.inventory.systems import Sasl
 from ops_platform.inventory.values import Secret, SecretRef
 
 if TYPE_CHECKING:
-    from confluent_kafka import Consumer, KafkaError, Producer
+    from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
     from confluent_kafka.admin import AdminClient
 
 _LOG = logging.getLogger("ops_platform.kafka")
@@ -188,6 +188,40 @@ class Kafka:
             found[name] = Topic(name, given if given.strip("A=") else None, partitions, leaderless)
         return found
 
+    def committed(
+        self, said: Said, group: str, where: Sequence[TopicPartition], *, seconds: float | None = None
+    ) -> list[TopicPartition]:
+        """What the group has committed there; an offset below 0 where it has nothing.
+
+        Asked by a consumer, which never joins: the admin client's own call ends the process when the coordinator moves
+        (librdkafka issue 5040). While it moves the question is asked again, for `seconds` in all.
+        """
+        until = self.clock.monotonic() + (left := seconds if seconds is not None else self.timeout)
+        while True:
+            error, found = self._ask_committed(said, group, where, left)
+            left = until - self.clock.monotonic()
+            if error is None:
+                return found
+            if error.name() not in _COORDINATOR_MOVES or left <= _COORDINATOR_AGAIN:
+                raise self.error(error, said, f"group {group}")
+            self.clock.sleep(_COORDINATOR_AGAIN)
+
+    def _ask_committed(
+        self, said: Said, group: str, where: Sequence[TopicPartition], seconds: float
+    ) -> tuple[KafkaError | None, list[TopicPartition]]:
+        from confluent_kafka import KafkaException
+
+        with contextlib.closing(self.consumer(said, group_id=group, enable_auto_commit=False)) as consumer:
+            try:
+                found = consumer.committed(list(where), timeout=max(seconds, 0.1))
+            except KafkaException as error:
+                # A group that we may not see shows among its messages, and to the call as a time-out.
+                while (message := consumer.poll(0)) is not None:
+                    if (heard := message.error()) is not None:
+                        said(heard)
+                return error.args[0], []
+        return next((one.error for one in found if one.error is not None), None), found
+
     # Errors
 
     @contextlib.contextmanager
@@ -230,6 +264,11 @@ def heard(admin: AdminClient) -> Generator[None]:
 def _note(found: list[KafkaError | bool], number: int, error: KafkaError | None, _message: object) -> None:
     found[number] = True if error is None else error
 
+
+_COORDINATOR_MOVES = frozenset(
+    {"NOT_COORDINATOR", "COORDINATOR_NOT_AVAILABLE", "COORDINATOR_LOAD_IN_PROGRESS", "_WAIT_COORD"}
+)
+_COORDINATOR_AGAIN = 0.5
 
 _AWAY = "check `bootstrap`, the network, and whether the brokers run"
 # By name: https://kafka.apache.org/protocol#protocol_error_codes, and librdkafka's own with an underscore. The first that fits counts.

@@ -224,7 +224,7 @@ def _git(words: Sequence[str], where: str, *, at: Path | None = None, token: str
         raise CorruptionError(
             f"the source itself is damaged: {said}", where=where, remedy="repair it before it is backed up"
         )
-    if "uthentication failed" in said or "403" in said or "could not read Username" in said:
+    if "uthentication failed" in said or "returned error: 403" in said or "could not read Username" in said:
         raise AccessDeniedError(f"git {words[0]}: {said}", where=where, remedy="check `token` and what it may read")
     if "not found" in said or "does not exist" in said or "does not appear to be a git repository" in said:
         raise NotThereError(f"git {words[0]}: {said}", where=where, remedy="correct its url")

@@ -155,14 +155,7 @@ class KafkaStore:
         where = [TopicPartition(name, n) for name, topic in topics.items() for n in range(topic["partitions"])]
         out: dict[str, list[list[Any]]] = {}
         for group in sorted(one.group_id for one in listed.valid):
-            # A consumer that never joins: the admin client's call ends the process where there is no coordinator yet (librdkafka 5040).
-            with (
-                contextlib.closing(kafka.consumer(said, group_id=group, enable_auto_commit=False)) as consumer,
-                kafka.named(said, group),
-            ):
-                found = consumer.committed(where, timeout=kafka.timeout) if where else []
-            if wrong := next((one for one in found if one.error is not None), None):
-                raise kafka.error(wrong.error, said, f"{group} in {wrong.topic}/{wrong.partition}")
+            found = kafka.committed(said, group, where) if where else []
             committed = [[one.topic, one.partition, one.offset] for one in found if one.offset >= 0]
             if committed:
                 out[group] = committed
@@ -443,11 +436,9 @@ class RestoredKafka:
         wanted, wrong, said = self.translated(), list[str](), Said()
         for group, committed in wanted.items():
             where = [TopicPartition(topic, partition) for topic, partition in committed]
-            with (
-                contextlib.closing(self.kafka.consumer(said, group_id=group, enable_auto_commit=False)) as consumer,
-                self.kafka.named(said, group),
-            ):
-                found = {(one.topic, one.partition): one.offset for one in consumer.committed(where, timeout=60)}
+            found = {
+                (one.topic, one.partition): one.offset for one in self.kafka.committed(said, group, where, seconds=60)
+            }
             wrong += [group] if found != committed else []
         if not wanted:
             return Finding(NOT_APPLICABLE, "no group has offsets in the topics whose records are kept")

@@ -190,8 +190,8 @@ def test_settings_that_may_not_be_read_are_an_error_and_no_backup_without_them(
 
 
 def test_a_repository_that_is_not_there_is_named(platform: Platform, source: Path, api: str) -> None:
-    with pytest.raises(NotThereError, match="nowhere"):
-        dump(platform, entry(source.parent / "nowhere", api, platform))
+    with pytest.raises(NotThereError, match="nowhere-403"):  # the number in its path is no refusal
+        dump(platform, entry(source.parent / "nowhere-403", api, platform))
 
 
 def test_the_token_is_no_argument_and_settings_of_the_machine_do_not_count(tmp_path: Path) -> None:

@@ -424,13 +424,14 @@ class Rig:
 
     def assert_identical(self, server: PostgresServer | None = None, *, timeline: int = 1) -> int:
         """Every archived segment that the server still has is the same, byte for byte; how many were compared."""
+        whole, partial = self.archived(), self.archived(partial=True)  # before the disk: the archive goes on growing
         disk = {name: content for name, content in self.on_disk(server) if int(name[:8], 16) == timeline}
         compared = 0
-        for name, content in self.archived().items():
+        for name, content in whole.items():
             if name in disk:
                 assert content == disk[name], f"{name} differs"
                 compared += 1
-        for name, content in self.archived(partial=True).items():
+        for name, content in partial.items():
             if name in disk:
                 assert content == disk[name][: len(content)], f"{name}.partial differs"
                 compared += 1

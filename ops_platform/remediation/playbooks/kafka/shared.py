@@ -122,29 +122,14 @@ class Desk:
         return self.ask("DescribeConfigs", f"topic {topic}", ask)
 
     def committed(self, group: str, topic: str, numbers: Sequence[int], right: str = "Read") -> dict[int, int | None]:
-        """Offsets that the group has committed, by partition; None where it has none.
+        """Offsets that the group has committed, by partition; None where it has none."""
+        from confluent_kafka import TopicPartition
 
-        Asked by a consumer, which never joins: the admin client's own call ends the process when the coordinator moves
-        (librdkafka issue 5040).
-        """
-        from confluent_kafka import KafkaException, TopicPartition
-
-        said, thing = Said(), f"group {group} and topic {topic}"
-        consumer = self.kafka.consumer(said, group_id=group, enable_auto_commit=False)
-        try:
-            with self.allowed(right, thing), self.kafka.named(said, thing):
-                where = [TopicPartition(topic, number) for number in numbers]
-                try:
-                    found = consumer.committed(where, timeout=self.seconds)
-                except KafkaException:
-                    listen(consumer, said)
-                    raise
-                for one in found:
-                    if one.error is not None:
-                        raise KafkaException(one.error)
-                return {one.partition: one.offset if one.offset >= 0 else None for one in found}
-        finally:
-            consumer.close()
+        with self.allowed(right, f"group {group} and topic {topic}"):
+            found = self.kafka.committed(
+                Said(), group, [TopicPartition(topic, number) for number in numbers], seconds=self.seconds
+            )
+        return {one.partition: one.offset if one.offset >= 0 else None for one in found}
 
     @contextlib.contextmanager
     def reader(self, topic: str, group: str) -> Generator[tuple[Consumer, Said]]:
@@ -159,10 +144,3 @@ class Desk:
                 yield consumer, said
         finally:
             consumer.close()
-
-
-def listen(consumer: Consumer, said: Said) -> None:
-    """Why a call was not answered: a group that we may not see shows among its messages, and to the call as a time-out."""
-    while (message := consumer.poll(0)) is not None:
-        if (error := message.error()) is not None:
-            said(error)
