@@ -102,10 +102,9 @@ class Node:
             return json.load(answer)
         return {}
 
-    def connect(self) -> psycopg.Connection[Any]:
-        return psycopg.connect(
-            host=self.host, port=self.port, user="postgres", password=SUPERUSER_PASSWORD, autocommit=True
-        )
+    def connect(self, **more: Any) -> psycopg.Connection[Any]:
+        login = {"user": "postgres", "password": SUPERUSER_PASSWORD, "autocommit": True}
+        return psycopg.connect(host=self.host, port=self.port, **login, **more)
 
     def connect_beside(self) -> psycopg.Connection[Any]:
         """Over its socket: also while nobody reaches it by its network."""

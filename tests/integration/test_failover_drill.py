@@ -74,6 +74,7 @@ def rows_left(patroni: patroni_rig.Patroni) -> int:
 
 
 REWIND = "The old primary came back without a copy of everything"
+TWO = "One leads at a time"
 
 
 def result(card: DrillCard, title: str) -> str:
@@ -177,6 +178,40 @@ def test_a_frozen_primary_is_replaced_and_follows_when_it_wakes(held: Held, patr
     frozen = [resource for resource in card.teardown if resource.kind == "frozen"]
     assert [resource.gone for resource in frozen] == [True]
     assert old.state()["state"] == "running"
+
+
+def test_two_that_lead_at_once_fail_the_drill(held: Held, patroni: patroni_rig.Patroni) -> None:
+    """A primary that wakes without its Patroni leads on: nobody is there who would tell it."""
+    old = patroni.leader
+    with ThreadPoolExecutor(1) as pool:
+        lonely = pool.submit(wakes_without_patroni, patroni, old)
+        card = card_of(held.drill("freeze-drill", seconds_before=1, most_two_leaders="1s"))
+        lonely.result(60)
+    assert card is not None
+    assert card.verdict == "FAIL"
+    assert f"{old.host}:{old.port}" in result(card, TWO)
+    assert "led at once" in card.reason
+    assert measured(card)["two_leaders"] > 1
+    assert [finding.title for finding in card.findings] == [f"{TWO}: does not hold"]
+
+
+def wakes_without_patroni(patroni: patroni_rig.Patroni, old: patroni_rig.Node) -> None:
+    """Kill the Patroni of the one that hangs; start it again once both have led for a while."""
+    others = [node for node in patroni.nodes if node is not old]
+    new = eventually(lambda: next((n for n in others if leads(n)), None), seconds=90, why="nobody takes over")
+    old.daemon.stop()
+    eventually(lambda: leads(old) and leads(new), why="the old one does not wake")
+    since = time.monotonic()
+    eventually(lambda: time.monotonic() > since + 2, why="time stands still")
+    old.daemon.start()
+
+
+def leads(node: patroni_rig.Node) -> bool:
+    """By PostgreSQL's own word, whoever of its cluster hangs."""
+    with contextlib.suppress(psycopg.Error), node.connect(connect_timeout=2) as connection:
+        row = connection.execute("select not pg_is_in_recovery()").fetchone()
+        return bool(row and row[0])
+    return False
 
 
 def test_a_primary_that_is_cut_off_gives_up_and_what_it_wrote_alone_is_gone(

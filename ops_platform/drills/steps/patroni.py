@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,7 +19,7 @@ from ops_platform.clients.listeners import listens
 from ops_platform.clients.postgres import asking
 from ops_platform.clients.processes import Process
 from ops_platform.drills.askers import TABLE
-from ops_platform.drills.model import Checked, Confidence, Done, Measured
+from ops_platform.drills.model import Checked, Done
 from ops_platform.drills.registry import Context, NothingGiven, does
 from ops_platform.drills.steps.basics import moment_of
 from ops_platform.drills.steps.injection import (
@@ -33,10 +34,11 @@ from ops_platform.drills.steps.injection import (
     thaw,
     waited,
 )
+from ops_platform.drills.steps.leaders import TwoLeaders
 from ops_platform.drills.steps.writes import Lost, attempted, lost_of
 from ops_platform.errors import CouldNotVerifyError, OpsError, UnreachableError
 from ops_platform.inventory.base import Strict
-from ops_platform.inventory.values import Id, Size
+from ops_platform.inventory.values import Duration, Id, Size
 
 _LEADS = ("leader", "standby_leader")
 _FOLLOWS = ("replica", "sync_standby", "quorum_standby")
@@ -253,20 +255,22 @@ class Rejoined(After):
 
     promoted: Id = Field(description="The step that waited for the new primary.")
     full_copy: bool = Field(default=False, description="Whether the old primary may come back by a copy of everything.")
+    most_two_leaders: Duration = Field(
+        default=timedelta(0), description="For how long two may lead at once, once the old primary is back."
+    )
 
 
 @does("patroni.rejoined", "wait_until", given=Rejoined)
 def rejoined(context: Context, given: Rejoined) -> Done:
     """What hung goes on, and what was cut off is plugged in; then until one member leads and every other one follows it, on its timeline. Looked
-    at are who leads, for how long two said that they do, and how the old primary came back: by pg_rewind, by a copy of everything, or as it was."""
-    thaw(context)
+    at are who leads, for how long two did, and how the old primary came back: by pg_rewind, by a copy of everything, or as it was."""
     old, new = context.fact(given.injected, "member"), context.fact(given.promoted, "member")
-    twice: list[float] = []
+    two = TwoLeaders(context, lambda: [str(state["api"]) for state in _words(context).leaders])
+    thaw(context)
 
     def whole() -> tuple[bool, str]:
+        two.look()
         words = _words(context)
-        if len(words.leaders) > 1:
-            twice.append(context.clock.monotonic())
         return words.all_follow, words.said
 
     said = waited(context, whole, every=0.05)
@@ -275,11 +279,8 @@ def rejoined(context: Context, given: Rejoined) -> Done:
         title="The old primary follows", holds=None if leader is None else leader["name"] != old, query="GET /cluster",
         result=f"{leader['name'] if leader else 'nobody'} leads; {new} had taken over from {old}",
     )  # fmt: skip
-    double = Measured(
-        name="two_leaders", value=round(twice[-1] - twice[0], 3) if twice else 0.0, confidence=Confidence.BOUND,
-        how="from the first to the last moment at which two members said that they lead, once the old one was back",
-    )  # fmt: skip
-    return Done(said, checks=(leads, _how_it_came(context, given)), measured=(double,))
+    checks = (leads, two.check(given.most_two_leaders), _how_it_came(context, given))
+    return Done(said, checks=checks, measured=(two.measured(),))
 
 
 def _how_it_came(context: Context, given: Rejoined) -> Checked:
