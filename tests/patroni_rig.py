@@ -1,4 +1,4 @@
-"""A Patroni cluster for the tests: three PostgreSQL nodes and an etcd, all real: each node in a network of its own where the machine allows
+"""A Patroni cluster for the tests: three PostgreSQL nodes and three members of etcd, all real: each node in a network of its own where the machine allows
 it, so that it can be cut off, on loopback ports elsewhere.
 
 It is as impatient as Patroni allows, so that a failover takes seconds. A node whose Patroni was killed is started again by nobody but
@@ -14,6 +14,7 @@ import shutil
 import signal
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class Node:
     """One member: a Patroni, and the PostgreSQL that it starts."""
 
     def __init__(
-        self, name: str, home: Path, etcd: str, bindir: Path, place: Place | None, *, synchronous: bool
+        self, name: str, home: Path, etcd: list[str], bindir: Path, place: Place | None, *, synchronous: bool
     ) -> None:
         self.name, self.home, self.place = name, home / name, place
         self.host = place.host if place else "127.0.0.1"
@@ -51,7 +52,7 @@ class Node:
         self.daemon.log.touch()
         user.own(self.daemon.log)
 
-    def _config(self, etcd: str, bindir: Path, synchronous: bool) -> dict[str, Any]:
+    def _config(self, etcd: list[str], bindir: Path, synchronous: bool) -> dict[str, Any]:
         cluster = {
             "ttl": 20, "loop_wait": 1, "retry_timeout": 3, "maximum_lag_on_failover": 1 << 20,
             "primary_start_timeout": 0, "master_start_timeout": 0, "synchronous_mode": synchronous,
@@ -67,7 +68,7 @@ class Node:
             "restapi": {"listen": f"{self.host}:{self.rest}", "connect_address": f"{self.host}:{self.rest}"},
             # Not etcd3: with it Patroni 3.0.2 (dcs/etcd3.py) puts the leader's key without comparing it, so that a leader whose lease ran out
             # while it hung takes the lead from its successor when it wakes, before its watch has caught up.
-            "etcd": {"hosts": [etcd]},
+            "etcd": {"hosts": etcd},
             "bootstrap": {
                 "dcs": cluster,
                 "initdb": [{"encoding": "UTF8"}, {"locale": "C"}, "data-checksums"],
@@ -131,6 +132,49 @@ class Node:
             assert stop(process, signal.SIGQUIT)
 
 
+class Etcd:
+    """Three members: the store in which Patroni says who leads."""
+
+    def __init__(self, home: Path, host: str) -> None:
+        ports = {f"e{n}": (free_port(), free_port()) for n in (1, 2, 3)}
+        everyone = ",".join(f"{name}=http://{host}:{peer}" for name, (_, peer) in ports.items())
+        self.hosts = [f"{host}:{client}" for client, _ in ports.values()]
+        self.members: list[Daemon] = []
+        for name, (client, peer) in ports.items():
+            here, between = f"http://{host}:{client}", f"http://{host}:{peer}"
+            flags = {
+                "name": name, "data-dir": home / name, "listen-client-urls": here, "advertise-client-urls": here,
+                "listen-peer-urls": between, "initial-advertise-peer-urls": between, "initial-cluster": everyone,
+                # A machine that is busy with other tests is no reason to choose another leader.
+                "heartbeat-interval": 500, "election-timeout": 3000, "enable-v2": "true",
+            }  # fmt: skip
+            command = [program("etcd"), *(f"--{flag}={value}" for flag, value in flags.items())]
+            ready = partial(answers, f"{here}/health")  # it has a leader, then
+            self.members.append(Daemon(name, command, ready, log=home / f"{name}.log"))
+
+    def start(self) -> None:
+        """Also those again that were lost."""
+        for member in self.members:
+            if not member.alive:
+                member.spawn()
+        for member in self.members:
+            member.wait()
+
+    @contextlib.contextmanager
+    def without_quorum(self) -> Iterator[None]:
+        """Two of three are killed, and come back at the end."""
+        try:
+            for member in self.members[1:]:
+                member.stop()
+            yield
+        finally:
+            self.start()
+
+    def stop(self) -> None:
+        for member in self.members:
+            member.stop()
+
+
 class Patroni:
     """The cluster: `nodes`, of which one leads."""
 
@@ -141,20 +185,9 @@ class Patroni:
         assert install is not None
         if shutil.which("patroni") is None or shutil.which("etcd") is None:
             missing("Patroni and etcd", "make services installs them")
-        client, peer = free_port(), free_port()
-        host = network.host if network else "127.0.0.1"
-        urls = f"http://{host}:{client}", f"http://{host}:{peer}"
-        flags = {
-            "data-dir": home / "etcd", "listen-client-urls": urls[0], "advertise-client-urls": urls[0],
-            "listen-peer-urls": urls[1], "initial-advertise-peer-urls": urls[1], "initial-cluster": f"default={urls[1]}",
-            "enable-v2": "true",
-        }  # fmt: skip
-        command = [program("etcd"), *(f"--{name}={value}" for name, value in flags.items())]
-        self.etcd = Daemon("etcd", command, lambda: answers(f"{urls[0]}/health"), log=home / "etcd.log")
+        self.etcd = Etcd(home, network.host if network else "127.0.0.1")
         self.nodes = [
-            Node(
-                f"n{n}", home, f"{host}:{client}", install.bindir, network and network.place(), synchronous=synchronous
-            )
+            Node(f"n{n}", home, self.etcd.hosts, install.bindir, network and network.place(), synchronous=synchronous)
             for n in (1, 2, 3)
         ]
 

@@ -37,9 +37,14 @@ from tests.servers import folder
 pytestmark = pytest.mark.xdist_group("patroni")
 
 
+UNDER_TEST: list[patroni_rig.Patroni] = []  # for steps of our own
+QUORUM = contextlib.ExitStack()  # etcd without it, until it is closed
+
+
 @pytest.fixture(scope="module")
 def patroni() -> Iterator[patroni_rig.Patroni]:
     with patroni_rig.cluster(synchronous=True) as made:
+        UNDER_TEST.append(made)
         yield made
 
 
@@ -292,6 +297,68 @@ def preflight(held: Held) -> str:
     request = planned(held.platform.access, "failover-drill", None, {}, operator="ann", trigger="a test")
     result = Beginner(held.platform.access, held.store).plan(request)
     return next((r.reason for r in result.rulings if r.guard == "preflight" and not r.allows), "")
+
+
+def test_no_drill_begins_where_etcd_has_lost_its_quorum(held: Held, patroni: patroni_rig.Patroni) -> None:
+    old = patroni.leader
+    with patroni.etcd.without_quorum():
+        # What is left of etcd goes on to say who led; that nobody may lead any more shows once Patroni has given up.
+        why = eventually(lambda: preflight(held), why="it is not refused")
+        eventually(lambda: not leads(old), why="it leads on")
+        begun = held.begin("failover-drill")
+    patroni.whole()
+    assert "lost its quorum" in why
+    assert begun.drill is None
+    assert held.store.list() == []
+
+
+@does("toy.loses_quorum", "act")
+def loses_quorum(_context: Context, _given: NothingGiven) -> Done:
+    """From here on etcd has none."""
+    QUORUM.enter_context(UNDER_TEST[-1].etcd.without_quorum())
+    return Done("two are gone")
+
+
+@does("toy.has_quorum", "teardown")
+def has_quorum(_context: Context, _given: NothingGiven) -> Done:
+    """The others of etcd are back."""
+    QUORUM.close()
+    return Done("all are there")
+
+
+def test_a_drill_in_which_etcd_loses_its_quorum_has_failed_and_its_teardown_is_proven(
+    held: Held, patroni: patroni_rig.Patroni
+) -> None:
+    """The shipped runbook, and what happens to etcd in it: right before the primary is killed, until the teardown."""
+    book = shipped()["failover-drill"].model_dump(mode="json", by_alias=True) | {"id": "quorum"}
+    steps = {step["id"]: step for step in book["steps"]}
+    steps["loss"]["needs"] = ["quorum"]
+    steps["promoted"]["within"] = "12s"
+    lost = {"id": "quorum", "kind": "act", "does": "toy.loses_quorum", "needs": ["before"]}
+    back = {"id": "back", "kind": "teardown", "does": "toy.has_quorum"}
+    book["steps"] = [*book["steps"][:4], lost, *book["steps"][4:-2], back, *book["steps"][-2:]]
+    with QUORUM:
+        card = card_of(drilled_by(held, book).drill("quorum", seconds_before=1))
+    assert card is not None
+    assert (card.verdict, card.ending) == ("FAIL", "failed")
+    states = {step.id: step.state for step in card.steps}
+    assert (states["loss"], states["promoted"], states["whole"], states["clean"]) == ("done", "failed", "done", "done")
+    assert "Another member leads" in [finding.title.partition(":")[0] for finding in card.findings]
+    assert all(one.gone for one in card.teardown)
+    patroni.whole()
+    assert rows_left(patroni) == 0
+
+
+def drilled_by(held: Held, book: dict[str, Any]) -> Held:
+    """A runbook of the inventory's own, and a drill of the same name."""
+    platform = held.platform
+    (platform.home / "runbooks").mkdir(exist_ok=True)
+    (platform.home / "runbooks" / f"{book['id']}.yaml").write_text(yaml.safe_dump(book, sort_keys=False))
+    drills = platform.body["drills"]
+    drills["runbooks"] = "runbooks"
+    drills["plan"].append({**drills["plan"][0], "id": book["id"], "runbook": book["id"]})
+    platform.reload()
+    return Held(held.cluster, platform)
 
 
 # Who wakes and takes the lead again. Patroni over etcd's third protocol may do so; here a step does what it does to the rows.

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field
 
+from ops_platform.clients.http import HttpApi
 from ops_platform.clients.listeners import listens
 from ops_platform.clients.postgres import asking
 from ops_platform.clients.processes import Process
@@ -77,8 +78,17 @@ def cluster_of(context: Context, *, but: str = "") -> Cluster:
             found = api.request("GET", "/cluster", timeout=2.0).json()
             return Cluster(tuple(found.get("members", ())), bool(found.get("pause")))
         except OpsError as error:
-            said.append(error.what)
-    raise UnreachableError(f"no Patroni of {context.target.id} answers: {'; '.join(said)}")
+            said.append(f"{api.host}: {_why_not(api, error)}")
+    raise UnreachableError(f"no Patroni of {context.target.id} says who leads: {'; '.join(said)}")
+
+
+def _why_not(api: HttpApi, error: OpsError) -> str:
+    """It asks its store for the cluster, and nobody for its own state."""
+    try:
+        api.request("GET", "/patroni", timeout=2.0, good=(200, 503))
+    except OpsError:
+        return error.what
+    return "it answers, and does not reach its store (etcd, Consul, ...), which may have lost its quorum"
 
 
 class Fit(Strict):
@@ -95,11 +105,12 @@ def fit(context: Context, given: Fit) -> Done:
         found = cluster_of(context)
     except OpsError as error:
         return Done(error.what, checks=(_check("A replica is fit to take over", None, str(error)),))
-    leader = found.leader
+    leader, words = found.leader, _words(context)
     unfit = {str(m.get("name")): why for m in found.replicas if (why := _unfit(m, leader, given.most_lag))}
     fine = [m for m in found.replicas if str(m.get("name")) not in unfit]
     checks = (
         _check("One member leads", leader is not None, found.said()),
+        _check("One member says itself that it leads", len(words.leaders) == 1, _by_itself(words), "GET /patroni"),
         _check("Patroni is not paused", not found.paused, "paused" if found.paused else "not paused"),
         _check(
             "A replica is fit to take over", len(fine) >= given.replicas,
@@ -107,6 +118,12 @@ def fit(context: Context, given: Fit) -> Done:
         ),
     )  # fmt: skip
     return Done(found.said(), {"members": [dict(m) for m in found.members]}, checks)
+
+
+def _by_itself(words: Words) -> str:
+    if words.leaders:
+        return words.said
+    return f"none does, so what its store says is old: it may have lost its quorum ({words.said})"
 
 
 def _unfit(member: Mapping[str, Any], leader: Mapping[str, Any] | None, most_lag: int) -> str | None:
@@ -131,9 +148,13 @@ def _check(title: str, holds: bool | None, result: str, query: str = "GET /clust
 
 
 def _led(context: Context) -> Mapping[str, Any]:
-    leader = cluster_of(context).leader
+    leader, words = cluster_of(context).leader, _words(context)
     if leader is None:
         raise CouldNotVerifyError("nobody leads the cluster, so there is no primary to break", where=context.target.id)
+    if len(words.leaders) != 1:
+        raise CouldNotVerifyError(
+            f"not one alone says itself that it leads: {_by_itself(words)}", where=context.target.id
+        )
     return leader
 
 
@@ -206,11 +227,11 @@ def new_primary(context: Context, given: After) -> Done:
     old, url = context.fact(given.injected, "member"), context.fact(given.injected, "url")
     seen: dict[str, Any] = {}
 
-    def led() -> bool:
+    def led() -> tuple[bool, str]:
         try:
             found = cluster_of(context, but=url)
-        except UnreachableError:
-            return False
+        except UnreachableError as error:
+            return False, error.what
         now = context.clock.now().isoformat()
         if found.leader is not None and found.leader.get("name") == old:
             _still_dead(context, context.results[given.injected].facts)
@@ -218,10 +239,9 @@ def new_primary(context: Context, given: After) -> Done:
             seen.setdefault("missed_at", now)
         if found.leader is not None and found.leader.get("name") != old:
             seen.update(promoted_at=now, member=found.leader["name"])
-            return True
-        return False
+        return "member" in seen, found.said()
 
-    context.wait(led)
+    waited(context, led, every=0.05)
     return Done(f"{seen['member']} leads", seen)
 
 
