@@ -11,6 +11,7 @@ from dagster import DependencyDefinition, GraphDefinition, MultiDependencyDefini
 from pydantic import Field
 
 from assets.drills import DRILLS, NAMES
+from ops_platform.drills.model import DrillCard
 from ops_platform.drills.runbook import AnyStep, Runbook
 from ops_platform.errors import ConflictError, OpsError
 from ops_platform.inventory.drills import PlannedDrill
@@ -21,11 +22,9 @@ TARGET_TAG = "ops/target"
 
 
 class DrillConfig(dg.Config):
-    """`target`: one of the drill's; needed where it has several. `parameters`: of the runbook, where they differ."""
-
-    target: str = ""
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    trigger: str = "by hand"
+    target: str = Field(default="", description="One of the drill's targets; needed where it has several.")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="Of the runbook, where they differ.")
+    trigger: str = Field(default="by hand", description="Why it is held, for its record.")
 
 
 def build_jobs(planned: list[tuple[PlannedDrill, Runbook]]) -> dict[str, Any]:
@@ -147,6 +146,7 @@ def _end(plan: PlannedDrill) -> dg.OpDefinition:
         from ops_platform.drilling import open_store, write_reports
         from ops_platform.drills.engine import Engine
         from ops_platform.drills.model import Ending, StepState
+        from ops_platform.drills.scorecard import card_of
 
         with platform.access() as access, open_store(access) as store:
             failed = [r for r in store.steps(drill).values() if r.state is StepState.FAILED]
@@ -154,14 +154,32 @@ def _end(plan: PlannedDrill) -> dg.OpDefinition:
             reason = f"the step {failed[0].step} failed: {failed[0].said}" if failed else "all steps were taken"
             held = Engine(access, store, run_actor(context.run_id)).end(drill, ending, reason)
             page = write_reports(access, store, held)
-        said = str((held.card or {}).get("reason", ""))
-        context.add_output_metadata(
-            {"verdict": held.verdict or "", "why": said, "report": dg.MetadataValue.path(str(page))}
-        )
+        card = card_of(held)
+        said = card.reason if card else ""
+        metadata = {"verdict": held.verdict or "", "why": said, "report": dg.MetadataValue.path(str(page))}
+        if card is not None:
+            metadata |= card_metadata(card)
+        context.log_event(dg.AssetObservation(DRILLS, metadata=metadata))
+        context.add_output_metadata(metadata)
         if held.verdict != "PASS":
             raise dg.Failure(f"{held.verdict}: {said}", allow_retries=False)
 
     return end
+
+
+def card_metadata(card: DrillCard) -> dict[str, Any]:
+    """What a person looks at in the web UI: the drill in one picture, its numbers as plots."""
+    from ops_platform.reports.pictures import as_markdown, drill_picture
+
+    measured = {f"{m.name} seconds" if m.unit == "s" else m.name: m.value for m in card.measured if m.value is not None}
+    return {
+        "drill": card.drill,
+        "target": card.target,
+        "scenario": card.scenario,
+        "steps": dg.MetadataValue.md(as_markdown(drill_picture(card), f"{card.title}, step by step")),
+        "findings": len(card.findings),
+        **measured,
+    }
 
 
 @dg.failure_hook(required_resource_keys={"platform"})

@@ -268,7 +268,8 @@ def write_index(access: Access, *, clock: Clock = SYSTEM_CLOCK) -> Path:
             rows.append(
                 Row(target, None, None, f"its summary cannot be read ({type(error).__name__}): ops report {target.id}")
             )
-    return write_report(reports_directory(access), None, index_report(rows, clock.now()))
+    drills = (reports_directory(access) / "drills" / "index.html").is_file()
+    return write_report(reports_directory(access), None, index_report(rows, clock.now(), drills=drills))
 
 
 def _glance_file(access: Access, target: Backed) -> Path:

@@ -80,7 +80,16 @@ def resolution_ms(samples: Sequence[Sample]) -> float | None:
     return round(quantiles(apart, n=100)[98], 1)
 
 
-def probe_card(step: Probe, samples: Sequence[Sample], began: datetime) -> ProbeCard:
+def watched(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """From the first good answer on. Before it the probe itself was starting, which the drill waits for: users had no outage then.
+
+    Where there was none, all of it: nobody saw the target well.
+    """
+    return samples[next((number for number, sample in enumerate(samples) if sample.ok), 0) :]
+
+
+def probe_card(step: Probe, attempts: Sequence[Sample], began: datetime) -> ProbeCard:
+    samples = watched(attempts)
     found = gaps(samples)
     good = [sample.ms for sample in samples if sample.ok]
     return ProbeCard(
@@ -98,6 +107,8 @@ def probe_card(step: Probe, samples: Sequence[Sample], began: datetime) -> Probe
             for gap in found
         ],
         errors=dict(Counter(sample.error or "unknown" for sample in samples if not sample.ok)),
+        began=_after(samples[0].at, began) if samples else None,
+        ended=_after(max(s.at + timedelta(milliseconds=s.ms) for s in samples), began) if samples else None,
     )
 
 

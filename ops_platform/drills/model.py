@@ -245,7 +245,7 @@ class Outage(Part):
 
 
 class ProbeCard(Part):
-    """What a probe saw. Resolution: the 99th percentile of the time between two attempts, in milliseconds."""
+    """What a probe saw from its first good answer on. Resolution: the 99th percentile of the time between two attempts, in milliseconds."""
 
     step: str
     does: str
@@ -258,6 +258,8 @@ class ProbeCard(Part):
     median_ms: float | None
     outages: list[Outage]
     errors: dict[str, int]
+    began: float | None = None  # its first good answer (none: its first attempt), in seconds of the drill
+    ended: float | None = None  # its last attempt
 
 
 class CheckCard(Part):

@@ -55,7 +55,9 @@ class Probing:
         given: Any = doing(step.does).given.model_validate(filled_in(step.with_, dict(held.parameters)))
         self.store, self.drill, self.step, self.limits = store, held, step, limits
         self.asker = asker_of(access, store, held, step, given)
-        self.number = max((s.n or 0 for s in store.samples(drill, step.id)), default=0)
+        before = store.samples(drill, step.id)
+        self.number = max((s.n or 0 for s in before), default=0)
+        self.answered = any(s.ok for s in before)
         self.done: deque[Sample] = deque(maxlen=_KEPT)
         self.lately: deque[Sample] = deque(maxlen=20_000)
         self.running: set[asyncio.Task[None]] = set()
@@ -106,6 +108,7 @@ class Probing:
                 if batch:
                     await asyncio.to_thread(self.store.saw, self.drill.id, self.step.id, batch)
                     self.lately.extend(batch)
+                    self.answered = self.answered or any(sample.ok for sample in batch)
                     pause = _FLUSH if pause == _FLUSH or any(sample.ok for sample in batch) else _SOON
                 await asyncio.to_thread(self._judge)
                 if time.monotonic() - asked > _ASK:
@@ -122,8 +125,11 @@ class Probing:
         return self.store.wanted(self.drill.id, "process", word_of(self.drill.id, self.step.id))
 
     def _judge(self) -> None:
-        """A condition under which the drill is broken off does not wait for whoever holds it to look."""
-        since = failing_since(sorted(self.lately, key=lambda sample: sample.at))
+        """A condition under which the drill is broken off does not wait for whoever holds it to look.
+
+        Before its first good answer it is the probe that is starting, for which its step waits.
+        """
+        since = failing_since(sorted(self.lately, key=lambda sample: sample.at)) if self.answered else None
         if since is None:
             return
         lasted = datetime.now(UTC) - since

@@ -6,6 +6,7 @@ it was broken off, or something could not be looked at or measured. PASS: all of
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,7 @@ def _card(
     access: Access, store: Store, held: Drill, book: Runbook, records: Mapping[str, StepRecord], clock: Clock
 ) -> DrillCard:
     order = book.steps_for(held.mode)
-    measured = [m for step in order for m in records[step.id].measured]
+    measured = _measured(order, records)
     objectives = [_objective(name, held, measured) for name in ("rto", "rpo") if _asked(book, name, held)]
     checks = [
         CheckCard(step=step.id, **check.model_dump()) for step in order for check in records[step.id].checks
@@ -106,6 +107,13 @@ def _card(
         stack=[StackPart.model_validate(part) for f in facts for part in f.get(_STACK, ())],
         plan_digest=held.digest, written_by=f"ops_platform {__version__}",
     )  # fmt: skip
+
+
+def _measured(order: Sequence[AnyStep], records: Mapping[str, StepRecord]) -> list[Measured]:
+    """What the steps measured; where several measured the same, each says which step it was."""
+    found = [(step, m) for step in order for m in records[step.id].measured]
+    times = Counter(m.name for _, m in found)
+    return [m.model_copy(update={"how": f"{step.name}: {m.how}"}) if times[m.name] > 1 else m for step, m in found]
 
 
 def _asked(book: Runbook, name: str, held: Drill) -> bool:
@@ -191,7 +199,9 @@ def _verdict(
         return Verdict.COULD_NOT_VERIFY, "; ".join(open_ones)
     late = sum(step.met is False for step in steps)
     tail = f"; {late} steps took longer than they should" if late else ""
-    return Verdict.PASS, f"{sum(c.holds is True for c in checks)} looks, all of them good{tail}"
+    good = sum(c.holds is True for c in checks)
+    looks = {0: "every step is done; none looks at data or servers", 1: "1 look, a good one"}
+    return Verdict.PASS, looks.get(good, f"{good} looks, all of them good") + tail
 
 
 def _wrong(held: Drill, card: DrillCard) -> list[Wrong]:

@@ -29,9 +29,10 @@ class Bar:
 
 @dataclass(frozen=True)
 class Strip:
-    """What one probe saw, from the drill's beginning to its end."""
+    """What one probe saw, and when it looked at all."""
 
     name: str
+    seen: Bar
     outages: list[Bar]
     summary: str
 
@@ -58,11 +59,6 @@ class Outlook:
 
 def drill_report(card: DrillCard, generated_at: datetime) -> str:
     """The page of one drill."""
-    steps = [
-        Step(name=step.title, started=step.started, seconds=step.seconds)
-        for step in card.steps
-        if step.started is not None and step.seconds is not None
-    ]
     total = (card.ended_at - card.started_at).total_seconds()
     return render(
         "drill.html.j2",
@@ -70,10 +66,19 @@ def drill_report(card: DrillCard, generated_at: datetime) -> str:
         now=utc(generated_at),
         tone=_tone(card.verdict),
         words=_words(card.verdict),
-        gantt=charts.gantt(steps),
+        gantt=charts.gantt(steps_of(card)),
         strips=[_strip(card, number, total) for number in range(len(card.probes))],
         total=total,
     )
+
+
+def steps_of(card: DrillCard) -> list[Step]:
+    """Those that were taken, as a timeline draws them."""
+    return [
+        Step(name=step.title, started=step.started, seconds=step.seconds)
+        for step in card.steps
+        if step.started is not None and step.seconds is not None
+    ]
 
 
 def _tone(verdict: str) -> str:
@@ -86,17 +91,19 @@ def _words(verdict: str) -> str:
 
 def _strip(card: DrillCard, number: int, total: float) -> Strip:
     probe = card.probes[number]
+    left, right = max(0.0, probe.began or 0.0), min(total, total if probe.ended is None else probe.ended)
+    seen = Bar(100 * left / total, 100 * (right - left) / total, f"from {duration(left)} to {duration(right)}")
     bars = [
         Bar(
             100 * max(0.0, o.began) / total,
-            max(100 * ((o.ended if o.ended is not None else total) - o.began) / total, 0.15),
+            max(100 * ((o.ended if o.ended is not None else right) - o.began) / total, 0.15),
             f"no answer from {duration(o.began)} to {duration(o.ended) if o.ended is not None else 'the end'}",
         )
         for o in probe.outages
     ]
     many = f"{probe.attempts} attempts, {probe.failed} failed; unavailable for {duration(probe.unavailable_seconds)}"
     resolution = f"; one attempt every {probe.resolution_ms:.0f} ms (99th percentile)" if probe.resolution_ms else ""
-    return Strip(probe.step, bars, many + resolution)
+    return Strip(probe.step, seen, bars, many + resolution)
 
 
 def drills_report(

@@ -119,8 +119,8 @@ def target_report(
     )
 
 
-def index_report(rows: Sequence[Row], generated_at: datetime) -> str:
-    """One page over all targets, worst first."""
+def index_report(rows: Sequence[Row], generated_at: datetime, *, drills: bool = False) -> str:
+    """One page over all targets, worst first. `drills`: their page lies beside it."""
     now = utc(generated_at)
     judged = [(_row_standing(row, now), row) for row in rows]
     judged.sort(key=lambda pair: (pair[0].rank, _ended(pair[1]), pair[1].target.id))
@@ -130,6 +130,7 @@ def index_report(rows: Sequence[Row], generated_at: datetime) -> str:
         rows=[(found, row, figures_of(row.target, row.latest), _why(found, row)) for found, row in judged],
         counts=[(each, number) for each, number in counts if number],
         proven=sum(found is Standing.PROVEN for found, _ in judged),
+        drills=drills,
         now=now,
     )
 

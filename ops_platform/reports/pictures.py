@@ -6,12 +6,14 @@ import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ops_platform.drills.model import DrillCard
 from ops_platform.inventory.model import Backed
 from ops_platform.recovery.model import Scorecard
 from ops_platform.reports import charts
+from ops_platform.reports.drills import steps_of
 from ops_platform.reports.html import figures_of, plots_of, render
 from ops_platform.reports.standing import in_order
-from ops_platform.reports.words import duration
+from ops_platform.reports.words import duration, shortened
 
 WIDTH = 660
 LOOKED_BACK = 60  # verifications: a picture this small shows no more, and it is stored with each run
@@ -45,6 +47,33 @@ def proof_picture(target: Backed, card: Scorecard) -> str:
         said = f"{figure.value} of {figure.promise}, {figure.state}" if figure.share is not None else figure.state
         rows.append(_Row(below + n * _ROW, _SHORT[n], 0.0, share, said, tone=figure.tone))
     return _drawn(f"Restore of {target.id}, step by step, against its promises", rows[-1].y + _ROW + _MARGIN, rows=rows)
+
+
+def drill_picture(card: DrillCard) -> str:
+    """How a drill went, step by step, and how much of each promise it used up. SVG."""
+    timeline = charts.gantt(steps_of(card))
+    rows = [
+        _Row(
+            _MARGIN + n * _ROW,
+            shortened(bar.name, 22),
+            bar.left,
+            bar.width,
+            _took(bar),
+            bar.longest,
+            ticks=timeline.ticks,
+        )
+        for n, bar in enumerate(timeline.bars)
+    ]
+    below = _MARGIN * 2 + len(rows) * _ROW
+    for n, one in enumerate(card.objectives):
+        tone, state = {True: ("good", "kept"), False: ("bad", "missed"), None: ("warn", "not judged")}[one.met]
+        share = 100 * min(1.0, one.measured / one.objective) if one.measured is not None and one.objective else None
+        value = "not measured" if one.measured is None else duration(one.measured)
+        said = f"{value} of {duration(one.objective)}, {state}"
+        rows.append(_Row(below + n * _ROW, one.name.upper(), 0.0, share, said, tone=tone))
+    return _drawn(
+        f"{card.title}, step by step, against its promises", below + len(card.objectives) * _ROW + _MARGIN, rows=rows
+    )
 
 
 _SHORT = ("RPO", "RTO, this restore", "RTO, whole target")

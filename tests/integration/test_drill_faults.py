@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ops_platform.drills.model import Done, Drill, Ending, Resource
+from ops_platform.drills.model import Done, Drill, Ending, Resource, StepState
 from ops_platform.drills.registry import Context, Remover, does, removes
 from ops_platform.drills.scorecard import card_of
 from ops_platform.errors import CouldNotVerifyError
@@ -100,6 +100,7 @@ def frozen_cache(bench: Bench, cache: Redis, plan: dict[str, Any], **book: Any) 
     bench.plan("toys", targets=["cache"], **plan)
     drill = bench.drill("toys")
     assert (drill.verdict, drill.ending) == ("COULD_NOT_VERIFY", Ending.ABORTED)
+    assert bench.engine.store.steps(drill.id)["loss"].state is StepState.DONE, "not while the probe was starting"
     assert cache.ping(), "it goes on"
     assert bench.remains() == []
     return drill

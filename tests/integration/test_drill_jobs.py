@@ -49,6 +49,10 @@ def test_a_drill_is_a_job_with_an_op_for_each_step(bench: Bench) -> None:
     assert drill.operator.startswith("dagster run ")
     assert (bench.home / "reports" / "drills" / f"{drill.id}.html").is_file()
     assert bench.remains() == []
+    (seen,) = done.get_asset_observation_events()
+    shown = seen.asset_observation_data.asset_observation.metadata
+    assert (shown["verdict"].value, shown["drill"].value, shown["findings"].value) == ("PASS", drill.id, 0)
+    assert "data:image/svg+xml;base64," in shown["steps"].value
 
 
 def test_two_drills_stand_in_one_code_location(bench: Bench) -> None:

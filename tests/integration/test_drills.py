@@ -436,6 +436,7 @@ def test_the_table_top_that_is_shipped_is_gone_through_with_evidence(bench: Benc
     assert card is not None
     assert asked == ["alarm", "lead", "access", "keys", "order"]
     assert (card.verdict, card.measured[0].name, len(card.answers)) == ("PASS", "decision", 5)
+    assert card.reason.startswith("every step is done; none looks at")
 
 
 def test_nobody_who_answers_in_time_fails_it(bench: Bench) -> None:

@@ -274,6 +274,8 @@ def test_a_switchover_there_and_back_loses_nothing(held: Held, patroni: patroni_
     assert patroni.leader.state()["timeline"] == line + 2
     assert measured(card)["rpo"] == 0
     assert [step.state for step in card.steps if step.id in ("there", "back")] == ["done", "done"]
+    ways = [m.how.partition(":")[0] for m in card.measured if m.name == "rto"]
+    assert ways == ["Without a write on the way there", "Without a write on the way back"]
 
 
 def test_no_drill_begins_where_no_replica_is_fit(held: Held, patroni: patroni_rig.Patroni) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
@@ -28,6 +30,7 @@ from ops_platform.drills.model import (
     StepCard,
 )
 from ops_platform.drills.overdue import NEVER, most_overdue, standings
+from ops_platform.drills.probing import Probing
 from ops_platform.drills.registry import doings
 from ops_platform.drills.runbook import Probe, Runbook
 from ops_platform.drills.steps.writes import Attempted, Lost, lost_of
@@ -35,6 +38,7 @@ from ops_platform.errors import InventoryError
 from ops_platform.inventory.base import Classification
 from ops_platform.inventory.drills import Drills
 from ops_platform.reports.drills import Outlook, drill_report, drills_report
+from ops_platform.reports.pictures import drill_picture
 
 NOW = datetime(2026, 11, 25, 20, 0, tzinfo=UTC)
 
@@ -169,7 +173,18 @@ def test_a_probes_card_counts_from_the_drills_beginning() -> None:
     card = probe_card(step, [sample(1000), sample(1050, False), sample(1100)], NOW)
     assert card.outages == [Outage(began=1.05, ended=1.105)]
     assert (card.attempts, card.failed, card.errors) == (3, 1, {"refused": 1})
+    assert (card.began, card.ended) == (1.0, 1.105)
     assert resolution_ms([sample(0)]) is None
+
+
+def test_what_failed_while_the_probe_was_starting_is_no_outage_of_the_target() -> None:
+    step = Probe.model_validate({"id": "w", "kind": "probe", "does": "postgres.write"})
+    starting, seen = [sample(0, False, 900), sample(50, False)], [sample(1000), sample(1050, False), sample(1100)]
+    card = probe_card(step, [*starting, *seen], NOW)
+    assert card == probe_card(step, seen, NOW)
+    assert card.unavailable_seconds == 0.055
+    nobody_saw_it_well = probe_card(step, starting, NOW)
+    assert (nobody_saw_it_well.failed, nobody_saw_it_well.unavailable_seconds) == (2, 0.9)
 
 
 # The forecast
@@ -297,6 +312,45 @@ def test_the_page_of_a_drill_shows_the_outage_where_it_was() -> None:
     assert 'x="5%" width="33.333%"' in html
     assert "The &lt;primary&gt; hangs" in html
     assert "<script" not in html
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_probe_breaks_a_drill_off_only_once_it_has_seen_the_target_well(answered: bool) -> None:
+    aborted: list[str] = []
+
+    class Seen:
+        def samples(self, *_: object) -> list[Sample]:
+            return [sample(0, answered)]
+
+        def get(self, _: str) -> Any:
+            return SimpleNamespace(id="d", parameters={}, subject="cache")
+
+        def abort(self, _: object, why: str, **__: object) -> None:
+            aborted.append(why)
+
+    step = Probe.model_validate({"id": "w", "kind": "probe", "does": "redis.read"})
+    access: Any = SimpleNamespace(inventory=SimpleNamespace(subject=lambda _: SimpleNamespace(system=None)))
+    store: Any = Seen()
+    with patch("ops_platform.drills.probing.asker_of"):
+        probing = Probing(access, store, "d", step, [(1.0, "the limit")])
+    probing.lately.append(sample(50, False))
+    probing._judge()  # pyright: ignore[reportPrivateUsage]
+    assert bool(aborted) is answered
+
+
+def test_the_strip_of_a_probe_is_drawn_for_as_long_as_it_looked() -> None:
+    card = a_card(1)
+    (probe,) = card.probes
+    looked = probe.model_copy(update={"began": 2.4, "ended": 30.0})
+    assert 'x="4%" width="46%"' in drill_report(card.model_copy(update={"probes": [looked]}), NOW)
+    assert 'x="0%" width="100%"' in drill_report(card, NOW)  # a record that does not say it
+
+
+def test_the_picture_of_a_drill_has_its_steps_and_its_promises() -> None:
+    svg = drill_picture(a_card(1))
+    assert "The &lt;primary&gt; hangs" in svg
+    assert "20 s of 1 min, kept" in svg
+    assert "not measured of 1 min, not judged" in drill_picture(a_card(1, rto=None))
 
 
 def test_the_index_shows_what_was_never_drilled_what_is_late_and_the_outlook() -> None:

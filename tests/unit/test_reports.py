@@ -929,6 +929,15 @@ def test_the_index_has_the_worst_first() -> None:
     assert [row.all("a")[0].attributes["href"] for row in rows][-1] == "app-db.html"
 
 
+def test_the_index_leads_to_the_drills_where_there_are_any() -> None:
+    for drills in (True, False):
+        links = [
+            link.attributes["href"]
+            for link in read(index_report(make_rows(), NOW, drills=drills)).one("header").all("a")
+        ]
+        assert links == ["drills/index.html"] * drills
+
+
 def test_a_target_that_could_not_be_looked_at_is_not_proven() -> None:
     shown = read(index_report([Row(make_target(), make_card(), WINDOW, "the store does not answer")], NOW))
     assert shown.one("h2", id="verdict").text == "0 of 1 proven"
