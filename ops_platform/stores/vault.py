@@ -20,7 +20,14 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from ops_platform.backup.repository import Repository
 from ops_platform.clients.vault import TransitKeys, VaultSession
-from ops_platform.errors import CorruptionError, CouldNotVerifyError, NotThereError, OpsError, UsageError
+from ops_platform.errors import (
+    AccessDeniedError,
+    CorruptionError,
+    CouldNotVerifyError,
+    NotThereError,
+    OpsError,
+    UsageError,
+)
 from ops_platform.stores.kind import FAILED, NOT_APPLICABLE, PASSED, UNCHECKED, Check, Dumped, Finding, Parts, Saved
 from ops_platform.stores.servers import Server, find_program, need_own_network, socket_path
 
@@ -31,6 +38,7 @@ if TYPE_CHECKING:
     from ops_platform.inventory.values import Secret
 
 SNAPSHOT = "snapshot"
+_RAFT = "sys/storage/raft/snapshot"
 _MEMBERS = ("meta.json", "state.bin", "SHA256SUMS")
 _PIECE = 1 << 20
 _SEALED_FOR = 20.0  # seconds; a seal that fits opens it at once, one over the network after a few tries
@@ -54,14 +62,24 @@ class VaultStore:
     # Dump
 
     def look(self) -> str:
-        return _server(self._status(self.access.vault(self.system.vault)))
+        """It is open, knows us, and lets us take a snapshot: its version it would tell to anybody, sealed as well."""
+        session = self.access.vault(self.system.vault)
+        status = self._status(session)
+        found = session.call(lambda client: client.sys.get_capabilities([_RAFT]), session.url)["data"][_RAFT]
+        if not {"read", "root"} & set(found):
+            raise AccessDeniedError(
+                "it lets us in, and we may not take a snapshot",
+                where=session.url,
+                remedy=f"allow read on {_RAFT} in the platform's policy",
+            )
+        return _server(status)
 
     def dump(self, parts: Parts) -> Dumped:
         session = self.access.vault(self.system.vault)
         status = self._status(session)
         facts: dict[str, Any] = {name: status.get(name) for name in ("type", "t", "n", "cluster_id")}
         facts["canary"] = self._canary(session)
-        where = f"{session.url}/v1/sys/storage/raft/snapshot"
+        where = f"{session.url}/v1/{_RAFT}"
         response = session.call(lambda client: client.sys.take_raft_snapshot(), where)
         with parts.part(SNAPSHOT) as write:
             facts |= _read_snapshot(cast("IO[bytes]", _Tee(_stream(response), write)), where)

@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
+from ops_platform.doctor import examine_store
 from ops_platform.errors import AccessDeniedError, NotThereError, OpsError
 from ops_platform.recovery.model import Verdict
 from ops_platform.stores import git as stores_git
@@ -192,6 +193,27 @@ def test_settings_that_may_not_be_read_are_an_error_and_no_backup_without_them(
 def test_a_repository_that_is_not_there_is_named(platform: Platform, source: Path, api: str) -> None:
     with pytest.raises(NotThereError, match="nowhere-403"):  # the number in its path is no refusal
         dump(platform, entry(source.parent / "nowhere-403", api, platform))
+
+
+def test_the_doctor_asks_every_repository_and_names_the_one_that_is_not_there(
+    platform: Platform, source: Path, api: str
+) -> None:
+    system = entry(source, api, platform)
+    assert looked_at(platform, system) == ("good", "1 repositories")
+    system["repositories"].append({"name": "gone", "url": f"file://{source.parent}/nowhere"})
+    state, found = looked_at(platform, system)
+    assert state == "bad"
+    assert "ls-remote" in found
+    state, found = looked_at(platform, {**entry(source, api, platform), "token": f"file://{platform.home}/no-token"})
+    assert state != "good"
+    assert "no-token" in found
+
+
+def looked_at(platform: Platform, system: dict[str, Any]) -> tuple[str, str]:
+    """What `ops doctor` says of the server, for which it asks `look()`."""
+    target = with_store(platform, system)
+    found = examine_store(platform.access, target).findings[0]
+    return found.state, found.found
 
 
 def test_the_token_is_no_argument_and_settings_of_the_machine_do_not_count(tmp_path: Path) -> None:

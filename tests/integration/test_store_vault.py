@@ -23,6 +23,7 @@ from ops_platform.backup.model import Proof
 from ops_platform.cli.main import cli
 from ops_platform.clients.postgres_binaries import free_port
 from ops_platform.clients.vault import TransitKeys
+from ops_platform.doctor import examine_store
 from ops_platform.drills.begin import Beginner, planned
 from ops_platform.errors import CorruptionError, InventoryError, UsageError
 from ops_platform.inventory.systems import StoreTarget
@@ -328,8 +329,41 @@ def test_a_vault_that_a_seal_opens_is_restored_and_opened_by_it(
         assert "its seal does not open it" in gate(card, "unseal").result
         assert "canary" not in gates(card)
         assert gates(card)["teardown"] == "passed"
+        assert looked_at(platform, system)[0] == "good"
+        client.sys.seal()
+        state, found = looked_at(platform, system)
+        assert state != "good"
+        assert "sealed" in found
     finally:
         daemon.stop()
+
+
+def looked_at(platform: Platform, system: dict[str, Any]) -> tuple[str, str]:
+    """What `ops doctor` says of the server, for which it asks `look()`."""
+    target = with_store(platform, system)
+    found = examine_store(platform.access, target).findings[0]
+    return found.state, found.found
+
+
+def test_the_doctor_says_whether_the_server_answers_and_lets_us_in(ground: Ground, desk: Any, taken: Platform) -> None:
+    state, found = looked_at(taken, entry(ground))
+    assert (state, found.rpartition(" ")[0]) == ("good", "Vault-compatible server")
+    nowhere = {**taken.body["vaults"]["v"], "url": f"http://127.0.0.1:{free_port()}"}
+    wrong = taken.home / "wrong-token"
+    wrong.touch(mode=0o600)
+    wrong.write_text("s.nobody")
+    stranger = {**taken.body["vaults"]["v"], "auth": {"method": "token", "token": f"file://{wrong}"}}
+    taken.body["vaults"] |= {"nowhere": nowhere, "stranger": stranger}
+    state, found = looked_at(taken, {**entry(ground), "vault": "nowhere"})
+    assert (state, "does not answer" in found) == ("bad", True), found
+    state, found = looked_at(taken, {**entry(ground), "vault": "stranger"})
+    assert state != "good", found
+    assert "s.nobody" not in found
+    poor = desk.auth.token.create(policies=["default"], ttl="1h")["auth"]["client_token"]
+    wrong.write_text(poor)
+    state, found = looked_at(taken, {**entry(ground), "vault": "stranger"})
+    assert state != "good"
+    assert "may not take a snapshot" in found
 
 
 def _written(client: Any) -> bool:
@@ -365,6 +399,9 @@ def test_a_server_without_raft_is_told_what_to_do(
         platform.body["vaults"]["dev"] = {"url": f"http://127.0.0.1:{port}", "auth": login}
         with pytest.raises(UsageError, match="only raft storage has snapshots"):
             dump(platform, {**entry(ground), "vault": "dev"})
+        state, found = looked_at(platform, {**entry(ground), "vault": "dev"})
+        assert state != "good"
+        assert "only raft storage has snapshots" in found
     finally:
         daemon.stop()
 
