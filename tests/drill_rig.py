@@ -57,6 +57,33 @@ class Held:
         assert begun.drill is not None, [ruling.as_json() for ruling in begun.result.rulings if not ruling.allows]
         return self.engine.run(begun.drill.id)
 
+    def killed_when(self, does: str, moment: str, plan: str) -> bool:
+        """The same in a child that kills itself at a moment of the step that does this, see `Bench.killed_when`."""
+
+        def child() -> None:
+            held = self.elsewhere()
+            _watch_steps(held.store, does, moment)
+            held.drill(plan)
+
+        return killed(child)
+
+    def elsewhere(self) -> Held:
+        """As a process of its own has it, with connections of its own."""
+        self.platform.access = Access(load(self.platform.file))
+        return Held(self.cluster, self.platform)
+
+    def nothing_left(self) -> None:
+        """The next start ends what a killed worker left, and takes it away."""
+        eventually(
+            lambda: self.engine.sweep(lost_after=timedelta(0)) is not None and not self.store.list(ended=False),
+            why="its worker holds it still",
+        )
+        assert [r for drill in self.store.list() for r in self.store.resources(drill.id) if r.gone_at is None] == []
+        home = self.platform.home
+        places = (str(home / "drills"), str(home / "ops-verify-"))
+        assert [*home.glob("drills/*"), *home.glob("ops-verify-*")] == []
+        eventually(lambda: not [found for p in places for found in processes_naming(p)], why="a process is left")
+
 
 def ledger_database(cluster: Cluster, home: Any, name: str = "ops") -> dict[str, Any]:
     """A database for the platform in the cluster, as `platform.database` names it."""

@@ -25,16 +25,18 @@ from ops_platform.clients.postgres_binaries import free_port
 from ops_platform.clients.vault import TransitKeys
 from ops_platform.doctor import examine_store
 from ops_platform.drills.begin import Beginner, planned
+from ops_platform.drills.model import Ending
 from ops_platform.errors import CorruptionError, InventoryError, UsageError
 from ops_platform.inventory.systems import StoreTarget
 from ops_platform.local.parts import program
 from ops_platform.promises import judge
+from ops_platform.recovery import gates as gates_of_a_database
 from ops_platform.recovery.model import Verdict
 from ops_platform.stores import servers, vault
 from ops_platform.stores.dump import run_backup
 from ops_platform.stores.kind import Check, Saved
 from ops_platform.stores.verify import verify
-from tests.drill_rig import Held, held_on, passed
+from tests.drill_rig import Held, die, held_on, killed, passed
 from tests.rig import Cluster, Ground, Platform, eventually
 from tests.servers import Daemon, answers
 from tests.stores_rig import POLICY, MovedClock, dump, gate, gates, prove, store_platform, with_store
@@ -129,6 +131,26 @@ def test_a_database_is_restored_with_the_key_of_a_restored_vault(
     assert {resource.kind: resource.gone for resource in card.teardown} == {"directory": True, "sandbox": True}
     assert asked
     assert not [name for name in asked if f":{ground.place.port('vault')}/" in name]
+    for does, moment in KILLED:
+        assert held.killed_when(does, moment, "keys"), f"{does} {moment}"
+        held.nothing_left()
+
+    def until_the_database_serves() -> None:
+        monkeypatch.setattr(gates_of_a_database, "read_tables", die)
+        held.elsewhere().drill("keys")
+
+    assert killed(until_the_database_serves)
+    assert list(platform.home.glob("ops-verify-app-db-*"))
+    held.nothing_left()
+    assert [drill.ending for drill in held.store.list()].count(Ending.LOST) == len(KILLED) + 1
+    assert held.ledger.verify().ok
+
+
+# Before there is a copy of Vault; while it and the database serve is the one above.
+KILLED = (
+    ("vault.possible", "ended"),
+    ("vault.restore_first", "registered directory"),
+)
 
 
 _LATE = """
