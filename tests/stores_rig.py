@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from ops_platform.backup.archive import open_target_repository
@@ -17,6 +18,7 @@ from ops_platform.recovery.model import Gate, Scorecard
 from ops_platform.stores.dump import run_backup
 from ops_platform.stores.kind import Kind, open_kind
 from ops_platform.stores.verify import verify
+from tests import kube_rig
 from tests.rig import Platform
 
 POLICY = {"schedule": {"cron": "15 2 * * *"}, "transfer": {"block_size": "64KiB"}}
@@ -72,6 +74,25 @@ def kind(platform: Platform, system: Mapping[str, Any]) -> Kind:
     """The same for the store itself."""
     target = with_store(platform, system)
     return open_kind(platform.access, target)
+
+
+def hand_over(kube: kube_rig.Kube, home: Path) -> None:
+    """Its programs, for sandboxes, and its administrator's login, for `cluster_of`."""
+    for name in ("etcd", "apiserver"):
+        script = home / name
+        script.write_text(f'#!/bin/sh\nexec {kube.home}/kube {name} "$@"\n')
+        script.chmod(0o755)
+    (home / "kubeconfig").touch(mode=0o600)
+    (home / "kubeconfig").write_text(kube_rig.inline(kube.kubeconfig))
+
+
+def cluster_of(home: Path, *namespaces: str) -> dict[str, Any]:
+    """The system `cluster`, with what was handed over."""
+    programs = {"etcd": str(home / "etcd"), "kube-apiserver": str(home / "apiserver")}
+    return {
+        "id": "cluster", "kind": "kubernetes", "kubeconfig": f"file://{home}/kubeconfig", "namespaces": list(namespaces),
+        "sandbox": {"directory": str(home), "programs": programs},
+    }  # fmt: skip
 
 
 def gates(card: Scorecard) -> dict[str, str]:

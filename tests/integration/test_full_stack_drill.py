@@ -19,10 +19,11 @@ from ops_platform.drills.begin import Beginner, planned
 from ops_platform.drills.model import Ending
 from ops_platform.inventory import load
 from ops_platform.stores.redis import RestoredRedis
+from tests import kube_rig
 from tests.drill_rig import Held, die, held_on, killed, passed
 from tests.redis_rig import Replicated
-from tests.rig import Cluster, Platform, eventually
-from tests.stores_rig import dump, with_store
+from tests.rig import Cluster, Ground, Platform, eventually
+from tests.stores_rig import cluster_of, dump, hand_over, with_store
 
 
 def repository(at: Path) -> str:
@@ -119,3 +120,57 @@ def test_everything_comes_back_in_order_and_the_critical_path_is_told(
     assert any("nothing is proven of it: cache (the program redis-server is not here" in note for note in lacking.notes)
     assert "Skipped, and not in it: " in next(o.how for o in lacking.objectives if o.name == "rto")
     assert "cache" not in " ".join(check.title for check in lacking.checks)
+
+
+def test_vault_database_cache_and_cluster_come_back_in_the_order_of_their_dependencies(
+    ground: Ground,
+    kube: kube_rig.Kube,
+    new_cluster: Callable[..., Cluster],
+    new_platform: Callable[..., Platform],
+    new_redis: Callable[..., Replicated],
+) -> None:
+    """Everything that a company loses with a zone: what opens the backups, the database, two stores that need it, and the objects that run it."""
+    cluster = new_cluster(18)
+    held = held_on(cluster, new_platform, [])
+    platform = held.platform
+    redis = new_redis(replicas=0).master
+    redis.run("SET", "k", "v")
+    namespace = kube.namespace("stack")
+    kube.api.post(
+        f"{kube_rig.CORE}/namespaces/{namespace}/configmaps", {"metadata": {"name": "settings"}, "data": {"a": "1"}}
+    )
+    hand_over(kube, platform.home)
+    infra = repository(platform.home / "infra")
+    ground.component("vault")
+    stores = [
+        {"id": "keys", "kind": "vault", "vault": "v",
+         "restore": {"shares": [f"file://{ground.place.directory}/secrets/vault.unseal_key"]}},
+        {"id": "cache", "kind": "redis", "tls": False, "hosts": [{"host": "127.0.0.1", "port": redis.port}], "depends_on": ["app-db"]},
+        {"id": "config", "kind": "git", "repositories": [{"name": "infra", "url": infra}], "depends_on": ["keys"]},
+        {**cluster_of(platform.home, namespace), "id": "manifests", "depends_on": ["cache", "config"]},
+    ]  # fmt: skip
+    for store in stores:
+        with_store(platform, store)
+    platform.body["targets"][0]["depends_on"] = ["keys"]
+    platform.body["drills"]["plan"] = [
+        {"id": "stack", "runbook": "full-stack-drill", "targets": ["manifests"], "mode": "enforce"}
+    ]
+    platform.reload()
+    run_backup(platform.access, platform.target)
+    for store in stores:
+        dump(platform, store)
+
+    card = passed(Held(cluster, platform).drill("stack"))
+    parts = {part.target: part for part in card.stack}
+    assert set(parts) == {"keys", "app-db", "cache", "config", "manifests"}
+    assert {part.verdict for part in card.stack} == {"PASS"}
+    assert set(parts["manifests"].needs) == set(parts) - {"manifests"}
+    assert [part.target for part in card.stack if part.critical] == ["keys", "app-db", "cache", "manifests"]
+    seconds = {name: part.seconds or 0.0 for name, part in parts.items()}
+    (rto,) = [o for o in card.objectives if o.name == "rto"]
+    assert rto.measured == pytest.approx(
+        sum(seconds[name] for name in ("keys", "app-db", "cache", "manifests")), abs=0.01
+    )
+    assert parts["config"].starts == pytest.approx(seconds["keys"], abs=0.01)
+    assert "keys → app-db → cache → manifests takes" in rto.how
+    assert not [*platform.home.glob("ops-verify-*")]

@@ -33,22 +33,13 @@ VALUE = "aGVsbG8gd29ybGQgdGhhdCBpcyBzZWNyZXQ="
 @pytest.fixture(scope="module")
 def platform(ground: Ground, kube: kube_rig.Kube) -> Iterator[Platform]:
     made = Platform(ground, {})
-    for name in ("etcd", "apiserver"):
-        script = made.home / name
-        script.write_text(f'#!/bin/sh\nexec {kube.home}/kube {name} "$@"\n')
-        script.chmod(0o755)
-    (made.home / "kubeconfig").touch(mode=0o600)
-    (made.home / "kubeconfig").write_text(kube_rig.inline(kube.kubeconfig))
+    stores_rig.hand_over(kube, made.home)
     yield made
     made.close()
 
 
 def entry(platform: Platform, *namespaces: str) -> dict[str, Any]:
-    programs = {"etcd": str(platform.home / "etcd"), "kube-apiserver": str(platform.home / "apiserver")}
-    return {
-        "id": "cluster", "kind": "kubernetes", "kubeconfig": f"file://{platform.home}/kubeconfig", "namespaces": list(namespaces),
-        "sandbox": {"directory": str(platform.home), "programs": programs},
-    }  # fmt: skip
+    return stores_rig.cluster_of(platform.home, *namespaces)
 
 
 @pytest.fixture(scope="module")
