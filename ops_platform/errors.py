@@ -25,6 +25,11 @@ class OpsError(Exception):
         text = f"{self.where}: {self.what}" if self.where else self.what
         return f"{text}\n  what to do: {self.remedy}" if self.remedy else text
 
+    @property
+    def line(self) -> str:
+        """The same as one line: a reason in a record, which is read in tables and messages."""
+        return str(self).replace("\n  what to do:", "; what to do:", 1)
+
 
 class UsageError(OpsError):
     """The call itself is wrong: an unknown target, a time without a zone."""

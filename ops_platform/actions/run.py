@@ -145,9 +145,9 @@ class _Run:
             try:
                 applied, away = self._apply(change), False
             except UnreachableError as error:
-                applied, away = Applied(Outcome.FAILED, str(error)), True
+                applied, away = Applied(Outcome.FAILED, error.line), True
             except OpsError as error:
-                applied, away = Applied(Outcome.FAILED, str(error)), False
+                applied, away = Applied(Outcome.FAILED, error.line), False
             except Exception as error:
                 # A mistake of ours: what was begun is put down, and nothing more is touched.
                 self._note(change, Applied(Outcome.FAILED, f"unexpected {type(error).__name__}: {error}"))
@@ -182,7 +182,7 @@ class _Run:
         try:
             return self._action.verify(self._plan, outcomes)
         except OpsError as error:
-            return Verification((Check("verification", None, str(error)),))
+            return Verification((Check("verification", None, error.line),))
 
     def _status(self, verification: Verification) -> Status:
         found = {applied.outcome for _, applied in self._outcomes}

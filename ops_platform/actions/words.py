@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ops_platform.actions.model import ActionResult
+from ops_platform.counting import count_of
 
 _MOST = 25
 
@@ -15,7 +16,7 @@ def lines(result: ActionResult) -> list[str]:
 
 def _lines(result: ActionResult) -> Iterator[str]:
     plan = result.plan
-    yield f"{result.status.value}; plan {plan.digest[:16]} with {len(plan.changes)} changes"
+    yield f"{result.status.value}; plan {plan.digest[:16]} with {count_of(len(plan.changes), 'change')}"
     outcomes = {change.object: applied for change, applied in result.outcomes}
     shown = plan.changes[:_MOST]
     for change in shown:

@@ -28,6 +28,7 @@ from ops_platform.cli.common import (
     stamp,
     table,
 )
+from ops_platform.counting import count_of
 from ops_platform.errors import UsageError
 
 if TYPE_CHECKING:
@@ -207,7 +208,9 @@ def show(target: str, backup_id: str, copy_id: str | None, as_json: bool) -> Non
     for name in _SHOWN if isinstance(manifest, Manifest) else _SHOWN_OF_A_STORE:
         click.echo(f"{name.replace('_', ' '):14} {getattr(manifest, name)}")
     click.echo(f"{'taken':14} {stamp(manifest.started_at)} to {stamp(manifest.ended_at)} ({span(manifest.seconds)})")
-    click.echo(f"{'size':14} {size(manifest.raw)}, stored {size(manifest.stored)} in {len(manifest.named)} objects")
+    click.echo(
+        f"{'size':14} {size(manifest.raw)}, stored {size(manifest.stored)} in {count_of(len(manifest.named), 'object')}"
+    )
     if isinstance(manifest, Manifest):
         click.echo(f"{'chain':14} {' > '.join(detail.chain)}")
     else:
@@ -371,7 +374,7 @@ def _show_copy(result: Replicated | Inspected) -> None:
     from ops_platform.backup.replicate import Replicated
 
     where = f"{result.target_id} at {result.copy_id}"
-    amount = f"{result.objects} objects, {size(result.bytes)} in {span(result.seconds)}"
+    amount = f"{count_of(result.objects, 'object')}, {size(result.bytes)} in {span(result.seconds)}"
     if isinstance(result, Replicated):
         new = f", new: {', '.join(result.backups)}" if result.backups else ""
         click.echo(f"{where}: {amount} copied{new}; restorable there until {stamp(result.until)}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import click
 
-from ops_platform.errors import OpsError, UsageError
+from ops_platform.errors import OpsError, RefusedError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -219,6 +219,17 @@ def table(rows: list[list[str]], header: list[str]) -> None:
         widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
         for line in [header, *rows]:
             click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def confirm(question: str, *, otherwise: str) -> None:
+    """Ask on the terminal. Raises RefusedError for a no, UsageError where nobody can be asked: then `otherwise` is the option to give."""
+    try:
+        if not click.confirm(question):
+            raise RefusedError("you said no, and nothing was changed")
+    except click.Abort as error:
+        if isinstance(error.__context__, EOFError):
+            raise UsageError("there is nobody to ask", remedy=f"give {otherwise}") from None
+        raise
 
 
 def actor() -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ops_platform.counting import count_of
 from ops_platform.errors import OpsError
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _second_site(access: Access) -> Path:
             copied = copy_over(access, target, copy.id, actor=actor(), progress=progress)
         if not copied.whole:
             raise OpsError("; ".join(copied.wrong), where=f"{target.id} at {copy.id}")
-        _say(f"{copied.objects} objects ({size(copied.bytes)}) copied, under another key")
+        _say(f"{count_of(copied.objects, 'object')} ({size(copied.bytes)}) copied, under another key")
     _say(f"ops drill run {story.SITE_DRILL}")
     with open_store(access) as store:
         request = planned(access, story.SITE_DRILL, None, {}, operator=actor(), trigger="ops demo")
@@ -124,7 +125,9 @@ def _record(access: Access) -> None:
         if not found.ok:
             raise OpsError(f"the ledger is not whole: {found.broken or found.unprotected}", remedy="ops ledger verify")
         anchored.write()
-    _say(f"{found.entries} entries, unbroken; a checkpoint is signed by the key service and locked in the store")
+    _say(
+        f"{count_of(found.entries, 'entry', 'entries')}, unbroken; a checkpoint is signed by the key service and locked in the store"
+    )
 
 
 def _step(number: int, title: str) -> None:

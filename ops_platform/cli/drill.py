@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ops_platform.cli.common import Commands, actor, ago, emit, json_option, opened, parse_moment, span, stamp, table
+from ops_platform.counting import count_of
 from ops_platform.errors import UsageError
 
 if TYPE_CHECKING:
@@ -274,7 +275,9 @@ def say_card(found: Drill) -> None:
             ["restored", "verdict", "served after", "needs", "critical", "gain at most"],
         )  # fmt: skip
     for probe in card.probes:
-        click.echo(f"{probe.step}: {probe.attempts} attempts, unavailable for {span(probe.unavailable_seconds)}")
+        click.echo(
+            f"{probe.step}: {count_of(probe.attempts, 'attempt')}, unavailable for {span(probe.unavailable_seconds)}"
+        )
     for finding in card.findings:
         click.echo(f"finding {finding.id}: {finding.title}; {finding.owner} until {stamp(finding.due)}")
 

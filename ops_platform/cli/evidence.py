@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ops_platform.cli.common import Commands, actor, emit, json_option, opened, parse_moment, table
+from ops_platform.counting import count_of
 
 
 @click.group(cls=Commands)
@@ -47,7 +48,9 @@ def export(
     if as_json:
         emit(PackWritten, PackWritten.of(path, cover))
         return
-    click.echo(f"{path}: {cover.evidence} entries for {control.framework} {control.id}, {control.title}")
+    click.echo(
+        f"{path}: {count_of(cover.evidence, 'entry', 'entries')} for {control.framework} {control.id}, {control.title}"
+    )
     if cover.whole:
         click.echo(f"all {cover.entries} entries from {cover.first} to {cover.last} are in it")
     click.echo(f"verify it: ops ledger verify --offline {path} --key FILE")

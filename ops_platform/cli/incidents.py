@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ops_platform.cli.common import Commands, actor, address, ago, emit, json_option, opened, parse_moment, stamp, table
+from ops_platform.cli.common import (
+    Commands,
+    actor,
+    address,
+    ago,
+    confirm,
+    emit,
+    json_option,
+    opened,
+    parse_moment,
+    stamp,
+    table,
+)
 from ops_platform.errors import ConflictError, RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -103,13 +115,14 @@ def approve(incident: str, digest: str | None) -> None:
 
 @incidents.command()
 @click.argument("incident")
-@click.option("--digest", help="Of the plan as you read it.")
-def refuse(incident: str, digest: str | None) -> None:
+@click.option("--digest", help="Of the plan as you read it; without it the plan is shown and asked about.")
+@click.option("--why", default="", help="For whoever reads the record.")
+def refuse(incident: str, digest: str | None, why: str) -> None:
     """Refuse the plan: the incident is closed."""
-    _decide(incident, digest, "refuse")
+    _decide(incident, digest, "refuse", why)
 
 
-def _decide(incident: str, digest: str | None, decision: str) -> None:
+def _decide(incident: str, digest: str | None, decision: str, why: str = "") -> None:
     from ops_platform.remediation.buttons import need_approver
     from ops_platform.remediation.model import State
     from ops_platform.remediation.rules import remediation_of
@@ -121,7 +134,7 @@ def _decide(incident: str, digest: str | None, decision: str) -> None:
             raise ConflictError(f"the incident is {found.state.value}, and not waiting", where=found.id)
         if digest is None:
             click.echo("\n".join(plan_lines(found)))
-            click.confirm(f"{decision} this plan?", abort=True)
+            confirm(f"{decision} this plan?", otherwise=f"--digest {found.digest[:12]}")
             digest = found.digest
         if not found.digest.startswith(digest) or len(digest) < 8:
             raise UsageError(
@@ -132,7 +145,8 @@ def _decide(incident: str, digest: str | None, decision: str) -> None:
         who = actor()
         if decision == "approve":
             need_approver(found.proposed_by, who, whole.approvers, found.id)
-        made = store.decide(found, found.digest, decision, who=who, via="ops", valid_for=whole.approval_valid_for)
+        valid_for = whole.approval_valid_for
+        made = store.decide(found, found.digest, decision, who=who, via="ops", valid_for=valid_for, why=why)
     click.echo(
         f"{decision}d by {made.who}, valid until {stamp(made.expires_at)}"
         if decision == "approve"
@@ -148,6 +162,8 @@ def undo(incident: str) -> None:
 
     with _store() as (_access, store):
         found = store.get(incident)
+        if found.state is State.UNDOING:
+            raise ConflictError("it is being undone already", where=found.id, remedy=f"ops incidents show {found.id}")
         if not found.can_be_undone:
             raise RefusedError(
                 "nothing was applied here that can be undone",

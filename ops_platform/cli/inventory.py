@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ops_platform.cli.common import Commands, complete_targets, emit, json_option, table
+from ops_platform.counting import count_of
 
 if TYPE_CHECKING:
     from ops_platform.inventory.model import Schedule
@@ -39,7 +40,9 @@ def check(as_json: bool) -> None:
             {"file": str(loaded.path), "targets": len(loaded.inventory.targets), "suites": len(suites)},
         )
     else:
-        click.echo(f"{loaded.path}: good; {len(loaded.inventory.targets)} targets, {len(suites)} expectation suites")
+        click.echo(
+            f"{loaded.path}: good; {count_of(len(loaded.inventory.targets), 'target')}, {count_of(len(suites), 'expectation suite')}"
+        )
 
 
 @inventory.command()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ops_platform.cli.common import Commands, emit, json_option, opened, parse_moment, stamp, table
+from ops_platform.counting import count_of
 from ops_platform.errors import OpsError, UsageError
 
 if TYPE_CHECKING:
@@ -83,11 +84,15 @@ def verify(
 
 def _say(found: LedgerCheck) -> None:
     if found.broken is None:
-        click.echo(f"{found.entries} entries, unbroken ({found.seconds:.2f} s); the head is {found.head_sha256}")
+        click.echo(
+            f"{count_of(found.entries, 'entry', 'entries')}, unbroken ({found.seconds:.2f} s); the head is {found.head_sha256}"
+        )
     if found.checkpoints:
         rest = found.head_seq - found.anchored_seq
-        behind = f", {rest} entries behind it" if rest > 0 else ""
-        click.echo(f"{found.checkpoints} checkpoints fit, the newest covers entry {found.anchored_seq}{behind}")
+        behind = f", {count_of(rest, 'entry', 'entries')} behind it" if rest > 0 else ""
+        click.echo(
+            f"{count_of(found.checkpoints, 'checkpoint fits', 'checkpoints fit')}, the newest covers entry {found.anchored_seq}{behind}"
+        )
 
 
 def _complain(found: LedgerCheck) -> None:
@@ -113,7 +118,7 @@ def _told(made: Checkpoint | None, new: bool) -> str:
     if made is None:
         return "the ledger is empty: there is nothing to sign"
     what = "written" if new else "stands, nothing is new"
-    return f"checkpoint {made.number} {what}: {made.size} entries, root {made.root}, {stamp(made.at)}"
+    return f"checkpoint {made.number} {what}: {count_of(made.size, 'entry', 'entries')}, root {made.root}, {stamp(made.at)}"
 
 
 def _pinned(files: tuple[str, ...]) -> dict[str, bytes] | None:

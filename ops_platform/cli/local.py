@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ops_platform.cli.common import Commands, emit, json_option, table
+from ops_platform.cli.common import Commands, confirm, emit, json_option, table
 
 if TYPE_CHECKING:
     from ops_platform.local.stack import Status
@@ -82,7 +82,7 @@ def reset(yes: bool) -> None:
     from ops_platform.local import stack, state_dir
 
     if not yes:
-        click.confirm(f"remove {state_dir()} with the local databases, backups and keys?", abort=True)
+        confirm(f"remove {state_dir()} with the local databases, backups and keys?", otherwise="--yes")
     click.echo(f"removed {stack.reset()}", err=True)
 
 

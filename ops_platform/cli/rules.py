@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ops_platform.cli.common import Commands, emit, json_option, opened, parse_moment, stamp, table
+from ops_platform.counting import count_of
 from ops_platform.errors import UsageError
 
 if TYPE_CHECKING:
@@ -108,7 +109,8 @@ def replay(since: str, until: str | None, file: Path | None, system: str | None,
         emit(Report, report)
         return
     click.echo(
-        f"{report.signals} signals, {report.unmatched} of them without a rule; {len(report.incidents)} incidents, {report.actions} actions"
+        f"{count_of(report.signals, 'signal')}, {report.unmatched} of them without a rule;"
+        f" {count_of(len(report.incidents), 'incident')}, {count_of(report.actions, 'action')}"
     )
     sums = [
         [rule, would, str(number)]

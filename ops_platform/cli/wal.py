@@ -18,6 +18,7 @@ from ops_platform.cli.common import (
     size,
     stamp,
 )
+from ops_platform.counting import count_of
 from ops_platform.errors import OpsError, UsageError
 
 
@@ -115,7 +116,7 @@ def _show(status: object) -> None:
     click.secho(status.target_id, bold=True)
     position = f"up to {status.newest or 'nothing'} on timeline {status.newest_timeline or '-'}"
     click.echo(
-        f"  archive   {status.segments} segments, {size(status.stored_bytes)}, {position}, whole until {stamp(status.until)}"
+        f"  archive   {count_of(status.segments, 'segment')}, {size(status.stored_bytes)}, {position}, whole until {stamp(status.until)}"
     )
     for item in status.ranges:
         click.echo(f"  range     {item.first} … {item.last}")

@@ -61,7 +61,7 @@ class Engine:
             except AbortedError as error:
                 ending, reason = Ending.ABORTED, error.what
             except StepFailedError as error:
-                ending, reason = Ending.FAILED, str(error)
+                ending, reason = Ending.FAILED, error.line
             return self._end(self._taken(self.store.get(drill_id)), ending, reason)
 
     def _steps(self, held: Drill, *, wait: bool) -> bool:
@@ -173,8 +173,8 @@ class Engine:
         except (AbortedError, ConflictError):
             raise
         except OpsError as error:
-            self.store.end_step(held, step.id, StepState.FAILED, str(error), actor=self.actor)
-            raise StepFailedError(str(error), where=f"step {step.id}") from error
+            self.store.end_step(held, step.id, StepState.FAILED, error.line, actor=self.actor)
+            raise StepFailedError(error.line, where=f"step {step.id}") from error
         except Exception as error:
             said = f"unexpected {type(error).__name__}: {error}"
             self.store.end_step(held, step.id, StepState.FAILED, said, actor=self.actor)
@@ -290,7 +290,7 @@ class Engine:
             except ConflictError:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it is, the rest is to be taken away all the same
-                said = str(error) if isinstance(error, OpsError) else f"unexpected {type(error).__name__}: {error}"
+                said = error.line if isinstance(error, OpsError) else f"unexpected {type(error).__name__}: {error}"
                 self.store.end_step(held, step.id, StepState.FAILED, said, actor=self.actor)
                 if left:
                     self.clock.sleep(1.0)
@@ -324,6 +324,6 @@ def _removed(access: Access, resource: Resource) -> str | None:
         found.remove(access, resource)
         return found.left(access, resource)
     except OpsError as error:
-        return str(error)
+        return error.line
     except Exception as error:  # noqa: BLE001 - what could not be taken away is there
         return f"unexpected {type(error).__name__}: {error}"

@@ -20,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from ops_platform.counting import count_of
 from ops_platform.errors import CorruptionError, CouldNotVerifyError, NotThereError, OpsError
 from ops_platform.inventory.evidence import Control
 from ops_platform.ledger.anchored import Anchored
@@ -108,7 +109,7 @@ class PackCheck:
             yield f"nothing is left out: all {self.entries} entries from {self.first} to {self.last} are here"
         else:
             yield "the fitting entries alone are here; that none is missing cannot be told from this pack"
-        yield f"ledger {self.ledger}, {self.checkpoints} checkpoints, the newest of {self.size} entries with the root {self.root}"
+        yield f"ledger {self.ledger}, {count_of(self.checkpoints, 'checkpoint')}, the newest of {self.size} entries with the root {self.root}"
         yield f"made by {self.made_by} on {moment(self.made_at)}"
         for key in self.keys:
             yield f"key {key.keyid}, SHA-256 {key.fingerprint}{', pinned' if key.pinned else ''}"
@@ -356,7 +357,8 @@ class _Check:
         else:
             self._each(ends[1], counts)
         if not counts.findings and (counts.entries, counts.evidence) != (said["entries"], said["evidence"]):
-            text = f"{counts.entries} entries, {counts.evidence} of them evidence; the manifest says {said['entries']} and {said['evidence']}"
+            text = f"{count_of(counts.entries, 'entry', 'entries')}, {counts.evidence} of them evidence;"
+            text += f" the manifest says {said['entries']} and {said['evidence']}"
             counts.findings.append(Finding("pack altered", ENTRIES, text))
         findings += [*counts.findings, *self._period(start, ends[0])]
         bad = any(found.grave for found in findings)

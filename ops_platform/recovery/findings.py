@@ -40,7 +40,7 @@ class Record:
         """The verification did not come to its end."""
         self.gates.append(
             Gate(
-                id="run", title="The verification ran to its end", status=status, query="", result=str(error), seconds=0
+                id="run", title="The verification ran to its end", status=status, query="", result=error.line, seconds=0
             )
         )
 
@@ -53,9 +53,9 @@ class Record:
         try:
             found = ask()
         except CorruptionError as error:
-            found = Finding(FAILED, str(error))
+            found = Finding(FAILED, error.line)
         except OpsError as error:
-            found = Finding(UNCHECKED, str(error))
+            found = Finding(UNCHECKED, error.line)
         except psycopg.Error as error:
             said = " ".join(str(error).split())
             damage = error.sqlstate in _DAMAGE

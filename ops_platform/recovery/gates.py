@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ops_platform.backup.model import Lsn, RecoveryTarget
 from ops_platform.clients.postgres_binaries import find_tool, run_tool
+from ops_platform.counting import count_of
 from ops_platform.errors import OpsError
 from ops_platform.recovery import facts
 from ops_platform.recovery.findings import Finding, verdict_of
@@ -178,7 +179,10 @@ def read_tables(
         tables = sum(len(found) for found in counted.values())
         rows = sum(sum(found.values()) for found in counted.values())
         return verdict_of(
-            True, f"{tables} tables with {rows} rows in {len(counted)} databases", tables=tables, rows=rows
+            True,
+            f"{count_of(tables, 'table')} with {rows} rows in {count_of(len(counted), 'database')}",
+            tables=tables,
+            rows=rows,
         )
 
     return "select count(*) from only TABLE, for each table and materialized view", ask
@@ -227,7 +231,7 @@ def row_counts(
                     wrong.append(
                         f"{dbname}.{name}: {here[name]} rows, the source has {'' if count.exact else 'about '}{count.rows}"
                     )
-        text = "; ".join(wrong[:20]) if wrong else f"{compared} tables within {tolerance:.0%}"
+        text = "; ".join(wrong[:20]) if wrong else f"{count_of(compared, 'table')} within {tolerance:.0%}"
         return verdict_of(not wrong, text, compared=compared)
 
     return "count(*) here against the source's count(*) or pg_stat_all_tables.n_live_tup", ask
@@ -320,7 +324,7 @@ def extensions(sandbox: Sandbox, moment: SourceMoment | None) -> tuple[str, Call
             return Finding(
                 UNCHECKED, "; ".join(other[:10]) + "; verify on a machine with the source's system libraries"
             )
-        return verdict_of(True, f"{looked} extensions, versions as on the source; collation versions match")
+        return verdict_of(True, f"{count_of(looked, 'extension')}, versions as on the source; collation versions match")
 
     return "pg_extension, pg_available_extensions, datcollversion, collversion", ask
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from ops_platform.actions import Ruling
+from ops_platform.counting import count_of
 from ops_platform.inventory.remediation import Budget, CircuitBreaker
 from ops_platform.inventory.values import format_duration
 
@@ -95,7 +96,7 @@ def _breaker(claims: Sequence[Claim], breaker: CircuitBreaker, now: datetime) ->
         return Ruling(
             name,
             False,
-            f"open: {len(recent)} actions of this playbook did not help; one is tried from {again:%Y-%m-%d %H:%M} UTC on",
+            f"open: {count_of(len(recent), 'action')} of this playbook did not help; one is tried from {again:%Y-%m-%d %H:%M} UTC on",
         )
     if any(c.ended_at is None for c in claims):
         return Ruling(name, False, "half open, and its one trial goes on")

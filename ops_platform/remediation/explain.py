@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ops_platform.actions import Case, Plan, Ruling
 from ops_platform.actions.guards import rule_all
 from ops_platform.clients.prometheus import Measured
+from ops_platform.counting import count_of
 from ops_platform.errors import OpsError, UsageError
 from ops_platform.inventory.remediation import MetricCheck
 from ops_platform.remediation.claims import Claim, rule_on
@@ -56,7 +57,7 @@ class Explained:
             yield f"  {name} = {value}"
         if self.plan is not None:
             changes = self.plan["changes"]
-            yield f"  plan {self.plan['digest'][:12]} with {len(changes)} changes"
+            yield f"  plan {self.plan['digest'][:12]} with {count_of(len(changes), 'change')}"
             for change in changes[:20]:
                 yield f"    {change['kind']} {change['object']}"
         for ruling in self.rulings or ():
@@ -97,7 +98,7 @@ def _judge(access: Access, store: Store, decision: Decision) -> tuple[Plan | Non
     try:
         plan = decision.playbook.action(worker.context(incident, decision)).plan()
     except OpsError as error:
-        return None, [Ruling("plan", False, str(error))]
+        return None, [Ruling("plan", False, error.line)]
     rulings = list(rule_all(worker.guards(incident, decision, None), Case(plan, None, now)))
     limits = bounds(access.inventory, rule)
     claim = Claim(incident.id, 1, rule.id, decision.subject.id, failure_domain(decision.subject), rule.playbook, now)

@@ -42,7 +42,7 @@ class Fenced:
         try:
             pause = self.worker.store.still_mine(self.incident)
         except ConflictError as error:
-            return Applied(Outcome.CONTENDED, str(error))
+            return Applied(Outcome.CONTENDED, error.line)
         if pause is not None:
             return Applied(Outcome.REFUSED, f"everything is paused by {pause.who}: {pause.why}")
         if self._wanted:
@@ -61,7 +61,7 @@ class Fenced:
                 applied = self.inner.apply(change)
                 note("outcome", applied.outcome.value)
         except OpsError as error:
-            self._note(change, {"outcome": "failed", "reason": str(error), "detail": {}})
+            self._note(change, {"outcome": "failed", "reason": error.line, "detail": {}})
             raise
         self._note(change, applied.as_json())
         return applied

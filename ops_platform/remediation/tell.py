@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ops_platform.clients.slack import LONGEST, escape, fitting
+from ops_platform.counting import count_of
 from ops_platform.errors import OpsError, UnreachableError
 from ops_platform.remediation.model import Incident, Message, State
 from ops_platform.remediation.playbook import playbook
@@ -110,7 +111,7 @@ class _Teller:
             (self.incident(m).rule, newest[m.incident].value) for m in {m.incident: m for m in told}.values()
         )
         lines = [f"• {escape(rule)}: {number} {state}" for (rule, state), number in rules.most_common(20)]
-        text = f"{len(newest)} incidents at once"
+        text = f"{count_of(len(newest), 'incident')} at once"
         body = "\n".join(
             [
                 f":warning: *{text}*",

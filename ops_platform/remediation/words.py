@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from ops_platform.counting import count_of
 from ops_platform.ledger import Entry
 from ops_platform.remediation.model import Approval, Incident, State
 
@@ -29,7 +30,8 @@ def _lines(incident: Incident, record: Sequence[Entry], decision: Approval | Non
     if decision is not None:
         yield f"  {decision.decision}d by {decision.who} via {decision.via} at {_at(decision.at)}"
     for entry in record:
-        yield f"  {_at(entry.at)}  {entry.kind.removeprefix('incident.')}: {entry.body.get('reason', '')}  ({entry.actor}, entry {entry.seq})"
+        what, why = entry.kind.removeprefix("incident."), entry.body.get("reason", "")
+        yield f"  {_at(entry.at)}  {what}{f': {why}' if why else ''}  ({entry.actor}, entry {entry.seq})"
     if incident.state is State.WAITING:
         yield f"  to approve: ops incidents approve {incident.id} --digest {(incident.digest or '')[:12]}"
 
@@ -39,7 +41,7 @@ def plan_lines(incident: Incident) -> list[str]:
         return []
     became = {entry["object"]: entry for entry in incident.outcomes}
     changes: Sequence[Mapping[str, Any]] = incident.plan["changes"]
-    found = [f"  plan {(incident.digest or '')[:12]} with {len(changes)} changes"]
+    found = [f"  plan {(incident.digest or '')[:12]} with {count_of(len(changes), 'change')}"]
     for change in changes[:_MOST]:
         done = became.get(change["object"])
         what = f"{done['outcome']}: {done['reason']}" if done else f"{change['before']} → {change['after']}"

@@ -160,7 +160,7 @@ class Worker:
         try:
             decision = resolve(self.access.inventory, rule_named(self.access.inventory, incident.rule), incident.signal)
         except OpsError as error:
-            return self._escalate(incident, str(error))
+            return self._escalate(incident, error.line)
         if isinstance(decision, Unresolved):
             return self._escalate(incident, decision.problem)
         now_named = (decision.playbook.name, decision.subject.id)
@@ -180,7 +180,7 @@ class Worker:
         try:
             signal = self.eyes.look(incident)
         except OpsError as error:
-            return self._put_off(incident, [Ruling("signal", False, f"its source cannot be asked: {error}")])
+            return self._put_off(incident, [Ruling("signal", False, f"its source cannot be asked: {error.line}")])
         if signal is None or signal.ends_at is not None:
             ended = signal.ends_at if signal and signal.ends_at else now
             return self.store.end_signal(incident, ended, actor=self.actor)
@@ -205,18 +205,18 @@ class Worker:
             action = Fenced(decision.playbook.action(self.context(incident, decision)), self, incident)
             rulings = self.guards(incident, decision, approver)
         except OpsError as error:
-            return self._put_off(incident, [Ruling("plan", False, str(error))])
+            return self._put_off(incident, [Ruling("plan", False, error.line)])
         try:
             result = run_action(
                 action, ledger=self.store.ledger, guards=rulings, approve_digest=approved, actor=self.actor,
                 clock=self.clock, admit=lambda case: self._admit(action, decision, case, rulings),
             )  # fmt: skip
         except RefusedError as error:
-            return self._put_off(incident, [Ruling("precondition", False, str(error))])
+            return self._put_off(incident, [Ruling("precondition", False, error.line)])
         except OpsError as error:
             if action.incident.state is State.APPLYING:
-                return self._after_failure(action.incident, decision, str(error))
-            return self._put_off(incident, [Ruling("plan", False, str(error))])
+                return self._after_failure(action.incident, decision, error.line)
+            return self._put_off(incident, [Ruling("plan", False, error.line)])
         if action.incident.state is not State.APPLYING:
             return self._not_applied(incident, decision, result)
         return self._applied(action.incident, decision, result)
@@ -405,7 +405,7 @@ class Worker:
                 return Measured.GOOD, "the playbook's own look found it done"
             signal = self.eyes.look(incident)
         except OpsError as error:
-            return Measured.UNKNOWN, str(error)
+            return Measured.UNKNOWN, error.line
         if signal is None or signal.ends_at is not None:
             return Measured.GOOD, "the alert has ended"
         return Measured.NOT_YET, "the alert still fires"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from ops_platform.counting import count_of
 from ops_platform.drills.forecast import Forecast
 from ops_platform.drills.model import DrillCard, Finding
 from ops_platform.drills.overdue import Standing
@@ -101,7 +102,7 @@ def _strip(card: DrillCard, number: int, total: float) -> Strip:
         )
         for o in probe.outages
     ]
-    many = f"{probe.attempts} attempts, {probe.failed} failed; unavailable for {duration(probe.unavailable_seconds)}"
+    many = f"{count_of(probe.attempts, 'attempt')}, {probe.failed} failed; unavailable for {duration(probe.unavailable_seconds)}"
     resolution = f"; one attempt every {probe.resolution_ms:.0f} ms (99th percentile)" if probe.resolution_ms else ""
     return Strip(probe.step, seen, bars, many + resolution)
 

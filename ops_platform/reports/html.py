@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import quote
 
 from ops_platform.backup.model import BackupInfo, RecoveryWindow
+from ops_platform.counting import count_of
 from ops_platform.errors import OpsError, UsageError
 from ops_platform.inventory.model import Backed
 from ops_platform.recovery.model import Gate, GateStatus, Objective, Scorecard, Verdict
@@ -41,7 +42,7 @@ from ops_platform.reports.standing import (
     tone_of,
     verdict_words,
 )
-from ops_platform.reports.words import capital, counted, duration, moment, plain, shortened, size, utc
+from ops_platform.reports.words import capital, duration, moment, plain, shortened, size, utc
 
 if TYPE_CHECKING:
     import jinja2
@@ -308,7 +309,7 @@ _FILTERS: dict[str, Callable[..., str]] = {
 _NAMES: dict[str, object] = {
     "Verdict": Verdict,
     "age": age,
-    "counted": counted,
+    "counted": count_of,
     "data_docs": data_docs,
     "detail_items": detail_items,
     "gate_words": GATE_WORDS,

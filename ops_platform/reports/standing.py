@@ -12,8 +12,9 @@ from enum import StrEnum
 from itertools import pairwise
 
 from ops_platform.backup.model import RecoveryWindow
+from ops_platform.counting import count_of
 from ops_platform.recovery.model import GateStatus, Objective, Scorecard, Verdict
-from ops_platform.reports.words import counted, duration, long_moment, sentence, shortened, utc
+from ops_platform.reports.words import duration, long_moment, sentence, shortened, utc
 
 # A proof dated this far ahead of the page's clock is a clock that is off, and its age is worth nothing.
 CLOCK_SLACK = timedelta(minutes=5)
@@ -126,7 +127,9 @@ def reach(name: str, window: RecoveryWindow | None, *, proven: bool) -> str:
     holes = holes_of(window)
     if holes:
         lost = sum((end - begin for begin, end in holes), timedelta(0))
-        text += f", except for {counted(len(holes), 'gap')} of {duration(lost)}" + (" in all" if len(holes) > 1 else "")
+        text += f", except for {count_of(len(holes), 'gap')} of {duration(lost)}" + (
+            " in all" if len(holes) > 1 else ""
+        )
     return f"{text}."
 
 
@@ -139,7 +142,7 @@ def holes_of(window: RecoveryWindow) -> list[tuple[datetime, datetime]]:
 def found_words(scorecard: Scorecard) -> str:
     """What the checks of a passed verification found."""
     counts = gate_counts(scorecard)
-    text = f"found nothing wrong in {counted(counts[GateStatus.PASSED], 'check')}"
+    text = f"found nothing wrong in {count_of(counts[GateStatus.PASSED], 'check')}"
     skipped = counts[GateStatus.NOT_APPLICABLE]
     return text + (f" ({skipped} more did not apply)" if skipped else "")
 
@@ -193,14 +196,14 @@ def _why_failed(card: Scorecard) -> str:
     """How many checks stand in the way; where none does, the record's own reason."""
     failed = gate_counts(card)[GateStatus.FAILED]
     if failed:
-        return f" in {failed} of {counted(len(card.gates), 'check')}."
+        return f" in {failed} of {count_of(len(card.gates), 'check')}."
     return f": {sentence(shortened(card.reason, 300))}"
 
 
 def _why_unknown(card: Scorecard) -> str:
     unmade = gate_counts(card)[GateStatus.COULD_NOT_CHECK]
     if unmade:
-        return f"{unmade} of {counted(len(card.gates), 'check')} could not be made"
+        return f"{unmade} of {count_of(len(card.gates), 'check')} could not be made"
     return shortened(card.reason, 300)
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ops_platform.clients.elasticsearch import Elasticsearch
 from ops_platform.clock import Clock
+from ops_platform.counting import count_of
 from ops_platform.errors import (
     ConflictError,
     CorruptionError,
@@ -178,7 +179,7 @@ class ElasticsearchStore:
         def readable() -> Finding:
             found = sum(1 for _ in read_indices(saved))
             same = found == saved.facts["indices"]
-            return Finding(PASSED if same else FAILED, f"{found} indices")
+            return Finding(PASSED if same else FAILED, count_of(found, "index", "indices"))
 
         def there() -> Finding:
             facts = saved.facts
@@ -285,7 +286,7 @@ class RestoredElasticsearch:
                 moved += 1
             elif here["mappings" if what == "mapping" else what] != known[what]:
                 wrong.append(known["name"])
-        text = f"differ: {', '.join(wrong[:10])}" if wrong else f"{len(self.chosen)} indices"
+        text = f"differ: {', '.join(wrong[:10])}" if wrong else count_of(len(self.chosen), "index", "indices")
         return Finding(FAILED if wrong else PASSED, text + (f"; {moved} changed meanwhile" if moved else ""))
 
     def _counted(self) -> Finding:

@@ -24,6 +24,7 @@ from urllib.parse import quote
 from ops_platform.clients.kafka import Kafka, Said, heard
 from ops_platform.clients.kafka_quotas import Quota, describe_quotas, set_quotas
 from ops_platform.clients.postgres_binaries import free_port
+from ops_platform.counting import count_of
 from ops_platform.errors import ConflictError, CorruptionError, CouldNotVerifyError, OpsError, UnreachableError
 from ops_platform.stores.kind import FAILED, NOT_APPLICABLE, PASSED, Check, Dumped, Finding, Parts, Saved
 from ops_platform.stores.servers import Server, find_program
@@ -81,7 +82,7 @@ class KafkaStore:
 
     def look(self) -> str:
         kafka, said = self.access.kafka(self.system), Said()
-        return f"{len(self._topics(kafka, kafka.admin(said), said))} topics"
+        return count_of(len(self._topics(kafka, kafka.admin(said), said)), "topic")
 
     def dump(self, parts: Parts) -> Dumped:
         kafka, said = self.access.kafka(self.system), Said()
@@ -411,7 +412,7 @@ class RestoredKafka:
                 for key, value in _here(known[resource.name]["config"]).items()
                 if entries[key].value != value
             ]
-        text = f"differ: {', '.join(wrong[:10])}" if wrong else f"{len(known)} topics"
+        text = f"differ: {', '.join(wrong[:10])}" if wrong else count_of(len(known), "topic")
         return Finding(FAILED if wrong else PASSED, text)
 
     def _records(self, number: int, known: Mapping[str, Any]) -> Finding:
@@ -442,7 +443,7 @@ class RestoredKafka:
             wrong += [group] if found != committed else []
         if not wanted:
             return Finding(NOT_APPLICABLE, "no group has offsets in the topics whose records are kept")
-        text = f"differ: {', '.join(wrong[:10])}" if wrong else f"{len(wanted)} groups"
+        text = f"differ: {', '.join(wrong[:10])}" if wrong else count_of(len(wanted), "group")
         return Finding(FAILED if wrong else PASSED, text)
 
 

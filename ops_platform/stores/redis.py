@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ops_platform.clients.redis import SLOTS, Member, Redis, RedisSession, redis_error, slot_ranges
+from ops_platform.counting import count_of
 from ops_platform.errors import ConflictError, CorruptionError, CouldNotVerifyError, OpsError
 from ops_platform.stores.kind import FAILED, NOT_APPLICABLE, PASSED, UNCHECKED, Check, Dumped, Finding, Parts, Saved
 from ops_platform.stores.servers import Server, find_program, socket_path
@@ -275,7 +276,7 @@ class RestoredRedis:
         # A key whose time has come is not loaded any more.
         lost = max(before["expires"], after["expires"])
         good = low - changes - lost <= here["keys"] <= high + changes
-        text = f"{here['keys']} keys; the source had {before['keys']} before and {after['keys']} after, {changes} changes at most between"
+        text = f"{here['keys']} keys; the source had {before['keys']} before and {after['keys']} after, {count_of(changes, 'change')} at most between"
         return Finding(PASSED if good else FAILED, text + (f", {lost} of them with a time to live" if lost else ""))
 
     def _sample(self, session: RedisSession, shard: Mapping[str, Any]) -> Finding:

@@ -355,7 +355,7 @@ def test_from_the_first_entry_to_an_auditor_by_the_command_line(platform: Platfo
     assert answer(found) == 0
     assert (json.loads(found.stdout)["anchored_seq"], json.loads(found.stdout)["checkpoints"]) == (6, 1)
     sound = ops(platform, "ledger", "verify")
-    assert "1 checkpoints fit, the newest covers entry 6, 1 entries behind it" in sound.stdout
+    assert "1 checkpoint fits, the newest covers entry 6, 1 entry behind it" in sound.stdout
     assert "checkpoint 2 written" in sound.stderr
 
     proof = json.loads(ops(platform, "ledger", "prove", "3", "--json").stdout)

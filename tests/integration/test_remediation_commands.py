@@ -118,8 +118,11 @@ def test_an_approval_that_was_given_and_has_expired_lets_nothing_be_applied(new_
 
 def test_without_a_digest_the_plan_is_shown_and_asked_about(waiting: tuple[Desk, Incident]) -> None:
     desk, incident = waiting
-    asked = ops(desk, "incidents", "approve", incident.id, code=130, typed="n\n")
+    asked = ops(desk, "incidents", "approve", incident.id, code=1, typed="n\n")
     assert "lamp" in asked.stdout
+    assert "you said no" in asked.stderr
+    nobody = ops(desk, "incidents", "approve", incident.id, code=2)
+    assert f"give --digest {digest(incident)[:12]}" in nobody.stderr
     assert desk.store.decision(incident) is None
     ops(desk, "incidents", "approve", incident.id, typed="y\n")
     assert desk.store.decision(incident) is not None
@@ -129,8 +132,9 @@ def test_what_is_refused_by_command_is_closed_by_the_next_run_and_cannot_be_appr
     waiting: tuple[Desk, Incident],
 ) -> None:
     desk, incident = waiting
-    ops(desk, "incidents", "refuse", incident.id, "--digest", digest(incident))
+    ops(desk, "incidents", "refuse", incident.id, "--digest", digest(incident), "--why", "the sale is on")
     assert desk.work(incident).ending is Ending.REFUSED
+    assert "refuse: the sale is on  (ann" in ops(desk, "incidents", "show", incident.id).stdout
     for words in (["--digest", digest(incident)], []):  # without it nobody is asked first
         late = ops(desk, "incidents", "approve", incident.id, *words, code=1)
         assert "the incident is closed, and not waiting" in late.stderr
@@ -284,3 +288,5 @@ def test_an_undo_is_asked_for_where_something_can_be_undone_alone(new_desk: NewD
     assert desk.work(incident).can_be_undone
     for outcome in desk.store.get(incident.id).outcomes:
         assert outcome["change"]["reversible"]
+    ops(desk, "incidents", "undo", incident.id)
+    assert "it is being undone already" in ops(desk, "incidents", "undo", incident.id, code=1).stderr

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 LAYER = ("assets", "jobs", "schedules", "sensors")
 SPEAKS_DAGSTER = ("ops_platform.resources", "ops_platform.definitions", *LAYER)
 
-GROUND = ("errors", "clock")
+GROUND = ("errors", "clock", "counting")
 DOMAINS = (
     "access",
     "backup",

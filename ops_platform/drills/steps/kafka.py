@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from ops_platform.clients.kafka import Kafka, Said, heard
+from ops_platform.counting import count_of
 from ops_platform.drills.askers import topic_of
 from ops_platform.drills.model import Checked, Confidence, Done, Measured, Resource
 from ops_platform.drills.registry import Context, NothingGiven, Remover, does, removes
@@ -96,7 +97,11 @@ def fit(context: Context, given: Fit) -> Done:
         ),
         _robust(kafka, metadata, given),
     )  # fmt: skip
-    return Done(f"{len(brokers)} brokers, {len(behind)} partitions under-replicated", {"brokers": brokers}, checks)
+    return Done(
+        f"{count_of(len(brokers), 'broker')}, {count_of(len(behind), 'partition')} under-replicated",
+        {"brokers": brokers},
+        checks,
+    )
 
 
 def _robust(kafka: Kafka, metadata: Any, given: Fit) -> Checked:

@@ -13,9 +13,9 @@ class Decisions(Tables):
     """Approvals and the pause."""
 
     def decide(
-        self, incident: Incident, digest: str, decision: str, *, who: str, via: str, valid_for: timedelta
+        self, incident: Incident, digest: str, decision: str, *, who: str, via: str, valid_for: timedelta, why: str = ""
     ) -> Approval:
-        """Approve or refuse exactly this plan. Raises ConflictError where the incident is not waiting for it any more."""
+        """Approve or refuse exactly this plan; `why` stands in the ledger. Raises ConflictError where the incident is not waiting for it any more."""
         now = self.clock.now()
         with self.transaction() as t:
             row = t.connection.execute(
@@ -34,6 +34,8 @@ class Decisions(Tables):
                 [incident.id, digest, decision, who, via, now, now + valid_for],
             )
             body = {"incident": incident.id, "digest": digest, "decision": decision, "via": via}
+            if why:
+                body["reason"] = why
             t.append(f"incident.{decision}", incident.subject, body, actor=who)
         return Approval(incident.id, digest, decision, who, via, now, now + valid_for)
 

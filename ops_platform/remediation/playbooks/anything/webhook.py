@@ -18,6 +18,7 @@ from urllib.parse import quote, urlsplit
 from pydantic import Field, model_validator
 
 from ops_platform.actions import Action, Applied, Change, Check, Outcome, Plan, Verification
+from ops_platform.counting import count_of
 from ops_platform.errors import NotThereError, OpsError, UnreachableError
 from ops_platform.inventory.base import Strict
 from ops_platform.inventory.values import PositiveDuration, SecretRef, Url
@@ -122,7 +123,7 @@ class WebhookAction:
             else:
                 return Applied(Outcome.APPLIED, f"accepted with {status}", {"status": status, "attempts": attempt})
         raise UnreachableError(
-            f"not accepted after {self.parameters.attempts} attempts, though one may have arrived: {said}",
+            f"not accepted after {count_of(self.parameters.attempts, 'attempt')}, though one may have arrived: {said}",
             where=self.parameters.url,
             remedy="look at the receiver's log for the incident's id",
         )
