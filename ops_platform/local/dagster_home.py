@@ -23,6 +23,8 @@ def prepare() -> dict[str, str]:
     if not password.exists():
         raise UnreachableError("the local stack has no platform database yet", where=str(state), remedy="ops local up")
     return {
+        # A run is begun by a process that first loads everything: on a small machine that is busy this takes more than Dagster's minute.
+        "DAGSTER_GRPC_TIMEOUT_SECONDS": "180",
         **os.environ,
         "DAGSTER_HOME": str(home),
         "DAGSTER_PG_HOST": database.host,
