@@ -906,6 +906,18 @@ def test_the_cover_says_what_is_in_the_pack_and_claims_no_more() -> None:
     assert "No entry fits. That none does is itself verified." in read(evidence_cover(make_cover(0))).one("main").text
 
 
+def test_the_cover_names_runs_and_copies_as_people_do() -> None:
+    body = {"backups": ["b1"], "bytes": 512, "copy": "second-site", "objects": 18, "store": "s3://copies", "wrong": []}
+    copied = Entry(
+        7, NOW, "backup.copied", "dagster run b19aecbf-520b-4337-a723-a5746bfba407", "app-db", json.dumps(body), "0" * 64, "f" * 64
+    )  # fmt: skip
+    main = read(evidence_cover(replace(make_cover(0), shown=[copied]))).one("main").text
+    assert "copy second-site · store s3://copies · objects 18 · bytes 512" in main
+    assert "dagster run b19aecbf" in main
+    assert "b19aecbf-520b" not in main
+    assert "incident.*, action.*" in main
+
+
 # The index
 
 
