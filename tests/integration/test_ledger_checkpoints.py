@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ops_platform.clients.objectstore import ObjectInfo
 from ops_platform.clients.vault import TransitSigner
 from ops_platform.errors import (
     ConflictError,
@@ -269,6 +270,22 @@ def test_one_that_was_deleted_is_missed(signed: Checkpoints, number: int) -> Non
         signed.fill(1)
         with pytest.raises(NotThereError, match="checkpoint 3 was put here"):
             signed.anchored().write()
+
+
+def test_a_listing_that_lags_behind_makes_no_checkpoint_gone(
+    signed: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list_ = signed.s3.list
+
+    def behind(prefix: str = "", *, start_after: str = "") -> Iterator[ObjectInfo]:
+        return (info for info in list_(prefix, start_after=start_after) if info.key != signed.store.key(3))
+
+    monkeypatch.setattr(signed.s3, "list", behind)
+    signed.fill(1)
+    made, new = signed.anchored().write()
+    assert made is not None
+    assert (made.number, new) == (4, True)
+    assert made.previous == Checkpoint.parse(signed.raw(3)).sha256
 
 
 def test_all_of_them_deleted_are_missed(signed: Checkpoints) -> None:
