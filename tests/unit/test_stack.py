@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from itertools import permutations
 from pathlib import Path
@@ -12,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ops_platform.drills.stack import advice, critical_path, needed_by
-from ops_platform.errors import InventoryError
+from ops_platform.drills.steps.stack import in_turn
+from ops_platform.errors import InventoryError, OpsError
 from ops_platform.inventory import load
 from tests.remediation_rig import inventory_body
 
@@ -76,3 +78,46 @@ def test_a_circle_of_dependencies_is_named(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(body))
     with pytest.raises(InventoryError, match="there is no target or system 'nobody'"):
         load(file)
+
+
+def test_what_needs_nothing_of_another_is_done_side_by_side_and_the_rest_in_turn() -> None:
+    together, log = threading.Barrier(2), list[str]()
+
+    def work(name: str) -> str:
+        if name in ("db", "cache"):
+            together.wait(60)  # one alone would wait for the other for ever
+        log.append(name)
+        return name.upper()
+
+    needs = {"vault": [], "db": ["vault"], "cache": ["vault"], "shop": ["db", "cache"]}
+    assert in_turn(needs, 2, work) == {name: name.upper() for name in needs}
+    assert (log[0], log[-1]) == ("vault", "shop")
+
+
+def test_no_more_are_done_at_once_than_may_be() -> None:
+    busy, most = list[str](), list[int]()
+
+    def work(name: str) -> None:
+        busy.append(name)
+        most.append(len(busy))
+        busy.remove(name)
+
+    in_turn({name: [] for name in "abcdef"}, 1, work)
+    assert most == [1] * 6
+
+
+def test_one_that_raises_lets_the_others_end_and_no_other_begin() -> None:
+    begun, raised = list[str](), threading.Event()
+
+    def work(name: str) -> None:
+        begun.append(name)
+        if name == "a":
+            raised.set()
+            raise OpsError("it broke")
+        assert raised.wait(60)
+        begun.append(f"{name} ended")
+
+    with pytest.raises(OpsError, match="it broke"):
+        in_turn({"a": [], "b": [], "d": ["a"]}, 2, work)
+    assert "b ended" in begun
+    assert "d" not in begun

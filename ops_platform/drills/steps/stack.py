@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from graphlib import TopologicalSorter
+from queue import Queue
+from threading import Thread
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from ops_platform.clients.access import Access
     from ops_platform.inventory.model import Backed
 
+T = TypeVar("T")
 _HOLDS = {Verdict.PASS: True, Verdict.FAIL: False, Verdict.COULD_NOT_VERIFY: None}
 
 
@@ -103,25 +107,29 @@ def _has_backup(access: Access, name: str) -> Checked:
     return Checked(title=title, holds=bool(found), query=query, result=found[-1] if found else "none")
 
 
-@does("stack.restore", "act", given=Stack, changes=lambda _given: "sandboxes, one after the other, which go again")
-def restore(context: Context, given: Stack) -> Done:
-    """The newest backup of each into its sandbox, looked at as in a verification, one after the other: the next one begins when its turn comes,
-    and how long it would take side by side is computed. One that cannot be restored does not keep the others from their turn."""
+class Restoring(Stack):
+    """Of `stack.restore`."""
+
+    at_once: int = Field(default=1, ge=1, le=16, description="How many are restored side by side at most.")
+
+
+@does(
+    "stack.restore", "act", given=Restoring,
+    changes=lambda given: f"sandboxes, {given.at_once} at a time at most, which go again",
+)  # fmt: skip
+def restore(context: Context, given: Restoring) -> Done:
+    """The newest backup of each into its sandbox, looked at as in a verification, once all that it needs has been; side by side where nothing
+    depends on one another, as many as may be at once. One that cannot be restored does not keep the others from their turn."""
     found = _order(context, given)
     inventory = context.access.inventory
-    parts: list[dict[str, Any]] = []
-    checks: list[Checked] = []
-    for name in found.kept:
-        context.alive()
-        target = inventory.backed(name)
-        register_sandbox(context, target)
-        began = context.clock.monotonic()
-        card = _verified(context.access, target)
-        took = context.clock.monotonic() - began
-        parts.append(part_of(target, card, found.needs[name], took))
-        checks.append(look_of(name, card, took))
+    began = context.clock.monotonic()
+    kept = {name: found.needs[name] for name in found.kept}
+    ended = in_turn(kept, given.at_once, lambda name: _restored(context, name, found.needs[name], began))
+    parts = [ended[name][0] for name in found.kept]
+    checks = [ended[name][1] for name in found.kept]
     good = sum(check.holds is True for check in checks)
-    said = f"{good} of {len(parts)} were restored and looked at"
+    said = f"{good} of {len(parts)} were restored and looked at, in {context.clock.monotonic() - began:.1f} s"
+    said += f" with up to {given.at_once} side by side" if given.at_once > 1 else ""
     said += f"; skipped, and not proven: {', '.join(found.skipped)}" if found.skipped else ""
     skipped = [
         {"target": name, "kind": inventory.subject(name).kind, "needs": found.needs[name], "verdict": "SKIPPED", "seconds": None, "said": why}
@@ -129,6 +137,46 @@ def restore(context: Context, given: Stack) -> Done:
     ]  # fmt: skip
     facts = {"parts": parts, "skipped": skipped, "versions": {part["target"]: part["server"] for part in parts}}
     return Done(said, facts, tuple(checks))
+
+
+def in_turn(needs: Mapping[str, Sequence[str]], at_once: int, work: Callable[[str], T]) -> dict[str, T]:
+    """Each when all that it needs has ended. Where one raises, those that have begun come to their end, and no other begins."""
+    turns = TopologicalSorter(needs)
+    turns.prepare()
+    outcomes: Queue[tuple[dict[str, T], str, Exception | None]] = Queue()
+    ready, running, ended = list[str](), set[str](), dict[str, T]()
+    failed: Exception | None = None
+
+    def run(name: str) -> None:
+        try:
+            outcomes.put(({name: work(name)}, name, None))
+        except Exception as error:  # noqa: BLE001 - raised again in the thread that waits
+            outcomes.put(({}, name, error))
+
+    while running or (failed is None and turns.is_active()):
+        ready += turns.get_ready()
+        while failed is None and ready and len(running) < at_once:
+            running.add(name := ready.pop(0))
+            Thread(target=run, args=[name], name=f"restore {name}", daemon=True).start()
+        found, name, error = outcomes.get()
+        running.remove(name)
+        ended |= found
+        failed = failed or error
+        turns.done(name)
+    if failed is not None:
+        raise failed
+    return ended
+
+
+def _restored(context: Context, name: str, needs: list[str], since: float) -> tuple[dict[str, Any], Checked]:
+    """`began`: seconds after the first of all."""
+    began = context.clock.monotonic()
+    context.alive()
+    target = context.access.inventory.backed(name)
+    register_sandbox(context, target)
+    card = _verified(context.access, target)
+    took = context.clock.monotonic() - began
+    return {**part_of(target, card, needs, took), "began": round(began - since, 3)}, look_of(name, card, took)
 
 
 def _served(card: Scorecard) -> float | None:
