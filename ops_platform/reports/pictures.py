@@ -55,7 +55,7 @@ def drill_picture(card: DrillCard) -> str:
     rows = [
         _Row(
             _MARGIN + n * _ROW,
-            shortened(bar.name, 22),
+            shortened(bar.name, 20),
             bar.left,
             bar.width,
             _took(bar),
