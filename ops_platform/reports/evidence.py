@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from ops_platform.ledger import Entry
@@ -30,17 +29,11 @@ _TELLING = (
     "summary",
 )
 _MOST = 220
-_RUN = re.compile(r"(dagster run [0-9a-f]{8})-[0-9a-f-]{27}")
 
 
 def evidence_cover(cover: Cover) -> str:
     """The page. Every text of an entry is escaped, and what is long is cut: the whole of it stands in the pack's entries."""
-    return render("evidence.html.j2", cover=cover, now=cover.made_at, gist=gist, actor=actor)
-
-
-def actor(entry: Entry) -> str:
-    """Who it was. A run of Dagster by the eight digits by which Dagster's own pages name it."""
-    return _RUN.sub(r"\1", entry.actor)
+    return render("evidence.html.j2", cover=cover, now=cover.made_at, gist=gist)
 
 
 def gist(entry: Entry) -> str:

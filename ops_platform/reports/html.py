@@ -42,7 +42,7 @@ from ops_platform.reports.standing import (
     tone_of,
     verdict_words,
 )
-from ops_platform.reports.words import capital, duration, moment, plain, shortened, size, utc
+from ops_platform.reports.words import capital, duration, moment, plain, shortened, size, utc, who
 
 if TYPE_CHECKING:
     import jinja2
@@ -305,6 +305,7 @@ _FILTERS: dict[str, Callable[..., str]] = {
     "capital": capital,
     "shortened": shortened,
     "verdict": verdict_words,
+    "who": who,
 }
 _NAMES: dict[str, object] = {
     "Verdict": Verdict,

@@ -12,6 +12,14 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
+_RUN = re.compile(r"(dagster run [0-9a-f]{8})-[0-9a-f-]{27}")
+
+
+def who(actor: str) -> str:
+    """Who did it. A run of Dagster by the eight digits by which Dagster's own pages name it."""
+    return _RUN.sub(r"\1", actor)
+
+
 def duration(seconds: float | timedelta) -> str:
     """`4 min 12 s`, `1.8 s`, `14 d 6 h`: the two largest units, rounded first, so that there is never `60 s`."""
     value = seconds.total_seconds() if isinstance(seconds, timedelta) else float(seconds)

@@ -338,6 +338,11 @@ def test_a_probe_breaks_a_drill_off_only_once_it_has_seen_the_target_well(answer
     assert bool(aborted) is answered
 
 
+def test_the_page_of_a_drill_names_a_run_as_dagster_does() -> None:
+    held = a_card(1).model_copy(update={"operator": "dagster run be6c3958-250a-4126-b6e8-e4f29f8f08c5"})
+    assert "<dd>dagster run be6c3958</dd>" in drill_report(held, NOW)
+
+
 def test_the_strip_of_a_probe_is_drawn_for_as_long_as_it_looked() -> None:
     card = a_card(1)
     (probe,) = card.probes
