@@ -162,7 +162,7 @@ def connection_error(message: str, where: str, user: str) -> OpsError:
          "raise max_connections, or the connection limit of the role or database"),
         (("does not exist",), NotThereError, text.rpartition("FATAL: ")[2].strip(), "correct dbname or user in the inventory"),
         (("certificate", "SSL", "sslmode"), UnreachableError, f"TLS failed: {text}",
-         "set tls.ca to the server's CA, or tls.mode for a server without TLS"),
+         "set tls.ca to the server's CA, or tls.mode for a server without TLS (of ops init: --ca, --tls)"),
         (("starting up", "shutting down", "not yet accepting"), UnreachableError, "the server is starting or stopping", "try again soon"),
     )  # fmt: skip
     for needles, kind, what, remedy in cases:

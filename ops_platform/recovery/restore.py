@@ -236,7 +236,7 @@ def _replay(
         replay = time.monotonic() - began
     return Restored(
         target.id, backup.backup_id, str(recovery), str(into), dict(fetched.tablespaces), str(lsn), newest,
-        because, timeline, fetched.raw, fetcher.fetched_bytes, round(fetched.seconds, 3), round(replay, 3), str(install.bindir),
+        because, timeline, fetched.raw, max(0, lsn - backup.start), round(fetched.seconds, 3), round(replay, 3), str(install.bindir),
     )  # fmt: skip
 
 
@@ -293,6 +293,7 @@ def _begin(engine: BackupEngine, target: Target, recovery: RecoveryTarget, into:
     backup = engine.choose(recovery)
     if problem := _no_room(engine.list(), backup, into):
         raise OpsError(problem, where=str(into), remedy="free space, or name a directory on another disk")
+    need_postgres(backup.server_version // 10000, target.sandbox.postgres.values())
     _check_passage(into)
     user = run_as()
     try:

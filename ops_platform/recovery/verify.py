@@ -623,7 +623,7 @@ def stored(access: Access, target: Backed, card: Scorecard) -> Scorecard:
 
 def _not_stored(card: Scorecard, error: OpsError) -> Scorecard:
     gate = Gate(
-        id="record", title="The scorecard is stored", status=GateStatus.COULD_NOT_CHECK, query="", result=str(error), seconds=0
+        id="record", title="The scorecard is stored", status=GateStatus.COULD_NOT_CHECK, query="", result=error.line, seconds=0
     )  # fmt: skip
     found = [*card.gates, gate]
     verdict, reason = verdict_of(found)

@@ -18,11 +18,12 @@ import pytest
 
 from ops_platform.backup.archive import read_archive
 from ops_platform.backup.basebackup import run_backup
+from ops_platform.backup.engine import open_engine
 from ops_platform.backup.model import Lsn, RecoveryTarget
 from ops_platform.backup.receiver import receive_range
 from ops_platform.backup.wal import parse_history
 from ops_platform.clients.postgres_binaries import PostgresServer, find_postgres, find_tool, free_port, run_as, run_tool
-from ops_platform.errors import ConflictError, OpsError, UsageError
+from ops_platform.errors import ConflictError, CouldNotVerifyError, OpsError, UsageError
 from ops_platform.recovery import restore as room
 from ops_platform.recovery.restore import Restored, dump_tables, plan, restore, work_directory
 from tests.integration.wal_rig import eventually
@@ -170,6 +171,8 @@ def test_exactly_the_rows_of_the_moment(
     done = story.restore(RecoveryTarget(kind, value, inclusive), place / "data")
     assert rows(done) == BASE + expected
     assert done.timeline == 2
+    (backup,) = open_engine(story.platform.access, story.platform.target).list()
+    assert done.wal_bytes == Lsn.parse(done.reached_lsn) - backup.start
     assert not work_directory(place / "data").exists()
 
 
@@ -263,6 +266,19 @@ def test_too_little_room_is_refused_before_anything_is_fetched(
         story.restore(wanted, place / "data")
     assert not (place / "data").exists()
     assert plan(story.platform.access, story.platform.target, wanted, place / "data").problems
+
+
+def test_without_a_server_of_its_major_nothing_is_made(
+    story: Story, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_asked: Any) -> Any:
+        raise CouldNotVerifyError("a server is needed here")
+
+    monkeypatch.setattr(room, "need_postgres", none)
+    with pytest.raises(CouldNotVerifyError, match="is needed here"):
+        story.restore(RecoveryTarget("time", story.marks["one"].at), place / "data")
+    assert not (place / "data").exists()
+    assert not work_directory(place / "data").exists()
 
 
 def test_a_target_that_recovery_does_not_reach_is_no_success(story: Story, place: Path) -> None:
