@@ -26,6 +26,9 @@ from ops_platform.clients.vault import TransitKeys
 from ops_platform.doctor import examine_store
 from ops_platform.drills.begin import Beginner, planned
 from ops_platform.drills.model import Ending
+from ops_platform.drills.runbook import runbook_of
+from ops_platform.drills.steps.basics import moment_of
+from ops_platform.drills.steps.vault import Lost, lost
 from ops_platform.errors import CorruptionError, InventoryError, UsageError
 from ops_platform.inventory.systems import StoreTarget
 from ops_platform.local.parts import program
@@ -128,9 +131,19 @@ def test_a_database_is_restored_with_the_key_of_a_restored_vault(
     card = passed(held.engine.run(begun.id))
     assert [part.target for part in card.stack] == ["vault", "app-db"]
     assert all(part.critical and part.seconds for part in card.stack)
+    (rpo,) = [objective for objective in card.objectives if objective.name == "rpo"]
+    assert (rpo.met, rpo.confidence) == (True, "bound")
+    assert rpo.measured is not None
     assert {resource.kind: resource.gone for resource in card.teardown} == {"directory": True, "sandbox": True}
     assert asked
     assert not [name for name in asked if f":{ground.place.port('vault')}/" in name]
+    # The same measured for a loss that comes later than the snapshot's promise: it does not hold, so that the drill would fail.
+    ended, records = held.store.get(begun.id), dict(held.store.steps(begun.id))
+    later = moment_of(records["loss"].facts["at"]) + vault_target.objectives.rpo
+    records["loss"] = replace(records["loss"], facts={"at": later.isoformat()})
+    context = held.engine.context(ended, runbook_of(ended).step("rpo"), records)
+    (young,) = lost(context, Lost(restored="restored", loss="loss")).checks
+    assert (young.holds, young.title) == (False, "The snapshot of vault is as young as was promised")
     for does, moment in KILLED:
         assert held.killed_when(does, moment, "keys"), f"{does} {moment}"
         held.nothing_left()

@@ -6,12 +6,17 @@ import contextlib
 from collections.abc import Generator
 from typing import Any, cast
 
+from pydantic import Field
+
 from ops_platform.clients.vault import VaultSession
-from ops_platform.drills.model import Checked, Done
+from ops_platform.drills.model import Checked, Confidence, Done
 from ops_platform.drills.registry import Context, NothingGiven, does
+from ops_platform.drills.steps.basics import measure, moment_of
 from ops_platform.drills.steps.stack import look_of, part_of, register_sandbox
 from ops_platform.errors import CouldNotVerifyError, OpsError
+from ops_platform.inventory.base import Strict
 from ops_platform.inventory.systems import StoreTarget, VaultSystem
+from ops_platform.inventory.values import Id
 from ops_platform.recovery.model import GateStatus
 
 
@@ -75,7 +80,34 @@ def restore_first(context: Context, given: NothingGiven) -> Done:
     parts = [part, part_of(target, card, [stored.id], took)]
     look = look_of(target.id, card, took)
     versions = {part["target"]: part["server"] for part in parts}
-    return Done(look.result, {"parts": parts, "versions": versions}, (opened, look))
+    latest = card.window_latest.isoformat() if card.window_latest else None
+    return Done(look.result, {"parts": parts, "versions": versions, "restorable_until": latest}, (opened, look))
+
+
+class Lost(Strict):
+    """Of `vault.lost`."""
+
+    restored: Id = Field(description="The step that restored both.")
+    loss: Id = Field(description="The step at which the loss was supposed.")
+
+
+@does("vault.lost", "measure", given=Lost)
+def lost(context: Context, given: Lost) -> Done:
+    """What of the database would have been lost: from the newest moment that its repository holds to the moment of loss, which is a bound. And
+    the age of Vault's snapshot then, against what was promised for Vault: what was written there since, keys too, is gone."""
+    stored, at = _vault_of(context), moment_of(context.fact(given.loss, "at"))
+    vault, _database = context.fact(given.restored, "parts")
+    age, allowed = at - moment_of(vault["taken"]), stored.objectives.rpo
+    young = Checked(
+        title=f"The snapshot of {stored.id} is as young as was promised", holds=age <= allowed,
+        query=f"ops backup list {stored.id}", result=f"{vault['backup']}, {age.total_seconds():.1f} s old at the loss, {allowed} are allowed",
+    )  # fmt: skip
+    until = context.fact(given.restored, "restorable_until")
+    if until is None:
+        return Done("not measured", checks=(young,), measured=(measure(context, None, "nothing was restorable"),))
+    seconds = max(0.0, (at - moment_of(until)).total_seconds())
+    found = measure(context, seconds, f"from the newest moment that is restorable ({until})", Confidence.BOUND)
+    return Done(f"{seconds:.1f} s at most; {young.result}", checks=(young,), measured=(found,))
 
 
 @contextlib.contextmanager
@@ -97,5 +129,5 @@ def _restored(context: Context, stored: StoreTarget) -> Generator[tuple[VaultSes
         copy.session.call(lambda client: client.auth.token.lookup_self(), stored.id)
         yield copy.session, {
             "target": stored.id, "kind": stored.kind, "needs": [], "verdict": "PASS", "said": copy.opened.result,
-            "backup": manifest.backup_id, "server": copy.server,
+            "backup": manifest.backup_id, "server": copy.server, "taken": manifest.moment.isoformat(),
         }  # fmt: skip
