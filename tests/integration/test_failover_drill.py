@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -21,6 +25,7 @@ from ops_platform.backup.basebackup import run_backup
 from ops_platform.backup.model import Lsn, RecoveryTarget
 from ops_platform.backup.receiver import Receiver
 from ops_platform.clients.postgres_binaries import PostgresServer, find_postgres
+from ops_platform.clients.processes import identify
 from ops_platform.drills.askers import TABLE
 from ops_platform.drills.begin import Beginner, planned
 from ops_platform.drills.loader import shipped
@@ -87,14 +92,14 @@ def result(card: DrillCard, title: str) -> str:
 
 
 def test_a_killed_primary_costs_seconds_and_no_acknowledged_write(held: Held, patroni: patroni_rig.Patroni) -> None:
-    """The archive goes on by itself over the new timeline: what was committed on both sides of the failover is restored."""
+    """The archive and the backups go on over the new timeline: what was committed on both sides of the failover is restored."""
     old, platform = patroni.leader, held.platform
     receiver = Receiver(platform.access, [platform.target], most_backoff=0.5)
     receiver.start()
     try:
         state = receiver.states[0]
         eventually(lambda: state.phase == "streaming", why=lambda: state.last_error)
-        run_backup(platform.access, platform.target)
+        first = run_backup(platform.access, platform.target)
         with old.connect() as connection:
             connection.execute("create table mark as select 'before'::text as name")
         card = passed(held.drill("failover-drill", seconds_before=2))
@@ -106,10 +111,16 @@ def test_a_killed_primary_costs_seconds_and_no_acknowledged_write(held: Held, pa
             lambda: state.timeline == line and holds(platform.repository, position, timeline=line),
             why=lambda: f"{state.phase}, timeline {state.timeline}: {state.last_error}",
         )
+        backup = run_backup(platform.access, platform.target)
+        again = across(patroni)
+        position = Lsn.parse(told(patroni.leader, "select pg_current_wal_flush_lsn()::text"))
+        eventually(lambda: holds(platform.repository, position, timeline=line), why=lambda: state.last_error)
     finally:
         receiver.stop()
         assert receiver.join(60)
-    assert restored(held, at) == ["before", "after"]
+    assert backup.timeline == line
+    assert restored(held, at) == (["before", "after"], first.backup_id)
+    assert restored(held, again) == (["before", "after", "later", "after"], backup.backup_id)
     found = measured(card)
     assert found["errors"] > 0
     assert found["rpo"] == 0
@@ -142,8 +153,8 @@ def across(patroni: patroni_rig.Patroni) -> datetime:
         return at[0]
 
 
-def restored(held: Held, at: datetime) -> list[str]:
-    """The marks as they were at the moment."""
+def restored(held: Held, at: datetime) -> tuple[list[str], str]:
+    """The marks as they were at the moment, and the backup that they came from."""
     with folder("ops-restore-") as home:
         done = restore(held.platform.access, held.platform.target, RecoveryTarget("time", at), home / "data")
         install = find_postgres(15)
@@ -152,7 +163,7 @@ def restored(held: Held, at: datetime) -> list[str]:
         server.start()
         try:
             with server.connect("postgres") as connection:
-                return [row[0] for row in connection.execute("select name from mark").fetchall()]
+                return [row[0] for row in connection.execute("select name from mark").fetchall()], done.backup_id
         finally:
             server.stop("immediate")
 
@@ -302,6 +313,22 @@ def preflight(held: Held) -> str:
     return next((r.reason for r in result.rulings if r.guard == "preflight" and not r.allows), "")
 
 
+@pytest.mark.parametrize("drill", ["failover-drill", "cut-drill"])
+def test_no_drill_begins_on_a_machine_that_is_not_the_primarys(
+    held: Held, patroni: patroni_rig.Patroni, drill: str
+) -> None:
+    """As whoever sees no process of it, and nothing of its network but what comes over the wire."""
+    if patroni.leader.place is None:
+        missing("a network of its own for each node", "making one takes root, iproute2 and nsenter")
+    elsewhere = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-m", "ops_platform.cli.main"]
+    words = [*elsewhere, "--inventory", str(held.platform.file), "drill", "plan", drill, "--json"]
+    done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=120)
+    (why,) = [one["reason"] for one in json.loads(done.stdout)["rulings"] if one["guard"] == "preflight"]
+    assert why.startswith("here: ")
+    assert f"{patroni.leader.host} is another machine's address" in why
+    assert "hold the drill on the server's machine" in why
+
+
 def test_no_drill_begins_where_etcd_has_lost_its_quorum(held: Held, patroni: patroni_rig.Patroni) -> None:
     old = patroni.leader
     with patroni.etcd.without_quorum():
@@ -339,7 +366,7 @@ def test_a_drill_in_which_etcd_loses_its_quorum_has_failed_and_its_teardown_is_p
     steps["promoted"]["within"] = "12s"
     lost = {"id": "quorum", "kind": "act", "does": "toy.loses_quorum", "needs": ["before"]}
     back = {"id": "back", "kind": "teardown", "does": "toy.has_quorum"}
-    book["steps"] = [*book["steps"][:4], lost, *book["steps"][4:-2], back, *book["steps"][-2:]]
+    book["steps"] = [*book["steps"][:5], lost, *book["steps"][5:-2], back, *book["steps"][-2:]]
     with QUORUM:
         card = card_of(drilled_by(held, book).drill("quorum", seconds_before=1))
     assert card is not None
@@ -364,6 +391,61 @@ def drilled_by(held: Held, book: dict[str, Any]) -> Held:
     return Held(held.cluster, platform)
 
 
+def test_writes_that_an_asynchronous_cluster_loses_are_counted_exactly_and_named(
+    held: Held, patroni: patroni_rig.Patroni
+) -> None:
+    """What the replicas had not received when the primary was killed. The inventory allows it."""
+    old = patroni.leader
+    held.platform.body["drills"]["plan"][0]["parameters"] = {"most_lost": 10_000}
+    held.platform.reload()
+    held = Held(held.cluster, held.platform)
+    patroni.configure(synchronous_mode=False)
+    try:
+        eventually(lambda: told(old, "show synchronous_standby_names") == "", why="it waits for replicas still")
+        with ThreadPoolExecutor(1) as pool:
+            hold = pool.submit(held_back, patroni, old)
+            card = passed(held.drill("failover-drill", seconds_before=4))
+            had, kept = hold.result(60)
+    finally:
+        patroni.configure(synchronous_mode=True)
+    patroni.whole()
+    eventually(lambda: told(patroni.leader, "show synchronous_standby_names") != "", why="it waits for no replica")
+    (check,) = [check for check in card.checks if check.title == "Acknowledged writes are there"]
+    lost = {n for first, last in check.detail["lost"] for n in range(first, last + 1)}
+    acknowledged = {s.n for s in held.store.samples(card.drill, "writer") if s.ok}
+    assert lost
+    assert measured(card)["lost"] == len(lost)
+    assert lost <= acknowledged - kept
+    assert {n for n in lost if n <= max(had)} == (had & acknowledged) - kept
+    assert f"acknowledged writes are lost: {min(lost)}" in check.result
+    assert measured(card)["rpo"] > 0
+
+
+def held_back(patroni: patroni_rig.Patroni, old: patroni_rig.Node) -> tuple[set[int], set[int]]:
+    """The replicas receive nothing more, from some write on until the primary is dead. What that had, and what its successor has."""
+    query = f"select n from {TABLE}"
+    there = f"select to_regclass('{TABLE}') is not null"
+    eventually(lambda: told(old, there) and told(old, f"select count(*) from {TABLE}") > 20, why="nobody writes")
+    others = [node for node in patroni.nodes if node is not old]
+    receivers = [told(node, "select pid from pg_stat_wal_receiver") for node in others]
+    postmaster = identify(old.postmaster or 0)
+    assert postmaster is not None
+    for pid in receivers:
+        os.kill(pid, signal.SIGSTOP)
+    had: set[int] = set()
+    with contextlib.suppress(psycopg.Error), old.connect() as connection:
+        while postmaster.alive:
+            had |= {row[0] for row in connection.execute(query).fetchall()}
+            time.sleep(0.02)
+    eventually(lambda: not postmaster.alive, why="it is not killed")
+    for pid in receivers:  # it ends before it reads what waits for it
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGCONT)
+    new = eventually(lambda: next((node for node in others if leads(node)), None), why="nobody takes over")
+    with new.connect() as connection:
+        return had, {row[0] for row in connection.execute(query).fetchall()}
+
+
 # Who wakes and takes the lead again. Patroni over etcd's third protocol may do so; here a step does what it does to the rows.
 
 
@@ -380,7 +462,7 @@ def test_what_a_primary_that_wakes_throws_away_is_counted(
 ) -> None:
     """The shipped runbook, its looks at Patroni replaced: nothing else counts the writes later."""
     stands_for = {
-        "patroni.fit": "toy.say", "patroni.freeze_primary": "drill.suppose", "patroni.new_primary": "toy.say",
+        "patroni.fit": "toy.say", "patroni.breakable": "toy.say", "patroni.freeze_primary": "drill.suppose", "patroni.new_primary": "toy.say",
         "patroni.rejoined": "toy.takes_the_lead_again", "patroni.whole": "toy.say",
     }  # fmt: skip
     book = shipped()["freeze-drill"].model_dump(mode="json", by_alias=True) | {"id": "wakes"}
@@ -395,4 +477,4 @@ def test_what_a_primary_that_wakes_throws_away_is_counted(
     assert card is not None
     assert (card.verdict, measured(card)["lost"]) == ("FAIL", 5)
     assert "5 of" in card.reason
-    assert "acknowledged writes are lost: [3, 4, 5, 6, 7]" in card.reason
+    assert "acknowledged writes are lost: 3-7" in card.reason

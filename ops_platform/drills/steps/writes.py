@@ -16,6 +16,8 @@ from ops_platform.drills.steps.basics import measure, moment_of
 from ops_platform.drills.steps.injection import After
 from ops_platform.inventory.values import Id
 
+_TOLD = 20  # runs of numbers that are named in a sentence; the check's detail has all
+
 
 class Outage(After):
     """Of `writes.outage`."""
@@ -105,7 +107,7 @@ def lost_of(tried: Attempted, there: Collection[int], given: Lost, query: str) -
     """
     acknowledged, held = tried.acknowledged, set(there)
     lost, unsure = sorted(acknowledged.keys() - held), sorted(tried.unanswered & held)
-    said = f"{len(lost)} of {len(acknowledged)} acknowledged writes are lost{f': {lost[:10]}' if lost else ''}"
+    said = f"{len(lost)} of {len(acknowledged)} acknowledged writes are lost{f': {ranges_told(lost)}' if lost else ''}"
     said += f"; of {len(tried.unanswered)} without an answer {len(unsure)} are there"
     seconds = (max(acknowledged[n] for n in lost) - min(acknowledged[n] for n in lost)).total_seconds() if lost else 0.0
     numbers = (
@@ -113,9 +115,27 @@ def lost_of(tried: Attempted, there: Collection[int], given: Lost, query: str) -
         _count("lost", len(lost), "acknowledged writes that are not there"),
         _count("unknown", len(unsure), "writes that are there, and whose acknowledgement never came"),
     )
-    check = Checked(title="Acknowledged writes are there", holds=len(lost) <= given.most, query=query, result=said)
+    check = Checked(
+        title="Acknowledged writes are there", holds=len(lost) <= given.most, query=query, result=said,
+        detail={"lost": ranges(lost)},
+    )  # fmt: skip
     facts = {"acknowledged": len(acknowledged), "lost": len(lost), "unsure": len(unsure)}
     return Done(said, facts, (check,), numbers)
+
+
+def ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last of each run without a hole. `numbers` in their order."""
+    found: list[tuple[int, int]] = []
+    for n in numbers:
+        first = found.pop()[0] if found and found[-1][1] == n - 1 else n
+        found.append((first, n))
+    return found
+
+
+def ranges_told(numbers: Sequence[int]) -> str:
+    runs = ranges(numbers)
+    said = [str(first) if first == last else f"{first}-{last}" for first, last in runs[:_TOLD]]
+    return ", ".join(said + ([f"and {len(runs) - _TOLD} more runs"] if len(runs) > _TOLD else []))
 
 
 def _count(name: str, value: int, how: str) -> Measured:
