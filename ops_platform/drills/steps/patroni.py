@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field
@@ -19,6 +19,7 @@ from ops_platform.clients.http import HttpApi
 from ops_platform.clients.listeners import listens
 from ops_platform.clients.postgres import asking
 from ops_platform.clients.processes import Process
+from ops_platform.clients.wires import wires_of
 from ops_platform.drills.askers import TABLE
 from ops_platform.drills.model import Checked, Done
 from ops_platform.drills.registry import Context, NothingGiven, does
@@ -176,6 +177,27 @@ def _processes(where: Mapping[str, Any]) -> tuple[Process, Process]:
     return listens(api.hostname or "", api.port or (443 if api.scheme == "https" else 80)), listens(
         str(where["host"]), int(where["port"])
     )
+
+
+class Breakable(Strict):
+    """Of `patroni.breakable`."""
+
+    how: Literal["kill", "freeze", "cut"] = Field(description="What is going to be done to it.")
+
+
+@does("patroni.breakable", "check", given=Breakable)
+def breakable(context: Context, given: Breakable) -> Done:
+    """The primary runs on this machine, where it can be killed, frozen with its Patroni, or cut off from the network alone."""
+    title, query = "The primary can be broken from here", "/proc of this machine"
+    try:
+        server = _server(_led(context))
+        found = list(_processes(server.facts)) if given.how == "freeze" else [listens(server.host, server.port)]
+        wires = wires_of(found[-1].pid) if given.how == "cut" else []
+    except OpsError as error:
+        return Done(error.what, checks=(_check(title, None, str(error), query),))
+    said = f"{server.name}: {', '.join(f'process {one.pid}' for one in found)}"
+    said += f" behind {', '.join(wire.name for wire in wires)}" if wires else ""
+    return Done(said, checks=(_check(title, True, said, query),))
 
 
 @does("patroni.kill_primary", "inject", changes=lambda _given: "kill -9 of the primary's postmaster")
