@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -217,6 +218,35 @@ def show(target: str, backup_id: str, copy_id: str | None, as_json: bool) -> Non
         click.echo(f"{'parts':14} {', '.join(f'{part.name} ({size(part.raw)})' for part in manifest.parts)}")
     for proof in detail.proofs:
         click.echo(f"{'proof':14} {proof.verdict} at {stamp(proof.verified_at)}, restored to {proof.recovery_target}")
+
+
+@backup.command(name="hand-out")
+@click.argument("system", shell_complete=complete_backed)
+@click.option("--backup", "backup_id", help="This backup; the newest by default.")
+@click.option(
+    "--into", required=True, type=click.Path(path_type=Path, file_okay=False), help="An empty or a new directory."
+)
+@copy_option
+@json_option
+def hand_out_(system: str, backup_id: str | None, into: Path, copy_id: str | None, as_json: bool) -> None:
+    """Write a store's backup, opened, as files that its own programs read. Of PostgreSQL: `ops restore`."""
+    from ops_platform.inventory.model import Target
+    from ops_platform.reports.terminal import progress_bar
+    from ops_platform.stores.hand_out import HandedOut, hand_out
+
+    with opened() as access:
+        target = access.inventory.backed(system)
+        if isinstance(target, Target):
+            raise UsageError(f"{system} is a PostgreSQL", remedy=f"ops restore {system} --latest --into {into}")
+        with progress_bar(system) as progress:
+            done = hand_out(access, at(target, copy_id), into, backup_id=backup_id, progress=progress)
+    if as_json:
+        emit(HandedOut, done)
+        return
+    click.echo(f"{system}: {done.backup_id} of {stamp(done.moment)} ({done.server}) is in {done.into}")
+    for name, bytes_ in done.files.items():
+        click.echo(f"  {name:20} {size(bytes_)}")
+    click.echo("what is in them, and how the store takes them back: docs/how-to/back-up-other-stores.md")
 
 
 @backup.command()
