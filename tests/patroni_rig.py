@@ -43,7 +43,7 @@ class Node:
         user.own(self.home)
         self.port, self.rest = free_port(), free_port()
         self.file = self.home / "patroni.yaml"
-        self._body = self._config(etcd, bindir, synchronous)
+        self._body = self._config(etcd, self._programs(bindir), synchronous)
         self.file.write_text(yaml.safe_dump(self._body))
         command, switched = [program("patroni"), str(self.file)], user if place is None else None
         if place is not None:
@@ -51,6 +51,53 @@ class Node:
         self.daemon = Daemon(name, command, self.running, log=self.home / "patroni.log", seconds=120, user=switched)
         self.daemon.log.touch()
         user.own(self.daemon.log)
+
+    def _programs(self, bindir: Path) -> Path:
+        """PostgreSQL's, but for a server whose clock is the one of `skewed`."""
+        ours = self.home / "bin"
+        ours.mkdir()
+        for tool in bindir.iterdir():
+            (ours / tool.name).symlink_to(tool)
+        (ours / "postgres").unlink()
+        (ours / "postgres").write_text(
+            "#!/bin/sh\n"
+            f'if [ -s "{self.clock}" ]; then\n'
+            f'  . "{self.clock}"; export LD_PRELOAD FAKETIME FAKETIME_DONT_FAKE_MONOTONIC=1\n'
+            "fi\n"
+            f'exec "{bindir}/postgres" "$@"\n'
+        )
+        (ours / "postgres").chmod(0o755)
+        return ours
+
+    @property
+    def clock(self) -> Path:
+        return self.home / "clock"
+
+    @contextlib.contextmanager
+    def skewed(self, offset: str) -> Iterator[None]:
+        """As if the clock of its PostgreSQL were set wrong (`+3600s`): it leads on, if it did."""
+        library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+        if library is None:
+            missing("libfaketime", "make services installs it")
+        self.clock.write_text(f"LD_PRELOAD={library} FAKETIME={offset}\n")
+        self.clock.chmod(0o644)
+        try:
+            self.restart()
+            yield
+        finally:
+            self.clock.unlink()
+            self.restart()
+
+    def restart(self) -> None:
+        """Its PostgreSQL, as an operator does: it keeps the lead, if it had it."""
+        request = urllib.request.Request(f"{self.url}/restart", method="POST")
+
+        def restarted() -> bool:
+            with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=60):
+                return True
+            return False
+
+        eventually(restarted, seconds=120, why=lambda: str(self.daemon))
 
     def _config(self, etcd: list[str], bindir: Path, synchronous: bool) -> dict[str, Any]:
         cluster = {

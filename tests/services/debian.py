@@ -43,6 +43,7 @@ class Wanted:
 
 WANTED = (
     Wanted("Patroni", ("patroni",), ("patroni",), ("patroni.service",)),
+    Wanted("libfaketime", ("faketime",), ("faketime",)),
     Wanted("etcd", ("etcd-server",), ("etcd",), ("etcd.service",)),
     Wanted(
         "PostgreSQL tools",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from ops_platform.drills.askers import TABLE
 from ops_platform.drills.model import Checked, Done
 from ops_platform.drills.registry import Context, NothingGiven, does
 from ops_platform.drills.steps.basics import moment_of
+from ops_platform.drills.steps.clocks import clocks_agree
 from ops_platform.drills.steps.injection import (
     After,
     Server,
@@ -97,6 +98,10 @@ class Fit(Strict):
 
     replicas: int = Field(default=1, ge=1, description="So many must be fit to take over.")
     most_lag: Size = Field(default=1 << 20, description="A replica that is further behind is not fit.")
+    most_skew: Duration = Field(
+        default=timedelta(seconds=5),
+        description="A server whose clock is further from ours is named, and refuses the drill.",
+    )
 
 
 @does("patroni.fit", "check", given=Fit)
@@ -117,6 +122,7 @@ def fit(context: Context, given: Fit) -> Done:
             "A replica is fit to take over", len(fine) >= given.replicas,
             f"{len(fine)} of {len(found.replicas)}; {'; '.join(f'{name}: {why}' for name, why in unfit.items()) or 'all are'}",
         ),
+        clocks_agree(context, given.most_skew),
     )  # fmt: skip
     return Done(found.said(), {"members": [dict(m) for m in found.members]}, checks)
 
@@ -204,7 +210,11 @@ def breakable(context: Context, given: Breakable) -> Done:
 def kill_primary(context: Context, given: NothingGiven) -> Done:
     """kill -9 of the primary's postmaster, on this machine. Whether it died is looked at; that it follows again is the teardown's."""
 
-    return kill_server(context, lambda: _server(_led(context)))
+    def killable() -> Server:
+        server = _server(_led(context))
+        return replace(server, facts={**server.facts, "began": _began(context, server.facts["url"])[1]})
+
+    return kill_server(context, killable)
 
 
 @does(
@@ -269,17 +279,25 @@ def new_primary(context: Context, given: After) -> Done:
 
 def _still_dead(context: Context, injected: Mapping[str, Any]) -> None:
     """Asked of a server that was killed alone: one that hangs would not answer, and keep us."""
-    api = next((a for a in context.access.patroni(context.target) if a.url == injected["url"]), None)
-    if api is None or "pid" not in injected:
+    if injected.get("began") is None:
         return
-    with contextlib.suppress(UnreachableError):
-        said = api.request("GET", "/patroni", timeout=2.0, good=(200, 503)).json()
-        began, leads = said.get("postmaster_start_time"), said.get("role") in ("primary", "master")
-        if leads and said.get("state") == "running" and began and moment_of(began) > moment_of(injected["at"]):
-            raise CouldNotVerifyError(
-                "the primary that was killed leads again, and nobody took over: Patroni started it in its place",
-                where=str(injected["member"]), remedy="primary_start_timeout: 0 makes Patroni fail over at once",
-            )  # fmt: skip
+    leads, began = _began(context, injected["url"])
+    if leads and began not in (None, injected["began"]):
+        raise CouldNotVerifyError(
+            "the primary that was killed leads again, and nobody took over: Patroni started it in its place",
+            where=str(injected["member"]), remedy="primary_start_timeout: 0 makes Patroni fail over at once",
+        )  # fmt: skip
+
+
+def _began(context: Context, url: str) -> tuple[bool, str | None]:
+    """Whether it leads, and since when its server runs, by its own word: a moment of its clock, so it is compared with others of it alone."""
+    api = next((a for a in context.access.patroni(context.target) if a.url == url), None)
+    if api is not None:
+        with contextlib.suppress(UnreachableError):
+            said = api.request("GET", "/patroni", timeout=2.0, good=(200, 503)).json()
+            leads = said.get("role") in ("primary", "master") and said.get("state") == "running"
+            return leads, said.get("postmaster_start_time")
+    return False, None
 
 
 @does("postgres.lost_writes", "check", given=Lost)
