@@ -6,11 +6,13 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cache
+from pathlib import Path
 
 from ops_platform.clients.listeners import network_of
 from ops_platform.clients.postgres_binaries import RunAs
@@ -29,16 +31,29 @@ def ip(*words: str) -> str:
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
 
 
+_LINK = re.compile(r"ops(\d+)x\d+(n\d+)?")  # a bridge of that process, or a wire on it
+
+
+def remove_abandoned() -> None:
+    """What a test run that was killed has left: links named as ours, of a process that is no more."""
+    for link in json.loads(ip("-json", "link")):
+        match = _LINK.fullmatch(link["ifname"])
+        if match and not Path(f"/proc/{match[1]}").exists():
+            # Another run may be at it, too, and a wire goes with the namespace behind it.
+            subprocess.run(["ip", "link", "delete", link["ifname"]], check=False, capture_output=True)
+
+
 class Network:
     """A bridge of this machine with an address, and namespaces that hang on it."""
 
     def __init__(self, stack: ExitStack) -> None:
         self.stack, self.count = stack, 0
+        remove_abandoned()
         taken = ip("-json", "address")
         # Of the block that is kept for tests between networks (RFC 2544).
         free = [net for net in (f"198.18.{n}" for n in range(1, 255)) if f'"{net}.' not in taken]
         self.net = random.choice(free)
-        self.name = f"ops{os.getpid() % 10**6}x{self.net.rpartition('.')[2]}"
+        self.name = f"ops{os.getpid()}x{self.net.rpartition('.')[2]}"
         ip("link", "add", self.name, "type", "bridge")
         stack.callback(ip, "link", "delete", self.name)
         ip("address", "add", f"{self.host}/24", "dev", self.name)
