@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from ops_platform.clients import postgres_binaries
 from tests import elasticsearch_rig, kafka_rig, kube_rig, prometheus_rig, redis_rig, registry_rig
 from tests.rig import Cluster, Ground, Platform, scratch
 
@@ -25,6 +26,11 @@ settings.register_profile(
     derandomize=os.environ.get("OPS_REQUIRE_SERVICES") == "1",
 )
 settings.load_profile("here")
+
+# A port is picked some time before it is bound, and left for a while by a server that a test has killed: processes that test side by
+# side have ports of their own.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    postgres_binaries.PORTS = postgres_binaries.PORTS[int(worker[2:]) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
 
 # A shell starts what it puts into the background deaf to Ctrl-C, and so would be all that the tests start and interrupt.
 with contextlib.suppress(ValueError):  # not the main thread

