@@ -39,7 +39,7 @@ def metadata(port: int, topic: str = "") -> Metadata:
     wanted = [topic.encode()] if topic else []
     body = struct.pack(">hhih", _METADATA, _VERSION, 0, -1) + struct.pack(">i", len(wanted))
     body += b"".join(struct.pack(">h", len(name)) + name for name in wanted)
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         connection.sendall(struct.pack(">i", len(body)) + body)
         answer = connection.makefile("rb")
         return _Answer(_exactly(answer.read, struct.unpack(">i", _exactly(answer.read, 4))[0])).metadata()

@@ -133,7 +133,7 @@ class Node:
     def tag(self, **tags: bool) -> None:
         """Change its tags, as an operator does: in its file, with a reload."""
         self.file.write_text(yaml.safe_dump({**self._body, "tags": tags}))
-        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/reload", method="POST"), timeout=5):
+        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/reload", method="POST"), timeout=30):
             pass
         eventually(lambda: self.state().get("tags", {}) == {k: v for k, v in tags.items() if v}, why=self.state)
 
@@ -146,7 +146,7 @@ class Node:
 
     def state(self) -> dict[str, Any]:
         """What Patroni says of it; empty where it does not answer."""
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/patroni", timeout=2) as answer:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/patroni", timeout=10) as answer:
             return json.load(answer)
         return {}
 
@@ -267,8 +267,8 @@ class Patroni:
 
     def configure(self, **settings: Any) -> None:
         """Change what all members are told: each hears of it in its next turn."""
-        body, url = json.dumps(settings).encode(), f"{self.leader.url}/config"
-        with urllib.request.urlopen(urllib.request.Request(url, body, method="PATCH"), timeout=5):
+        body, url = json.dumps(settings).encode(), f"{eventually(lambda: self.leader).url}/config"
+        with urllib.request.urlopen(urllib.request.Request(url, body, method="PATCH"), timeout=30):
             pass
 
     def whole(self) -> None:

@@ -36,7 +36,7 @@ def cluster() -> Iterator[list[rig.Alertmanager]]:
 
 def client(*members: Any, settled_after: timedelta = timedelta(0), **more: Any) -> Alertmanager:
     return Alertmanager(
-        "am", [HttpApi(one.url, "Alertmanager", timeout=5) for one in members], settled_after=settled_after, **more
+        "am", [HttpApi(one.url, "Alertmanager", timeout=30) for one in members], settled_after=settled_after, **more
     )
 
 

@@ -170,7 +170,7 @@ def restored(held: Held, at: datetime) -> tuple[list[str], str]:
 
 
 def told_by(node: patroni_rig.Node) -> Any:
-    with urllib.request.urlopen(f"{node.url}/config", timeout=5) as answer:
+    with urllib.request.urlopen(f"{node.url}/config", timeout=30) as answer:
         return json.load(answer)
 
 

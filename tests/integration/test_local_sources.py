@@ -67,7 +67,7 @@ def kill(made: Stack, name: str) -> None:
 def test_the_broker_has_its_topics_and_carries_records(part: Callable[[str], Stack]) -> None:
     made = part("kafka")
     address = {"bootstrap.servers": f"127.0.0.1:{made.place.port('kafka')}", "log_level": 0}
-    topics = AdminClient(address).list_topics(timeout=10).topics
+    topics = AdminClient(address).list_topics(timeout=60).topics
     assert {name: len(topic.partitions) for name, topic in topics.items()} == sources.TOPICS
     producer = Producer({**address, "acks": "all"})
     producer.produce("ops.events", "deployed", headers=[("ce_type", b"shop.deployed")], partition=0)
@@ -85,7 +85,7 @@ def test_a_killed_broker_is_empty_and_has_its_topics_again(part: Callable[[str],
     kill(made, "kafka")
     part("kafka")
     address = {"bootstrap.servers": f"127.0.0.1:{made.place.port('kafka')}", "log_level": 0}
-    assert set(AdminClient(address).list_topics(timeout=10).topics) == set(sources.TOPICS)
+    assert set(AdminClient(address).list_topics(timeout=60).topics) == set(sources.TOPICS)
 
 
 def test_redis_wants_its_password_and_keeps_its_data_when_it_is_killed(part: Callable[[str], Stack]) -> None:
@@ -112,7 +112,7 @@ def test_an_alert_of_the_shipped_rules_arrives(part: Callable[[str], Stack]) -> 
 
     def firing() -> set[str]:
         address = f"http://127.0.0.1:{made.place.port('alertmanager')}/api/v2/alerts"
-        return {alert["labels"]["alertname"] for alert in urllib3.request("GET", address, timeout=5).json()}
+        return {alert["labels"]["alertname"] for alert in urllib3.request("GET", address, timeout=30).json()}
 
     # The receiver does not run here: it is scraped all the same, and found to be down.
     eventually(lambda: firing() == {"Watchdog", "ReceiverDown"}, why=firing)
@@ -128,7 +128,7 @@ def test_prometheus_follows_an_alertmanager_that_moved(part: Callable[[str], Sta
     address = f"http://127.0.0.1:{made.place.port('prometheus')}/api/v1/alertmanagers"
 
     def told() -> list[str]:
-        found = urllib3.request("GET", address, timeout=5).json()["data"]["activeAlertmanagers"]
+        found = urllib3.request("GET", address, timeout=30).json()["data"]["activeAlertmanagers"]
         return [each["url"] for each in found]
 
     eventually(lambda: told() == [f"http://127.0.0.1:{moved}/api/v2/alerts"], why=told)

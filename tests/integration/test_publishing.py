@@ -119,7 +119,7 @@ def test_with_all_brokers_away_nothing_leaves_the_outbox(ledger: Ledger) -> None
     ledger.append("test.a", "s", {}, actor="a")
     with kafka_rig.cluster() as cluster:
         topic = cluster.create_topic()
-        with publisher(connected(cluster, timeout=3), topic) as ours:
+        with publisher(connected(cluster), topic) as ours:
             assert ours.publish(ledger).sent == 1
             ledger.append("test.b", "s", {}, actor="a")
             cluster.stop()

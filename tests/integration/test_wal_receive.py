@@ -841,7 +841,7 @@ class Outside:
         self.port = self._server.server_address[1]
 
     def get(self, path: str) -> tuple[int, str]:
-        answer = urllib3.request("GET", f"http://127.0.0.1:{self.port}{path}", retries=False, timeout=10)
+        answer = urllib3.request("GET", f"http://127.0.0.1:{self.port}{path}", retries=False, timeout=60)
         return answer.status, answer.data.decode()
 
     def health(self, path: str = "/healthz") -> tuple[int, dict[str, str]]:

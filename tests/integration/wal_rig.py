@@ -269,7 +269,7 @@ class Access:
         for server in self.servers:
             member = Member("127.0.0.1", server.port)
             try:
-                with server.connect(timeout=3) as conn:
+                with server.connect(timeout=30) as conn:
                     row = conn.execute(
                         "select pg_is_in_recovery(), (select timeline_id from pg_control_checkpoint()),"
                         " (select system_identifier from pg_control_system()), current_setting('server_version_num')::int"
@@ -291,7 +291,7 @@ class Access:
     def replication(self, target: Target, member: Member | None = None) -> pq.PGconn:
         port = member.port if member else self.servers[0].port
         conn = pq.PGconn.connect(
-            f"host=127.0.0.1 port={port} user=postgres replication=true application_name=ops-wal connect_timeout=5".encode()
+            f"host=127.0.0.1 port={port} user=postgres replication=true application_name=ops-wal connect_timeout=30".encode()
         )
         if conn.status != pq.ConnStatus.OK:
             text = conn.get_error_message()
