@@ -53,7 +53,8 @@ def verify(
     """Recompute the whole chain, and compare it with every checkpoint.
 
     Exit 1 where something is wrong: an entry was changed, dropped, put in, moved or back-dated, the ledger was rewritten or cut off, or a
-    checkpoint is missing or not ours. Exit 3 where it cannot be told; for a pack also where its keys are not pinned by --key.
+    checkpoint is missing or not ours. Exit 3 where it cannot be told; for a pack also where its keys are not pinned by --key, or where it
+    is not covered to the end of its period.
     """
     if pack is not None:
         if anchor is not None:
@@ -152,7 +153,14 @@ def _verify_pack(pack: str, key_files: tuple[str, ...], as_json: bool) -> int:
             fg="yellow",
             err=True,
         )
-    return {"good": 0, "bad": 1, "unpinned": 3}[found.verdict]
+    if found.verdict == "incomplete":
+        click.secho(
+            "What is in the pack is proven. The end of its period is not: export it again once the period is over and the ledger has a "
+            "checkpoint from after it.",
+            fg="yellow",
+            err=True,
+        )
+    return {"good": 0, "bad": 1, "unpinned": 3, "incomplete": 3}[found.verdict]
 
 
 @ledger.command()

@@ -71,15 +71,25 @@ class Cover:
     checkpoints: int
 
 
+PackVerdict = Literal["good", "bad", "unpinned", "incomplete"]
+_SAID: Mapping[PackVerdict, str] = {
+    "good": "GOOD",
+    "bad": "BAD",
+    "unpinned": "CONSISTENT, KEYS NOT PINNED",
+    "incomplete": "INCOMPLETE, NOT COVERED TO THE END OF ITS PERIOD",
+}
+
+
 @dataclass(frozen=True)
 class PackCheck:
-    """What a pack is worth. `verdict`: good; bad; unpinned: consistent in itself, and nobody vouches for its keys.
+    """What a pack is worth. `verdict`: good; bad; unpinned: consistent in itself, and nobody vouches for its keys; incomplete: good as far
+    as it goes, which is not to the end of its period.
 
     `evidence` entries of `entries` fit the control and the time. `whole`: it holds the whole stretch from `first` to `last`, so that
     none can be missing. `covered_until`: later than that the ledger is not covered.
     """
 
-    verdict: Literal["good", "bad", "unpinned"]
+    verdict: PackVerdict
     ledger: str
     control: str
     framework: str
@@ -102,11 +112,12 @@ class PackCheck:
 
     def lines(self) -> Iterator[str]:
         """For people."""
-        yield {"good": "GOOD", "bad": "BAD", "unpinned": "CONSISTENT, KEYS NOT PINNED"}[self.verdict]
+        yield _SAID[self.verdict]
         yield f"{self.framework} {self.control}, {self.title}: {moment(self.since)} to {moment(self.until)}"
         yield f"{self.evidence} entries are evidence for it"
         if self.whole:
-            yield f"nothing is left out: all {self.entries} entries from {self.first} to {self.last} are here"
+            upto = f" until {moment(self.covered_until)}" if self.covered_until < self.until else ""
+            yield f"nothing is left out{upto}: all {self.entries} entries from {self.first} to {self.last} are here"
         else:
             yield "the fitting entries alone are here; that none is missing cannot be told from this pack"
         yield f"ledger {self.ledger}, {count_of(self.checkpoints, 'checkpoint')}, the newest of {self.size} entries with the root {self.root}"
@@ -361,19 +372,26 @@ class _Check:
             text += f" the manifest says {said['entries']} and {said['evidence']}"
             counts.findings.append(Finding("pack altered", ENTRIES, text))
         findings += [*counts.findings, *self._period(start, ends[0])]
-        bad = any(found.grave for found in findings)
         keys = [
             Key(name, fingerprint(public), public in (self._pinned or {}).values())
             for name, public in self._keys.items()
         ]
         newest, end = ends[1], ends[0]
         return PackCheck(
-            "bad" if bad else "good" if self._pinned else "unpinned",
+            self._verdict(findings),
             str(said["ledger"]), self._control.id, self._control.framework, self._control.title, self._since, self._until,
             min(self._until, end.at) if end else self._since, said["whole"] is True, counts.entries, counts.evidence,
             said["first"], said["last"], len(judged.good), newest.size if newest else 0, newest.root if newest else "",
             self._made_at, str(said["made_by"]), tuple(keys), tuple(findings),
         )  # fmt: skip
+
+    def _verdict(self, findings: Sequence[Finding]) -> PackVerdict:
+        """The worst that is to be said of it."""
+        if any(found.grave for found in findings):
+            return "bad"
+        if not self._pinned:
+            return "unpinned"
+        return "incomplete" if any(found.kind == "pack incomplete" for found in findings) else "good"
 
     def _files(self) -> Iterator[Finding]:
         """Each file is the one that the manifest was signed over, and there is no other."""
@@ -493,7 +511,8 @@ class _Check:
             text = f"the stretch begins at checkpoint {start.number} of {moment(start.at)}: what is older is not here"
             yield Finding("pack incomplete", "the period", text)
         if end is not None and end.at < self._until:
-            yield Finding("pack incomplete", "the period", f"it is covered until {moment(end.at)} alone", grave=False)
+            text = f"no checkpoint here is of its end: what came after {moment(end.at)} is not here"
+            yield Finding("pack incomplete", "the period", text, grave=False)
 
 
 def _mark(each: Checkpoint) -> Mark:

@@ -244,12 +244,21 @@ def test_a_stretch_that_begins_too_late_is_named(
 def test_a_period_that_is_not_over_is_covered_until_now(
     rig: Checkpoints, pinned: dict[str, bytes], tmp_path: Path
 ) -> None:
-    cover = pack(rig, tmp_path / "x.zip", days=(8, 40))
+    path = tmp_path / "x.zip"
+    cover = pack(rig, path, days=(8, 40))
     assert cover.evidence == 8
-    found = verify_pack(tmp_path / "x.zip", pinned=pinned)
-    assert found.verdict == "good"
+    found = verify_pack(path, pinned=pinned)
+    assert found.verdict == "incomplete"
     assert found.covered_until < found.until
     assert [(each.kind, each.grave) for each in found.findings] == [("pack incomplete", False)]
+    assert verify_pack(path).verdict == "unpinned"
+    (tmp_path / "key.pem").write_text(dsse.pem(pinned["v1"]))
+    told = CliRunner().invoke(cli, ["ledger", "verify", "--offline", str(path), "--key", str(tmp_path / "key.pem")])
+    assert told.exit_code == 3
+    assert told.stdout.startswith("INCOMPLETE")
+    assert f"nothing is left out until {moment(found.covered_until)}" in told.stdout
+    assert "GOOD" not in told.output
+    assert "export it again" in told.stderr
 
 
 def test_that_nothing_happened_can_be_proven(rig: Checkpoints, pinned: dict[str, bytes], tmp_path: Path) -> None:
@@ -351,6 +360,7 @@ def test_from_the_first_entry_to_an_auditor_by_the_command_line(platform: Platfo
     assert json.loads(first.stdout)["size"] == 6
     with Ledger(platform.access.platform_db) as ledger:
         ledger.append("action.outcome", "app-db", {"object": "<script>alert(1)</script>"}, actor="tester")
+        until = ledger.clock.now().isoformat()  # the checkpoint from after it is written below
     found = ops(platform, "ledger", "verify", "--json", "--no-checkpoint")
     assert answer(found) == 0
     assert (json.loads(found.stdout)["anchored_seq"], json.loads(found.stdout)["checkpoints"]) == (6, 1)
@@ -377,7 +387,7 @@ def test_from_the_first_entry_to_an_auditor_by_the_command_line(platform: Platfo
     )
 
     path = tmp_path / "pack.zip"
-    words = ["--control", "CC7.4", "--from", "2020-01-01T00:00Z", "--to", "2099-01-01T00:00Z", "-o", str(path)]
+    words = ["--control", "CC7.4", "--from", "2020-01-01T00:00Z", "--to", until, "-o", str(path)]
     written = json.loads(ops(platform, "evidence", "export", *words, "--json").stdout)
     assert (written["evidence"], written["entries"], written["whole"]) == (7, 7, True)
     with zipfile.ZipFile(path) as file:
