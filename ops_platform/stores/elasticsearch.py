@@ -32,7 +32,7 @@ from ops_platform.errors import (
     UnreachableError,
 )
 from ops_platform.inventory.base import Mode
-from ops_platform.stores.elasticsearch_snapshots import Repository, agree, expire_snapshots, policy_failure
+from ops_platform.stores.elasticsearch_snapshots import Repository, agree, awaited, expire_snapshots, policy_failure
 from ops_platform.stores.kind import FAILED, NOT_APPLICABLE, PASSED, Check, Dumped, Finding, Parts, Saved
 
 if TYPE_CHECKING:
@@ -48,8 +48,6 @@ _PROOF = "ops-proof-"
 _NOTED = "indices-begin-with"
 _LEFT_AFTER = timedelta(days=1)
 _SNAPSHOT_SECONDS = 24 * 3600.0
-_LOOK = 0.2  # seconds between two looks, growing
-_LOOK_AT_MOST = 5.0
 _RULES = ("_index_template", "_component_template", "_ingest/pipeline")
 
 
@@ -450,15 +448,12 @@ def _restored(
         cluster.ask(_RESTORES, "POST", where, None, body)
     except NotThereError as error:
         raise CorruptionError(error.what, where=error.where) from None
-    deadline, pause = clock.monotonic() + _SNAPSHOT_SECONDS, _LOOK
-    while True:
+
+    def ended() -> dict[str, str] | None:
         started, failed = _shards(cluster, prefix)
-        if failed or started >= set(names):
-            return failed
-        if clock.monotonic() > deadline:
-            raise CouldNotVerifyError("the restore did not come to an end", where=cluster.where)
-        clock.sleep(pause)
-        pause = min(pause * 1.5, _LOOK_AT_MOST)
+        return failed if failed or started >= set(names) else None
+
+    return awaited(ended, "the restore", cluster, clock=clock, seconds=_SNAPSHOT_SECONDS)
 
 
 def _shards(cluster: Elasticsearch, prefix: str) -> tuple[set[str], dict[str, str]]:

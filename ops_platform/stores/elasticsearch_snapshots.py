@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ops_platform.actions import (
     ActionResult,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ops_platform.clients.access import Access
     from ops_platform.inventory.systems import SlmPolicy, Snapshots, StoreTarget
 
+T = TypeVar("T")
 Json = dict[str, Any]
 REPOSITORY, POLICY, SNAPSHOT = "repository", "policy", "snapshot"
 _MANAGE = "the cluster privileges manage and manage_slm"
@@ -40,6 +41,17 @@ _TAKES = "the cluster privilege create_snapshot"
 _BY = "ops_platform"
 _DEAD_AFTER = timedelta(days=1)
 _LOOK, _LOOK_AT_MOST = 0.1, 5.0  # seconds
+
+
+def awaited(look: Callable[[], T | None], what: str, cluster: Elasticsearch, *, clock: Clock, seconds: float) -> T:
+    """What `look` finds once it finds something, asked with growing pauses. Raises CouldNotVerifyError after `seconds`."""
+    deadline, pause = clock.monotonic() + seconds, _LOOK
+    while (found := look()) is None:
+        if clock.monotonic() > deadline:
+            raise CouldNotVerifyError(f"{what} did not come to an end", where=cluster.where)
+        clock.sleep(pause)
+        pause = min(pause * 1.5, _LOOK_AT_MOST)
+    return found
 
 
 @dataclass(frozen=True)
@@ -89,13 +101,12 @@ class Repository:
 
     def finished(self, name: str, clock: Clock, seconds: float) -> Json:
         """Once it is not in progress any more. Raises CouldNotVerifyError after `seconds`."""
-        deadline, pause = clock.monotonic() + seconds, _LOOK
-        while (found := self.snapshot(name))["state"] in ("IN_PROGRESS", "STARTED"):
-            if clock.monotonic() > deadline:
-                raise CouldNotVerifyError(f"the snapshot {name} did not come to an end", where=self.cluster.where)
-            clock.sleep(pause)
-            pause = min(pause * 1.5, _LOOK_AT_MOST)
-        return found
+
+        def ended() -> Json | None:
+            found = self.snapshot(name)
+            return None if found["state"] in ("IN_PROGRESS", "STARTED") else found
+
+        return awaited(ended, f"the snapshot {name}", self.cluster, clock=clock, seconds=seconds)
 
     def delete(self, name: str) -> bool:
         """Whether it was there."""
