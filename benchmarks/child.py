@@ -146,10 +146,12 @@ def _ticks(task: dict[str, Any]) -> dict[str, Any]:
     cursors: dict[str, str | None] = {}
     levels: list[float] = []
     failed = 0
+    # One for all: Dagster makes one for each context that brings none, and keeps it as long as the process lives.
+    instance = dg.DagsterInstance.ephemeral()
     for number in range(1, task["count"] + 1):
         sensor = sensors[number % len(sensors)]
         with dg.build_sensor_context(
-            cursor=cursors.get(sensor.name), resources={"platform": PlatformResource()}
+            instance=instance, cursor=cursors.get(sensor.name), resources={"platform": PlatformResource()}
         ) as context:
             try:
                 found: Any = sensor(context)

@@ -46,9 +46,9 @@ class Signal:
             "labels": dict(self.labels),
             "annotations": dict(self.annotations),
             "data": dict(self.data),
-            "starts_at": _text(self.starts_at),
-            "seen_at": _text(self.seen_at),
-            "ends_at": _text(self.ends_at) if self.ends_at else None,
+            "starts_at": moment_text(self.starts_at),
+            "seen_at": moment_text(self.seen_at),
+            "ends_at": moment_text(self.ends_at) if self.ends_at else None,
             "silenced": self.silenced,
             "inhibited": self.inhibited,
             "link": self.link,
@@ -62,7 +62,8 @@ class Signal:
         return cls(**whole)
 
 
-def _text(moment: datetime) -> str:
+def moment_text(moment: datetime) -> str:
+    """A moment as it stands in a signal's JSON: the same text for the same moment."""
     return moment.astimezone(UTC).isoformat()
 
 
@@ -161,7 +162,7 @@ def incident_id(rule: str, fingerprint: str, starts_at: datetime, number: int = 
 
     `number`: how many incidents of this very signal were closed before.
     """
-    text = json.dumps([rule, fingerprint, _text(starts_at), number])
+    text = json.dumps([rule, fingerprint, moment_text(starts_at), number])
     return "i-" + base64.b32encode(hashlib.sha256(text.encode()).digest()[:10]).decode().lower()[:13]
 
 

@@ -7,14 +7,16 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ops_platform.clients.prometheus import Measured
 from ops_platform.errors import ConflictError, UnreachableError
 from ops_platform.remediation.intake import take
 from ops_platform.remediation.model import Ending, Peers, Signal, State
 from ops_platform.remediation.sources import forget_old_signals
-from ops_platform.remediation.store import Store
-from tests.remediation_rig import Engine, KilledError, a_rule, a_signal, new_engine
+from ops_platform.remediation.store import Store, incidents
+from tests.remediation_rig import BEGIN, Engine, KilledError, a_rule, a_signal, new_engine
 
 __all__ = ["new_engine"]
 NewEngine = Callable[..., Engine]
@@ -605,3 +607,54 @@ def test_lost_runs_are_asked_for_again_and_running_ones_are_not(new_engine: NewE
     assert [one.id for one in engine.store.due()] == [incident.id]
     with engine.store.work_on(incident.id):
         assert engine.store.due() == []
+
+
+def test_a_tick_reads_no_more_however_long_the_history_is(
+    new_engine: NewEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = new_engine([a_rule(mode="observe")])
+    engine.clock.at += timedelta(hours=21)
+    for hour in range(20):
+        take(engine.store, engine.inventory, [a_signal(at=BEGIN + timedelta(hours=hour))], complete=True)
+        take(engine.store, engine.inventory, [], complete=True)
+    assert len(engine.store.list(all_=True)) == 20
+    read: list[str] = []
+    made = incidents._incident
+    monkeypatch.setattr(incidents, "_incident", lambda row: read.append(row["id"]) or made(row))
+    last, new = a_signal(at=BEGIN + timedelta(hours=19)), a_signal(at=BEGIN + timedelta(hours=20))
+    assert take(engine.store, engine.inventory, [last], complete=True).opened == ()
+    assert len(read) == 1, "what was closed of this very signal, and nothing else"
+    (opened,) = take(engine.store, engine.inventory, [new], complete=True).opened
+    assert len(read) == 1
+    assert take(engine.store, engine.inventory, [new], complete=True).opened == ()
+    assert {opened.id, *read} == {read[0], opened.id}
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["alertmanager", "kafka"]), st.sampled_from(["", "a", "b", "ü", "a b"]), st.booleans()
+        ),
+        max_size=12,
+    )
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_fires_is_what_was_kept_last_as_not_ended(
+    engine_of_signals: Engine, seen: list[tuple[str, str, bool]]
+) -> None:
+    store = engine_of_signals.store
+    with store.transaction() as t:
+        t.connection.execute("truncate ops_remediation.signals")
+    newest: dict[tuple[str, str], bool] = {}
+    for number, (source, fingerprint, ended) in enumerate(seen):
+        at = BEGIN + timedelta(minutes=number)
+        store.saw([Signal(source, fingerprint, "LampOn", {}, BEGIN, at, ends_at=at if ended else None)])
+        newest[source, fingerprint] = ended
+    for source in ("alertmanager", "kafka"):
+        fires = {print_ for (of, print_), ended in newest.items() if of == source and not ended}
+        assert {signal.fingerprint for signal in store.firing(source)} == fires
+
+
+@pytest.fixture
+def engine_of_signals(new_engine: NewEngine) -> Engine:
+    return new_engine()

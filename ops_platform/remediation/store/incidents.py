@@ -14,7 +14,7 @@ from psycopg.types.json import Jsonb
 from ops_platform.errors import ConflictError, NotOurTurnError, NotThereError
 from ops_platform.ledger import Entry, LedgerTransaction
 from ops_platform.remediation.machine import ending_without_signal, need_allowed
-from ops_platform.remediation.model import Ending, Incident, Opening, Pause, Signal, State, incident_id
+from ops_platform.remediation.model import Ending, Incident, Opening, Pause, Signal, State, incident_id, moment_text
 from ops_platform.remediation.store.schema import OPENING, SPACE
 from ops_platform.remediation.store.tables import Tables, pause_of
 
@@ -50,12 +50,8 @@ class Incidents(Tables):
             return [], 0
         with self.transaction() as t:
             t.connection.execute("select pg_advisory_xact_lock(%s, %s)", [SPACE, OPENING])
-            rules, fingerprints = [o.rule for o in openings], [o.signal.fingerprint for o in openings]
             known: dict[tuple[str, str], list[Incident]] = {}
-            for one in self._select(
-                t, "(rule, fingerprint) in (select * from unnest(%s::text[], %s::text[]))", rules, fingerprints,
-                order="opened_at, id", limit=1_000_000,
-            ):  # fmt: skip
+            for one in self._about(t, openings):
                 known.setdefault((one.rule, one.fingerprint), []).append(one)
             first = self._first_places(t, openings)
             found: list[Incident] = []
@@ -80,6 +76,22 @@ class Incidents(Tables):
                 if incident is not None:
                     found.append(incident)
             return found, left
+
+    def _about(self, t: LedgerTransaction, openings: Sequence[Opening]) -> list[Incident]:
+        """What these openings have to know, the oldest first: what is closed of the very same signals, and what is open. Not all that ever was: a
+        tick is to cost the same however long the history is."""
+        rules, fingerprints = [o.rule for o in openings], [o.signal.fingerprint for o in openings]
+        began = [moment_text(o.signal.starts_at) for o in openings]
+        closed = self._select(
+            t, "state = 'closed' and (rule, fingerprint, signal ->> 'starts_at')"
+            " in (select * from unnest(%s::text[], %s::text[], %s::text[]))", rules, fingerprints, began,
+            order="opened_at, id", limit=1_000_000,
+        )  # fmt: skip
+        still = self._select(
+            t, "state <> 'closed' and (rule, fingerprint) in (select * from unnest(%s::text[], %s::text[]))", rules,
+            fingerprints, order="opened_at, id", limit=1_000_000,
+        )  # fmt: skip
+        return closed + still
 
     def _first_places(self, t: LedgerTransaction, openings: Sequence[Opening]) -> dict[tuple[str, str, str], str]:
         """Where the events of these openings were read first, as far as they have incidents: fingerprint by rule, source and id."""

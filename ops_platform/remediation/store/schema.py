@@ -44,6 +44,7 @@ do $$ begin  -- tables of before have it added; whoever may not alter them must 
 end $$;
 create unique index if not exists incidents_one_open on ops_remediation.incidents (rule, fingerprint) where state <> 'closed';
 create index if not exists incidents_open on ops_remediation.incidents (state, retry_at) where state <> 'closed';
+create index if not exists incidents_of_signal on ops_remediation.incidents (rule, fingerprint, (signal ->> 'starts_at'));
 create index if not exists incidents_opened on ops_remediation.incidents (opened_at);
 create index if not exists incidents_event on ops_remediation.incidents
   ((signal -> 'labels' ->> 'source'), (signal -> 'labels' ->> 'id')) where signal ->> 'source' = 'kafka';

@@ -11,6 +11,21 @@ from psycopg.types.json import Jsonb
 from ops_platform.remediation.model import Signal
 from ops_platform.remediation.store.tables import Tables
 
+_FIRING = """
+with recursive prints as (
+  (select fingerprint from ops_remediation.signals where source = %(source)s order by fingerprint limit 1)
+  union all
+  select (select s.fingerprint from ops_remediation.signals s
+          where s.source = %(source)s and s.fingerprint > prints.fingerprint order by s.fingerprint limit 1)
+  from prints where prints.fingerprint is not null
+)
+select newest.signal from prints, lateral (
+  select s.signal from ops_remediation.signals s
+  where s.source = %(source)s and s.fingerprint = prints.fingerprint order by s.id desc limit 1
+) newest
+where newest.signal ->> 'ends_at' is null order by prints.fingerprint
+"""
+
 
 class Signals(Tables):
     """They hold labels, which people may ask to be erased: none of this stands in the ledger."""
@@ -23,9 +38,11 @@ class Signals(Tables):
             last: dict[tuple[str, str], dict[str, Any]] = {
                 (row[0], row[1]): row[2]
                 for row in t.connection.execute(
-                    "select distinct on (source, fingerprint) source, fingerprint, signal from ops_remediation.signals"
-                    " where fingerprint = any(%s) order by source, fingerprint, id desc",
-                    [[signal.fingerprint for signal in signals]],
+                    "select asked.source, asked.fingerprint, newest.signal"
+                    " from (select distinct * from unnest(%s::text[], %s::text[])) asked (source, fingerprint), lateral"
+                    " (select signal from ops_remediation.signals s where s.source = asked.source"
+                    " and s.fingerprint = asked.fingerprint order by s.id desc limit 1) newest",
+                    [[signal.source for signal in signals], [signal.fingerprint for signal in signals]],
                 )
             }
             news = [s for s in signals if _essence(s.as_json()) != _essence(last.get((s.source, s.fingerprint)))]
@@ -37,13 +54,9 @@ class Signals(Tables):
         return len(news)
 
     def firing(self, source: str) -> list[Signal]:
-        """What was kept last as not ended."""
+        """What was kept last as not ended. From one fingerprint to the next over the index: the history of each is not read."""
         with self.transaction() as t:
-            rows = t.connection.execute(
-                "select signal from (select distinct on (fingerprint) signal from ops_remediation.signals where source = %s"
-                " order by fingerprint, id desc) newest where signal ->> 'ends_at' is null",
-                [source],
-            ).fetchall()
+            rows = t.connection.execute(_FIRING, {"source": source}).fetchall()
         return [Signal.from_json(row[0]) for row in rows]
 
     def history(self, since: datetime, until: datetime) -> list[tuple[datetime, Signal]]:
