@@ -202,9 +202,26 @@ class Kafka:
             left = until - self.clock.monotonic()
             if error is None:
                 return found
-            if error.name() not in _COORDINATOR_MOVES or left <= _COORDINATOR_AGAIN:
+            if error.name() not in _COORDINATOR_MOVES or left <= _AGAIN:
                 raise self.error(error, said, f"group {group}")
-            self.clock.sleep(_COORDINATOR_AGAIN)
+            self.clock.sleep(_AGAIN)
+
+    def watermarks(
+        self, consumer: Consumer, said: Said, topic: str, partition: int, *, seconds: float | None = None
+    ) -> tuple[int, int]:
+        """The first offset that is there, and the one that comes next. While the partition's leader moves the question is asked again."""
+        from confluent_kafka import KafkaException, TopicPartition
+
+        until = self.clock.monotonic() + (left := seconds if seconds is not None else self.timeout)
+        while True:
+            try:
+                low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=max(left, 0.1))
+                return low, high
+            except KafkaException as error:
+                left = until - self.clock.monotonic()
+                if error.args[0].name() not in _LEADER_MOVES or left <= _AGAIN:
+                    raise self.error(error.args[0], said, f"{topic}/{partition}") from None
+                self.clock.sleep(_AGAIN)
 
     def _ask_committed(
         self, said: Said, group: str, where: Sequence[TopicPartition], seconds: float
@@ -268,7 +285,10 @@ def _note(found: list[KafkaError | bool], number: int, error: KafkaError | None,
 _COORDINATOR_MOVES = frozenset(
     {"NOT_COORDINATOR", "COORDINATOR_NOT_AVAILABLE", "COORDINATOR_LOAD_IN_PROGRESS", "_WAIT_COORD"}
 )
-_COORDINATOR_AGAIN = 0.5
+_LEADER_MOVES = frozenset(
+    {"NOT_LEADER_FOR_PARTITION", "LEADER_NOT_AVAILABLE", "FENCED_LEADER_EPOCH", "UNKNOWN_LEADER_EPOCH"}
+)
+_AGAIN = 0.5  # seconds
 
 _AWAY = "check `bootstrap`, the network, and whether the brokers run"
 # By name: https://kafka.apache.org/protocol#protocol_error_codes, and librdkafka's own with an underscore. The first that fits counts.

@@ -478,7 +478,7 @@ def _batches_of(kafka: Kafka, said: Said, topic: str, partition: int) -> Iterato
     }  # fmt: skip
     with contextlib.closing(kafka.consumer(said, **settings)) as consumer:
         with kafka.named(said, topic):
-            low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=kafka.timeout)
+            low, high = kafka.watermarks(consumer, said, topic, partition)
         if low >= high:
             return
         consumer.assign([TopicPartition(topic, partition, low)])

@@ -44,6 +44,13 @@ class Consumer:
             raise KafkaException(KafkaError(self.answer))
         return self.answer
 
+    def get_watermark_offsets(self, where: TopicPartition, timeout: float) -> tuple[int, int]:
+        assert (where.topic, where.partition) == ("orders", 0)
+        if isinstance(self.answer, int):
+            code, self.answer = self.answer, WHERE
+            raise KafkaException(KafkaError(code))
+        return 3, 7
+
     def poll(self, timeout: float) -> Any:
         return _Message(self.messages.pop()) if self.messages else None
 
@@ -102,3 +109,13 @@ def test_one_partition_that_is_refused_refuses_the_whole() -> None:
     refused: Any = SimpleNamespace(error=KafkaError(KafkaError.UNKNOWN_TOPIC_OR_PART))
     with pytest.raises(OpsError, match=r"(?i)unknown topic"):
         Cluster(Consumer([refused])).committed(Said(), "billing", WHERE)
+
+
+def test_a_leader_that_moves_is_asked_again_and_a_topic_that_is_gone_is_not() -> None:
+    consumer: Any = Consumer(KafkaError.NOT_LEADER_FOR_PARTITION)
+    cluster = Cluster(consumer)
+    assert cluster.watermarks(consumer, Said(), "orders", 0) == (3, 7)
+    assert cluster.clock.monotonic() == 0.5
+    gone: Any = Consumer(KafkaError.UNKNOWN_TOPIC_OR_PART)
+    with pytest.raises(OpsError, match=r"(?i)unknown topic"):
+        cluster.watermarks(gone, Said(), "orders", 0)

@@ -287,7 +287,7 @@ def _numbers(kafka: Kafka, topic: str) -> list[int]:
     said, found, until = Said(), list[int](), time.monotonic() + 2 * kafka.timeout
     consumer = kafka.consumer(said, group_id=topic, enable_auto_commit=False, auto_offset_reset="error")
     with contextlib.closing(consumer), kafka.named(said, topic):
-        low, high = consumer.get_watermark_offsets(TopicPartition(topic, 0), timeout=kafka.timeout)
+        low, high = kafka.watermarks(consumer, said, topic, 0)
         consumer.assign([TopicPartition(topic, 0, low)])
         following = low
         while following < high:

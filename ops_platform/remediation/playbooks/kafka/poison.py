@@ -173,7 +173,7 @@ class SkipRecord(_Offsets):
 
         with self.desk.reader(self.topic, self.group) as (consumer, said):
             where = TopicPartition(self.topic, self.number, offset)
-            first, end = consumer.get_watermark_offsets(where, timeout=self.desk.seconds, cached=False)
+            first, end = self.desk.kafka.watermarks(consumer, said, self.topic, self.number, seconds=self.desk.seconds)
             if offset < first:
                 raise RefusedError(
                     f"what stood at {offset} has expired: the first record that is there is {first}", where=self.object,
