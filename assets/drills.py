@@ -5,15 +5,11 @@ from typing import Any
 
 import dagster as dg
 
+from assets.owners import owners_of
 from ops_platform.inventory.model import Inventory
 from ops_platform.resources import PlatformResource
 
 DRILLS = dg.AssetKey(["platform", "drills"])
-
-
-def owners_of(inventory: Inventory) -> list[str]:
-    """Of everything that is operated."""
-    return [f"team:{owner}" for owner in sorted({one.owner for one in (*inventory.targets, *inventory.systems)})]
 
 
 def build_assets(inventory: Inventory) -> tuple[list[Any], list[Any]]:
@@ -24,7 +20,7 @@ def build_assets(inventory: Inventory) -> tuple[list[Any], list[Any]]:
         DRILLS,
         description="Recovery, tried out: every declared drill on each of its targets.",
         group_name="recovery",
-        owners=owners_of(inventory),
+        owners=owners_of([*inventory.targets, *inventory.systems]),
         kinds={"postgresql"},
     )
     return [spec], [drill_checks]

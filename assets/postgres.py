@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import dagster as dg
 
+from assets.owners import owners_of
 from ops_platform.backup.model import AnyManifest, Progress, StoreManifest
 from ops_platform.clients.access import Access
 from ops_platform.errors import OpsError
@@ -53,7 +54,7 @@ class VerificationConfig(dg.Config):
 def build_assets(inventory: Inventory) -> tuple[list[Any], list[dg.AssetChecksDefinition]]:
     """The assets of all targets, and their checks."""
     partitions = dg.StaticPartitionsDefinition([target.id for target in inventory.targets])
-    owners = [f"team:{owner}" for owner in sorted({target.owner for target in inventory.targets})]
+    owners = owners_of(inventory.targets)
     group = "postgres"
 
     @dg.observable_source_asset(

@@ -4,7 +4,7 @@ from typing import Any
 
 import dagster as dg
 
-from assets.drills import owners_of
+from assets.owners import owners_of
 from ops_platform.inventory.model import Inventory
 
 INCIDENTS = dg.AssetKey(["remediation", "incidents"])
@@ -19,7 +19,7 @@ def build_assets(inventory: Inventory) -> list[Any]:
             INCIDENTS,
             description="Alerts and events, and what was done about them. Observed: each incident as a run left it.",
             group_name="remediation",
-            owners=owners_of(inventory),
+            owners=owners_of([*inventory.targets, *inventory.systems]),
             kinds={"postgresql"},
         )
     ]

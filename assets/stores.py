@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import dagster as dg
 
+from assets.owners import owners_of
 from assets.postgres import (
     POOL,
     NotProvenError,
@@ -79,7 +80,7 @@ def build_assets(inventory: Inventory) -> tuple[list[Any], list[dg.AssetChecksDe
 
 def _of_kind(kind: str, targets: list[StoreTarget]) -> tuple[list[Any], list[dg.AssetChecksDefinition]]:
     partitions = dg.StaticPartitionsDefinition([target.id for target in targets])
-    owners = [f"team:{owner}" for owner in sorted({target.owner for target in targets})]
+    owners = owners_of(targets)
 
     @dg.asset(
         key=backup_key(kind),

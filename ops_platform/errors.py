@@ -22,13 +22,16 @@ class OpsError(Exception):
         super().__init__(what)
 
     def __str__(self) -> str:
-        text = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{text}\n  what to do: {self.remedy}" if self.remedy else text
+        return self._said("\n  ")
 
     @property
     def line(self) -> str:
         """The same as one line: a reason in a record, which is read in tables and messages."""
-        return str(self).replace("\n  what to do:", "; what to do:", 1)
+        return self._said("; ")
+
+    def _said(self, between: str) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{text}{between}what to do: {self.remedy}" if self.remedy else text
 
 
 class UsageError(OpsError):

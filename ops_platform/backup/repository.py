@@ -32,7 +32,7 @@ from ops_platform.backup.model import (
 from ops_platform.backup.sealed import Compression, Sealed, seal, unseal
 from ops_platform.clients.keys import DataKey, KeyService
 from ops_platform.clients.objectstore import ObjectInfo, ObjectStore
-from ops_platform.errors import ConflictError, CorruptionError, NotThereError
+from ops_platform.errors import ConflictError, CorruptionError, NotThereError, UsageError
 
 M = TypeVar("M", Manifest, StoreManifest)
 _BACKUP_ID = re.compile(r"\d{8}T\d{6}Z-[FI]-[0-9a-f]{8}")
@@ -82,6 +82,13 @@ class Repository:
     def backup_ids(self) -> list[str]:
         """Every backup that has begun, finished or not, oldest first."""
         return sorted(self.store.list_folders(f"{self.target_id}/backup/"))
+
+    def need_backup(self, backup_id: str) -> None:
+        """Raises UsageError where none of this id has begun."""
+        if backup_id not in self.backup_ids():
+            raise UsageError(
+                f"there is no backup {backup_id} of {self.target_id}", remedy=f"ops backup list {self.target_id}"
+            )
 
     def manifest_key(self, backup_id: str) -> str:
         return f"{self.target_id}/backup/{backup_id}/manifest.json"

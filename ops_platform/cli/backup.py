@@ -198,8 +198,7 @@ def show(target: str, backup_id: str, copy_id: str | None, as_json: bool) -> Non
 
     with opened() as access:
         repository = open_target_repository(access, at(access.inventory.backed(target), copy_id))
-        if backup_id not in repository.backup_ids():
-            raise UsageError(f"there is no backup {backup_id} of {target}", remedy=f"ops backup list {target}")
+        repository.need_backup(backup_id)
         manifest = repository.any_manifest(backup_id)
         chain = repository.chain(backup_id) if isinstance(manifest, Manifest) else [manifest]
         detail = BackupDetail(manifest, [part.backup_id for part in chain], repository.proofs(backup_id))

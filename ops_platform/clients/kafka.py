@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import AccessDeniedError, ConflictError, NotThereError, OpsError, UnreachableError
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
     from confluent_kafka.admin import AdminClient
 
+T = TypeVar("T")
 _LOG = logging.getLogger("ops_platform.kafka")
 _KEPT = 50
 
@@ -196,48 +197,39 @@ class Kafka:
         Asked by a consumer, which never joins: the admin client's own call ends the process when the coordinator moves
         (librdkafka issue 5040). While it moves the question is asked again, for `seconds` in all.
         """
-        until = self.clock.monotonic() + (left := seconds if seconds is not None else self.timeout)
-        while True:
-            error, found = self._ask_committed(said, group, where, left)
-            left = until - self.clock.monotonic()
-            if error is None:
-                return found
-            if error.name() not in _COORDINATOR_MOVES or left <= _AGAIN:
-                raise self.error(error, said, f"group {group}")
-            self.clock.sleep(_AGAIN)
+
+        def ask(left: float) -> list[TopicPartition]:
+            with contextlib.closing(self.consumer(said, group_id=group, enable_auto_commit=False)) as consumer:
+                return _ask_committed(consumer, said, where, left)
+
+        return self._while_it_moves(ask, _COORDINATOR_MOVES, said, f"group {group}", seconds)
 
     def watermarks(
         self, consumer: Consumer, said: Said, topic: str, partition: int, *, seconds: float | None = None
     ) -> tuple[int, int]:
         """The first offset that is there, and the one that comes next. While the partition's leader moves the question is asked again."""
-        from confluent_kafka import KafkaException, TopicPartition
+        from confluent_kafka import TopicPartition
+
+        def ask(left: float) -> tuple[int, int]:
+            return consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=left)
+
+        return self._while_it_moves(ask, _LEADER_MOVES, said, f"{topic}/{partition}", seconds)
+
+    def _while_it_moves(
+        self, ask: Callable[[float], T], moves: frozenset[str], said: Said, thing: str, seconds: float | None
+    ) -> T:
+        """The answer to what `ask` asks with the time that is left; asked again after the errors `moves`, for `seconds` in all."""
+        from confluent_kafka import KafkaException
 
         until = self.clock.monotonic() + (left := seconds if seconds is not None else self.timeout)
         while True:
             try:
-                low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=max(left, 0.1))
-                return low, high
+                return ask(max(left, 0.1))
             except KafkaException as error:
                 left = until - self.clock.monotonic()
-                if error.args[0].name() not in _LEADER_MOVES or left <= _AGAIN:
-                    raise self.error(error.args[0], said, f"{topic}/{partition}") from None
+                if error.args[0].name() not in moves or left <= _AGAIN:
+                    raise self.error(error.args[0], said, thing) from None
                 self.clock.sleep(_AGAIN)
-
-    def _ask_committed(
-        self, said: Said, group: str, where: Sequence[TopicPartition], seconds: float
-    ) -> tuple[KafkaError | None, list[TopicPartition]]:
-        from confluent_kafka import KafkaException
-
-        with contextlib.closing(self.consumer(said, group_id=group, enable_auto_commit=False)) as consumer:
-            try:
-                found = consumer.committed(list(where), timeout=max(seconds, 0.1))
-            except KafkaException as error:
-                # A group that we may not see shows among its messages, and to the call as a time-out.
-                while (message := consumer.poll(0)) is not None:
-                    if (heard := message.error()) is not None:
-                        said(heard)
-                return error.args[0], []
-        return next((one.error for one in found if one.error is not None), None), found
 
     # Errors
 
@@ -276,6 +268,25 @@ def heard(admin: AdminClient) -> Generator[None]:
     except Exception:
         admin.poll(0)
         raise
+
+
+def _ask_committed(
+    consumer: Consumer, said: Said, where: Sequence[TopicPartition], seconds: float
+) -> list[TopicPartition]:
+    """Raises KafkaException, also for one partition alone."""
+    from confluent_kafka import KafkaException
+
+    try:
+        found = consumer.committed(list(where), timeout=seconds)
+    except KafkaException:
+        # A group that we may not see shows among its messages, and to the call as a time-out.
+        while (message := consumer.poll(0)) is not None:
+            if (error := message.error()) is not None:
+                said(error)
+        raise
+    if wrong := next((one.error for one in found if one.error is not None), None):
+        raise KafkaException(wrong)
+    return found
 
 
 def _note(found: list[KafkaError | bool], number: int, error: KafkaError | None, _message: object) -> None:

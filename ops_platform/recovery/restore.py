@@ -96,8 +96,8 @@ def plan(
     backup = engine.choose(recovery)
     install = need_postgres(backup.server_version // 10000, target.sandbox.postgres.values())
     backups = engine.list()
-    room, occupied = _no_room(backups, backup, into), _occupied(into)
-    problems = [f"{problem}: {into}" for problem in (room, _NOT_EMPTY if occupied else None) if problem]
+    room, full = _no_room(backups, backup, into), occupied(into)
+    problems = [f"{problem}: {into}" for problem in (room, _NOT_EMPTY if full else None) if problem]
     return RestorePlan(
         target.id, str(recovery), backup, engine.window(), str(into), needed_bytes(backups, backup), shutil.disk_usage(_existing(into)).free,
         f"PostgreSQL {install.version} in {install.bindir}", problems,
@@ -288,7 +288,7 @@ def _begin(engine: BackupEngine, target: Target, recovery: RecoveryTarget, into:
         if not found:
             raise OpsError(f"the backup {begun['backup']} of this unfinished restore is gone", where=str(into))
         return found[0]
-    if _occupied(into):
+    if occupied(into):
         raise UsageError(_NOT_EMPTY, where=str(into), remedy="name another one; nothing is restored over files")
     backup = engine.choose(recovery)
     if problem := _no_room(engine.list(), backup, into):
@@ -324,7 +324,8 @@ def _need_right(into: Path) -> None:
             raise UsageError(f"we may not write to {place}", where=str(into), remedy=_ANOTHER)
 
 
-def _occupied(into: Path) -> bool:
+def occupied(into: Path) -> bool:
+    """Whether something is there that a restore would be mixed with or put over."""
     return into.exists() and (not into.is_dir() or any(into.iterdir()))
 
 

@@ -310,7 +310,7 @@ _FILTERS: dict[str, Callable[..., str]] = {
 _NAMES: dict[str, object] = {
     "Verdict": Verdict,
     "age": age,
-    "counted": count_of,
+    "count_of": count_of,
     "data_docs": data_docs,
     "detail_items": detail_items,
     "gate_words": GATE_WORDS,

@@ -15,6 +15,7 @@ from ops_platform.backup.archive import open_target_repository
 from ops_platform.backup.model import Progress, StoreManifest, no_progress
 from ops_platform.backup.repository import Repository
 from ops_platform.errors import CorruptionError, CouldNotVerifyError, OpsError, UsageError
+from ops_platform.recovery.restore import occupied
 from ops_platform.stores.fetch import fetch_backup
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def hand_out(
     Raises UsageError (no such backup, a directory that is not empty), CouldNotVerifyError (no room), CorruptionError; nothing is left of
     what was written then.
     """
-    if into.exists() and (not into.is_dir() or any(into.iterdir())):
+    if occupied(into):
         raise UsageError("it is not an empty directory", where=str(into), remedy=_ANOTHER)
     repository = open_target_repository(access, target)
     manifest = _chosen(repository, target.id, backup_id)
@@ -79,8 +80,8 @@ def _chosen(repository: Repository, target_id: str, backup_id: str | None) -> St
         if not infos:
             raise OpsError(f"there is no backup of {target_id} that can be read", remedy=f"ops backup list {target_id}")
         backup_id = infos[-1].backup_id
-    elif backup_id not in repository.backup_ids():
-        raise UsageError(f"there is no backup {backup_id} of {target_id}", remedy=f"ops backup list {target_id}")
+    else:
+        repository.need_backup(backup_id)
     return repository.store_manifest(backup_id)
 
 

@@ -477,8 +477,7 @@ def _batches_of(kafka: Kafka, said: Said, topic: str, partition: int) -> Iterato
         "isolation_level": "read_committed", "enable_partition_eof": True, "check_crcs": True, **_FETCH,
     }  # fmt: skip
     with contextlib.closing(kafka.consumer(said, **settings)) as consumer:
-        with kafka.named(said, topic):
-            low, high = kafka.watermarks(consumer, said, topic, partition)
+        low, high = kafka.watermarks(consumer, said, topic, partition)
         if low >= high:
             return
         consumer.assign([TopicPartition(topic, partition, low)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,24 +10,9 @@ from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from ops_platform.clients.kafka import Kafka, Said
 from ops_platform.errors import OpsError, UnreachableError
+from tests.remediation_rig import TurnedClock
 
 WHERE = [TopicPartition("orders", 0)]
-
-
-class Ticking:
-    """Time passes by sleeping alone."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def now(self) -> datetime:
-        return datetime.fromtimestamp(self.seconds, UTC)
-
-    def monotonic(self) -> float:
-        return self.seconds
-
-    def sleep(self, seconds: float) -> None:
-        self.seconds += seconds
 
 
 class Consumer:
@@ -68,7 +52,7 @@ class _Message:
 
 class Cluster(Kafka):
     def __init__(self, *consumers: Consumer) -> None:
-        super().__init__("shop-events", [("127.0.0.1", 9)], clock=Ticking(), timeout=5)
+        super().__init__("shop-events", [("127.0.0.1", 9)], clock=TurnedClock(), timeout=5)
         self.left = list(consumers)
         self.asked: list[Consumer] = []
 

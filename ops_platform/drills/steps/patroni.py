@@ -87,7 +87,7 @@ def cluster_of(context: Context, *, but: str = "") -> Cluster:
 def _why_not(api: HttpApi, error: OpsError) -> str:
     """It asks its store for the cluster, and nobody for its own state."""
     try:
-        api.request("GET", "/patroni", timeout=2.0, good=(200, 503))
+        _word(api)
     except OpsError:
         return error.what
     return "it answers, and does not reach its store (etcd, Consul, ...), which may have lost its quorum"
@@ -294,7 +294,7 @@ def _began(context: Context, url: str) -> tuple[bool, str | None]:
     api = next((a for a in context.access.patroni(context.target) if a.url == url), None)
     if api is not None:
         with contextlib.suppress(UnreachableError):
-            said = api.request("GET", "/patroni", timeout=2.0, good=(200, 503)).json()
+            said = _word(api)
             leads = said.get("role") in ("primary", "master") and said.get("state") == "running"
             return leads, said.get("postmaster_start_time")
     return False, None
@@ -398,12 +398,16 @@ class Words:
         )
 
 
+def _word(api: HttpApi) -> Mapping[str, Any]:
+    """Of one member about itself."""
+    return api.request("GET", "/patroni", timeout=2.0, good=(200, 503)).json()
+
+
 def _words(context: Context) -> Words:
     states: list[Mapping[str, Any]] = []
     for api in context.access.patroni(context.target):
         try:
-            said = api.request("GET", "/patroni", timeout=2.0, good=(200, 503)).json()
-            states.append({**said, "api": api.host})
+            states.append({**_word(api), "api": api.host})
         except OpsError as error:
             states.append({"api": api.host, "state": error.what})
     return Words(tuple(states))
