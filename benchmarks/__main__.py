@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import shutil
 import sys
@@ -11,9 +12,10 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.comparisons import COMPARISONS, QUICK, Sizes
+from benchmarks.comparisons import COMPARISONS
 from benchmarks.ground import World, facts
 from benchmarks.measure import Comparison, document, merged, report
+from benchmarks.sizes import QUICK, Sizes
 
 _PREFACE = """# Benchmarks
 
@@ -45,6 +47,7 @@ def main() -> int:
     sizes = replace(sizes, rounds=asked.rounds or sizes.rounds)
     if asked.noise_gib:
         sizes = replace(sizes, noise=int(asked.noise_gib * (1 << 30)))
+    gc.freeze()  # as the code location has before its first tick
     results = _measure([name for name in COMPARISONS if name in (asked.only or COMPARISONS)], sizes)
     if asked.out:
         at = {

@@ -88,8 +88,8 @@ def _replicate(task: dict[str, Any]) -> dict[str, Any]:
 
 def _fetch(task: dict[str, Any]) -> dict[str, Any]:
     """The base backup to disk, synced: what `pgbackrest restore` does."""
-    from ops_platform.backup.archive import open_target_repository
     from ops_platform.backup.engine import NativeEngine
+    from ops_platform.backup.opening import open_target_repository
 
     access = _access()
     target = access.inventory.targets[0]
@@ -136,13 +136,14 @@ def _ticks(task: dict[str, Any]) -> dict[str, Any]:
 
     import dagster as dg
 
-    from jobs.remediation import build_jobs
+    from ops_platform.definitions import defs
     from ops_platform.errors import OpsError
-    from ops_platform.inventory import load
     from ops_platform.resources import PlatformResource
-    from sensors.remediation import build_sensors
 
-    sensors = build_sensors(load(Path(os.environ["OPS_INVENTORY"])).inventory, build_jobs())
+    remediation = ("alerts", "events", "incidents")
+    sensors = [one for one in defs.sensors or () if one.name in remediation]
+    if len(sensors) != len(remediation):
+        raise RuntimeError(f"the code location has of them only {[one.name for one in sensors]}")
     cursors: dict[str, str | None] = {}
     levels: list[float] = []
     failed = 0

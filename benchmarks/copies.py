@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.ground import World, ours
-from benchmarks.measure import Comparison, Goal
-from benchmarks.stores import measured
-from ops_platform.backup.archive import open_target_repository
+from benchmarks.measure import Comparison, Goal, measured
+from ops_platform.backup.opening import open_target_repository
 from ops_platform.inventory.model import at_copy
 from ops_platform.inventory.systems import StoreTarget
 from ops_platform.stores.dump import run_backup

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from tests.rig import Cluster, Ground, Platform, scratch
 
 ROOT = Path(__file__).parents[1]
 STANZA = "bench"
+OURS, PEER = "ours", "pgBackRest"
 _SETTINGS = {
     "archive_mode": "on",
     "shared_buffers": "128MB",
@@ -379,6 +380,41 @@ class World:
         for name in list(self._databases):
             self.drop(name)
         self.ground.close()
+
+
+def drained(database: Database) -> None:
+    """PostgreSQL's archiver has nothing left."""
+    waiting = "select count(*) from pg_ls_archive_statusdir() where name like '%.ready'"
+    until(lambda: database.cluster.sql(waiting) == 0)
+
+
+def until(done: Callable[[], bool], seconds: float = 900) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > end:
+            raise RuntimeError("waited for too long")
+        time.sleep(0.01)
+
+
+def stored_by_peer(database: Database, wanted: list[str]) -> float:
+    """Wait until pgBackRest has confirmed every segment (its spool's .ok, or archived by PostgreSQL); the moment of the last."""
+    out = database.home / "spool" / "archive" / "bench" / "out"
+    last, left = "select coalesce(last_archived_wal, '') from pg_stat_archiver", set(wanted)
+    while left:
+        left -= {path.name.removesuffix(".ok") for path in out.glob("*.ok")} if out.exists() else set()
+        if left:
+            archived = database.cluster.sql(last)[:24]
+            left = {name for name in left if name > archived}
+            time.sleep(0.005)
+    return time.time()
+
+
+def empty_folder(database: Database, name: str) -> Path:
+    path = database.home / name
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(mode=0o700)
+    run_as().own(path)
+    return path
 
 
 def facts() -> dict[str, str]:

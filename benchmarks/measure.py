@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,6 +82,18 @@ def interleaved(rounds: int, sides: Mapping[str, Callable[[], None]]) -> None:
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             sides[name]()
+
+
+def measured(found: Comparison, rounds: int, sides: Mapping[str, Callable[[], float]]) -> None:
+    """In turn, with the machine's load as each round began."""
+    first = next(iter(sides))
+
+    def one(side: str) -> None:
+        if side == first:
+            found.load.append(os.getloadavg()[0])
+        found.add(side, sides[side]())
+
+    interleaved(rounds, {side: lambda side=side: one(side) for side in sides})
 
 
 # What people read

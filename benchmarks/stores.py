@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -16,11 +15,11 @@ from typing import Any
 
 from benchmarks import peers
 from benchmarks.ground import Ran, World, ours, timed
-from benchmarks.measure import Comparison, Goal, interleaved
-from ops_platform.backup.archive import open_target_repository
+from benchmarks.measure import Comparison, Goal, measured
+from ops_platform.backup.opening import open_target_repository
 from ops_platform.inventory.systems import StoreTarget
 from ops_platform.stores.fetch import fetch_backup
-from ops_platform.stores.kafka import read_records
+from ops_platform.stores.kafka_records import read_records
 from ops_platform.stores.kind import Saved
 from ops_platform.stores.kubernetes import KubernetesStore, ordered, read_objects
 from tests import kafka_rig, kube_rig, redis_rig
@@ -71,18 +70,6 @@ def folder(name: str) -> Iterator[Path]:
         yield made
     finally:
         shutil.rmtree(made, ignore_errors=True)
-
-
-def measured(found: Comparison, rounds: int, sides: Mapping[str, Callable[[], float]]) -> None:
-    """In turn, with the machine's load as each round began."""
-    first = next(iter(sides))
-
-    def one(side: str) -> None:
-        if side == first:
-            found.load.append(os.getloadavg()[0])
-        found.add(side, sides[side]())
-
-    interleaved(rounds, {side: lambda side=side: one(side) for side in sides})
 
 
 # Redis
