@@ -156,7 +156,7 @@ what differs from it. `ops inventory show TARGET` prints a target with everythin
 | id | Lower-case letters, digits and single dashes, 63 characters at most. |
 | time zone | A name such as `Europe/Berlin` or `UTC`. |
 | cron | Five fields: minute, hour, day, month, weekday. |
-| address | `https://host[:port]` without user and password; `local://NAME` is a server of the local stack. |
+| address | `https://host[:port][/path]` without user and password (some take no path and say so); `local://NAME` is a server of the local stack. |
 | host | A name, an IPv4 or IPv6 address, a socket directory, or `local://NAME`. |
 | matcher | A condition on a label as Alertmanager writes it: `severity=~"page\\|ticket"`; `=`, `!=`, `=~`, `!~`. |
 | moment | A time with its zone, in quotes: `'2026-12-24T18:00:00+01:00'`. |
@@ -245,7 +245,19 @@ def _default(model: type[BaseModel], name: str, field: FieldInfo) -> str:
         return "empty"
     if isinstance(value, int) and not isinstance(value, bool) and values.Size in _parts(_hint(model, name)):
         return f"`{_size(value)}`"
+    if isinstance(value, list) and all(isinstance(item, BaseModel) for item in value):
+        items = ", ".join(_flow(item) for item in value)
+        return f"`[{items}]`"
     return f"`{_yaml(value)}`"
+
+
+def _flow(value: BaseModel) -> str:
+    """As it would be written in YAML, in one line."""
+    parts = (
+        f"{key}: {_yaml(format_duration(one) if isinstance(one, timedelta) else one)}"
+        for key, one in dict(value).items()
+    )
+    return "{" + ", ".join(parts) + "}"
 
 
 def _size(value: int) -> str:
@@ -331,7 +343,11 @@ _UNTYPED = {
     ("ops", "recover"): "With `--go` or `--go-on` the scorecard; without, the plan as `ops drill plan` gives it.",
     ("ops", "report"): "`index` is the path of the page over all targets, `pages` the paths of the targets' pages.",
     ("ops", "local", "logs"): "The lines, oldest first.",
-    ("ops", "inventory", "check"): "`file` is the path of the inventory; `targets` and `suites` count what is in it.",
+    (
+        "ops",
+        "inventory",
+        "check",
+    ): "`file` is the path of the inventory; `targets`, `suites` and `drills` count what is in it.",
 }
 
 
@@ -411,8 +427,8 @@ def _codes() -> str:
     table = "\n".join(f"| {code} | {meaning} |" for code, meaning in rows)
     return (
         f"| code | |\n|---|---|\n{table}\n\n"
-        "143 says that SIGTERM ended the command, 141 that the reader of its output went away (`ops ledger list | head`; 1 where "
-        "that happens inside a scorecard). What was begun is cleaned up all the same. **3 is not a success**: nothing was proven, neither good "
+        "143 says that SIGTERM ended the command, 141 that the reader of its output went away (`ops ledger list | head`). "
+        "What was begun is cleaned up all the same. **3 is not a success**: nothing was proven, neither good "
         "nor bad. Of several targets the worst "
         "counts, and 1 is worse than 3."
     )
