@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ops_platform.clients.postgres_binaries import find_postgres
-from ops_platform.errors import CouldNotVerifyError, OpsError
+from ops_platform.counting import size
+from ops_platform.errors import CouldNotVerifyError, OpsError, UnreachableError
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
     from ops_platform.clients.postgres import Member
     from ops_platform.inventory.model import Backed, Target
     from ops_platform.inventory.systems import StoreTarget
+    from ops_platform.stores.kind import Need
 
 State = Literal["good", "warn", "bad", "unknown"]
 _MAX_SKEW = 300
@@ -52,11 +54,16 @@ def examine(access: Access, target: Target) -> Examination:
 
 
 def examine_store(access: Access, target: StoreTarget) -> Examination:
-    """A store of another kind: it answers, its repository and key service work, and a backup of it could be restored here."""
-    from ops_platform.stores.kind import open_kind
+    """A store of another kind: it answers, what a proof needs is there, its repository and key service work, and a backup of it could
+    be restored here."""
+    from ops_platform.stores.kind import Needing, open_kind
 
     def server() -> Iterator[Found]:
         yield Found("server", "good", open_kind(access, target).look())
+
+    def needs() -> Iterator[Found]:
+        if isinstance(kind := open_kind(access, target), Needing):
+            yield from map(_need, kind.needs())
 
     def sandbox() -> Iterator[Found]:
         try:
@@ -68,6 +75,7 @@ def examine_store(access: Access, target: StoreTarget) -> Examination:
 
     parts: list[tuple[str, Callable[[], Iterator[Found]]]] = [
         ("server", server),
+        ("needs", needs),
         ("store", lambda: _store(access, target)),
         ("key service", lambda: _keys(access, target)),
         ("sandbox", sandbox),
@@ -87,10 +95,23 @@ def asked(parts: Sequence[tuple[str, Callable[[], Iterator[Found]]]]) -> list[Fo
         except psycopg.Error as error:
             findings.append(Found(name, "unknown", " ".join(str(error).split()), "read the server's log"))
         except OpsError as error:
-            findings.append(
-                Found(name, "bad", f"{error.where}: {error.what}" if error.where else error.what, error.remedy)
-            )
+            findings.append(_failed(name, error))
     return findings
+
+
+def _failed(what: str, error: OpsError, state: State = "bad") -> Found:
+    return Found(what, state, f"{error.where}: {error.what}" if error.where else error.what, error.remedy)
+
+
+def _need(need: Need) -> Found:
+    """What nobody could say is not known, and so is not good."""
+    try:
+        found = need.ask()
+    except UnreachableError as error:
+        return _failed(need.what, error, "unknown")
+    except OpsError as error:
+        return _failed(need.what, error)
+    return Found(need.what, "good" if found else "warn", found or "the inventory names none", need.remedy)
 
 
 # The servers
@@ -209,63 +230,81 @@ def _room(target: Target, major: int, row: Sequence[Any]) -> Iterator[Found]:
         )
 
 
+@dataclass(frozen=True)
+class _Rights:
+    """What the server says of our session. `login` logged in, and replicates; `role` asks in SQL: another one after SET ROLE.
+
+    Both are quoted. `mark`: of the canary's table, None where it does not exist, as `uses` and `makes` are of its schema.
+    """
+
+    login: str
+    role: str
+    replicates: bool
+    monitors: bool
+    reads: bool
+    switches: bool
+    creates: bool
+    uses: bool | None
+    makes: bool | None
+    mark: bool | None
+
+
+# Each right is asked for by itself: of several in one question PostgreSQL says whether there is any of them.
+# The catalogs are asked for schema and table: to_regclass is refused where we may not look into the schema.
 _RIGHTS = """
-select (select rolreplication or rolsuper from pg_roles where rolname = current_user), pg_has_role('pg_monitor', 'usage'),
-  pg_has_role('pg_read_all_data', 'usage'), to_regnamespace('ops_canary') is not null,
-  case when to_regnamespace('ops_canary') is not null then has_schema_privilege('ops_canary', 'create, usage') else false end, current_user,
-  has_database_privilege(current_database(), 'create'), has_function_privilege('pg_switch_wal()', 'execute')
+select quote_ident(session_user) as login, quote_ident(current_user) as role,
+  (select rolreplication or rolsuper from pg_roles where rolname = session_user) as replicates,
+  pg_has_role('pg_monitor', 'usage') as monitors, pg_has_role('pg_read_all_data', 'usage') as reads,
+  has_function_privilege('pg_switch_wal()', 'execute') as switches, has_database_privilege(current_database(), 'create') as creates,
+  has_schema_privilege(n.oid, 'usage') as uses, has_schema_privilege(n.oid, 'create') as makes,
+  has_table_privilege(c.oid, 'select') and has_table_privilege(c.oid, 'insert') and has_table_privilege(c.oid, 'delete') as mark
+from (select) as we left join pg_namespace n on n.nspname = 'ops_canary'
+  left join pg_class c on c.relnamespace = n.oid and c.relname = 'canary'
 """
 
 
 def _rights(access: Access, target: Target, member: Member) -> Iterator[Found]:
+    from psycopg.rows import class_row
+
+    from ops_platform.clients.postgres import give_attribute
+
     with access.postgres(target, member=member) as connection:
-        row = connection.execute(_RIGHTS).fetchone()
-    assert row is not None  # noqa: S101 - a select without a table has a row
-    replicates, monitors, reads, schema, writes, role, creates, switches = row
+        rights = connection.cursor(row_factory=class_row(_Rights)).execute(_RIGHTS).fetchone()
+    assert rights is not None  # noqa: S101 - a left join of one row has a row
+    made_by = target.connection.made_by
+    # A right that is given to a role of one session ends with it.
+    lasts = made_by is None or rights.role != rights.login
+    to = rights.role if lasts else "THE_GROUP"
+    who = "" if lasts else f" (THE_GROUP: in which {made_by} makes its roles)"
     native = target.repository.engine == "native"
     if native:
         yield Found(
             "REPLICATION",
-            "good" if replicates else "bad",
-            "granted" if replicates else "missing",
-            f"as a superuser: ALTER ROLE {role} REPLICATION",
+            "good" if rights.replicates else "bad",
+            "granted" if rights.replicates else "missing",
+            give_attribute("REPLICATION", rights.login, made_by),
         )
     else:
         yield Found(
             "pg_switch_wal",
-            "good" if switches else "bad",
-            "granted" if switches else "missing",
-            f"in {target.connection.dbname}: GRANT EXECUTE ON FUNCTION pg_switch_wal() TO {role}; without it nothing can be verified",
+            "good" if rights.switches else "bad",
+            "granted" if rights.switches else "missing",
+            f"in {target.connection.dbname}: GRANT EXECUTE ON FUNCTION pg_switch_wal() TO {to}{who}; without it nothing can be verified",
         )
     yield Found(
         "pg_monitor",
-        "good" if monitors else "warn",
-        "granted" if monitors else "missing",
-        f"GRANT pg_monitor TO {role}: slots and other sessions are seen with it",
+        "good" if rights.monitors else "warn",
+        "granted" if rights.monitors else "missing",
+        f"GRANT pg_monitor TO {to}{who}: slots and other sessions are seen with it",
     )
     yield Found(
         "pg_read_all_data",
-        "good" if reads else "warn",
-        "granted" if reads else "missing",
-        f"GRANT pg_read_all_data TO {role}: row counts are compared with it",
+        "good" if rights.reads else "warn",
+        "granted" if rights.reads else "missing",
+        f"GRANT pg_read_all_data TO {to}{who}: row counts are compared with it",
     )
     if target.backup.verification.canary:
-        good = writes if schema else creates
-        found = (
-            "ours to write"
-            if writes
-            else "exists, but not ours"
-            if schema
-            else "will be made"
-            if creates
-            else "missing"
-        )
-        yield Found(
-            "schema ops_canary",
-            "good" if good else "bad",
-            found,
-            f"in {target.connection.dbname}: CREATE SCHEMA ops_canary AUTHORIZATION {role}; or verification.canary: false",
-        )
+        yield _canary(rights, target, to, who, made_by)
     if not native:
         return
     try:
@@ -273,6 +312,33 @@ def _rights(access: Access, target: Target, member: Member) -> Iterator[Found]:
         yield Found("replication login", "good", "a WAL sender answers")
     except OpsError as error:
         yield Found("replication login", "bad", error.what, error.remedy)
+
+
+def _canary(rights: _Rights, target: Target, to: str, who: str, made_by: str | None) -> Found:
+    """Whether the canary's rows can be written by this session, and by the next one."""
+
+    def bad(found: str, remedy: str) -> Found:
+        return Found("schema ops_canary", "bad", found, f"{remedy}; or verification.canary: false")
+
+    here = f"in {target.connection.dbname}:"
+    if rights.mark is not None:
+        if rights.uses and rights.mark:
+            return Found("schema ops_canary", "good", "ours to write")
+        return bad(
+            "exists, but not ours",
+            f"{here} ALTER SCHEMA ops_canary OWNER TO {to}; ALTER TABLE ops_canary.canary OWNER TO {to}{who}",
+        )
+    if rights.uses is None and not rights.creates:
+        return bad("missing", f"{here} CREATE SCHEMA ops_canary AUTHORIZATION {to}{who}")
+    if rights.uses is not None and not (rights.uses and rights.makes):
+        return bad("exists, but not ours", f"{here} ALTER SCHEMA ops_canary OWNER TO {to}{who}")
+    if made_by is not None and rights.role == rights.login:
+        # Vault could not drop the owner of a table, and the next session's role could not write into it.
+        return bad(
+            "what we write would belong to a role of one session",
+            f"in Vault: end the creation_statements of {made_by} with ALTER ROLE \"{{{{name}}}}\" SET role = 'THE_GROUP'{who}",
+        )
+    return Found("schema ops_canary", "good", "will be made" if rights.uses is None else "ours to write")
 
 
 def _slot(access: Access, target: Target) -> Iterator[Found]:
@@ -297,7 +363,7 @@ def _slot(access: Access, target: Target) -> Iterator[Found]:
         yield Found(
             name,
             "warn" if much else "good",
-            f"{slot.wal_status}, holds back {(slot.retained or 0) / 2**20:.0f} MiB",
+            f"{slot.wal_status}, holds back {size(slot.retained or 0)}",
             "the receiver is behind: ops wal status",
         )
 

@@ -310,5 +310,7 @@ def _buttons(access: Access, chat: Chat) -> Found:
     try:
         access.secret(chat.signing_secret)
     except OpsError as error:
-        return Found(name, "bad", f"their signing secret cannot be had: {error.what}", error.remedy)
+        return Found(
+            name, "bad", f"their signing secret {chat.signing_secret} cannot be had: {error.what}", error.remedy
+        )
     return Found(name, "good", "their signing secret can be had")

@@ -11,6 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from ops_platform.clock import SYSTEM_CLOCK, Clock
+from ops_platform.counting import against, duration
 from ops_platform.drills import forecast
 from ops_platform.drills.begin import Beginner, Request
 from ops_platform.drills.engine import Engine
@@ -126,8 +127,10 @@ def promises(access: Access, store: Store, clock: Clock = SYSTEM_CLOCK) -> list[
             measured = next((o for o in card.objectives if o.name == name), None) if card else None
             if card is not None and measured is None:
                 continue  # the runbook does not measure it
-            value = "never measured" if measured is None or measured.measured is None else f"{measured.measured:.1f} s"
-            allowed = f", {measured.objective:.0f} s are allowed" if measured else ""
+            text = "never measured"
+            if measured is not None:
+                seconds, most = measured.measured, measured.objective
+                text = f"{text}, {duration(most)} are allowed" if seconds is None else against(seconds, most)
             kept = measured is not None and measured.met is True
-            found.append(Kept(one.plan, one.target, f"{name}_met", kept, f"{value}{allowed}"))
+            found.append(Kept(one.plan, one.target, f"{name}_met", kept, text))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,12 +36,16 @@ def chosen(access: Access, number: str, framework: str | None = None) -> Control
 def export(
     access: Access, control: Control, since: datetime, until: datetime, path: Path, *, whole: bool, made_by: str
 ) -> Cover:
-    """Write the pack. Raises UsageError for a time that ends before it begins, and what `write_pack` raises."""
+    """Write the pack. Raises UsageError for a time that ends before it begins and where a file is there, and what `write_pack` raises."""
     from ops_platform.ledger.anchored import open_anchored
     from ops_platform.ledger.pack import write_pack
     from ops_platform.reports.evidence import evidence_cover
 
     if since >= until:
         raise UsageError("the time ends before it begins", remedy="--from is the earlier one")
+    if os.path.lexists(path):
+        raise UsageError(
+            "this file exists", where=str(path), remedy="name another one with --output; nothing is overwritten"
+        )
     with open_anchored(access) as anchored:
         return write_pack(path, anchored, control, since, until, whole=whole, made_by=made_by, cover=evidence_cover)

@@ -11,7 +11,7 @@ from ops_platform.errors import AccessDeniedError, OpsError, UnreachableError, U
 
 if TYPE_CHECKING:
     from ops_platform.inventory.model import Inventory
-    from ops_platform.inventory.values import Secret
+    from ops_platform.inventory.values import Secret, SecretRef
 
 _WHERE = "platform.slack.webhook"
 _TIMEOUT = 10.0
@@ -39,11 +39,11 @@ def run_failed(
     return {"text": head, "blocks": [{"type": "section", "text": {"type": "mrkdwn", "text": "\n".join(lines)}}]}
 
 
-def post(webhook: Secret, message: dict[str, Any], clock: Clock = SYSTEM_CLOCK) -> None:
-    """Send it, again where Slack says "later" or does not answer. The webhook's address is a secret: no error names it."""
+def post(webhook: Secret, message: dict[str, Any], clock: Clock = SYSTEM_CLOCK, *, ref: SecretRef) -> None:
+    """Send it, again where Slack says "later" or does not answer. The webhook's address is a secret: errors name `ref`, where it stands."""
     for attempt in range(1, _TRIES + 1):
         try:
-            _send(webhook, message)
+            _send(webhook, message, f"{_WHERE} ({ref})")
         except _LaterError as later:
             if attempt == _TRIES:
                 raise
@@ -58,27 +58,27 @@ class _LaterError(UnreachableError):
     wait = 1.0
 
 
-def _send(webhook: Secret, message: dict[str, Any]) -> None:
+def _send(webhook: Secret, message: dict[str, Any], where: str) -> None:
     import urllib3
 
     try:
         answer = urllib3.request("POST", webhook.reveal(), json=message, timeout=_TIMEOUT, retries=False)
     except urllib3.exceptions.LocationValueError:
         raise UsageError(
-            "this is no address of a webhook", where=_WHERE, remedy="put https://hooks.slack.com/… into it"
+            "this is no address of a webhook", where=where, remedy="put https://hooks.slack.com/… into it"
         ) from None
     except urllib3.exceptions.HTTPError as error:
-        raise _LaterError(f"Slack does not answer ({type(error).__name__})", where=_WHERE) from None
+        raise _LaterError(f"Slack does not answer ({type(error).__name__})", where=where) from None
     said = f"{answer.status} {answer.data.decode(errors='replace')[:100]}".replace(webhook.reveal(), "***")
     if answer.status in (403, 404, 410):
         raise AccessDeniedError(
-            f"Slack refuses the webhook ({said})", where=_WHERE,
+            f"Slack refuses the webhook ({said})", where=where,
             remedy="make a new webhook, and put its address into the secret",
         )  # fmt: skip
     if answer.status == 429 or answer.status >= 500:
-        error = _LaterError(f"Slack answered {said}", where=_WHERE)
+        error = _LaterError(f"Slack answered {said}", where=where)
         asked = answer.headers.get("Retry-After", "")
         error.wait = float(asked) if asked.isdecimal() else error.wait
         raise error
     if answer.status != 200:
-        raise OpsError(f"Slack answered {said}", where=_WHERE)
+        raise OpsError(f"Slack answered {said}", where=where)

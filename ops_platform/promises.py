@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ops_platform.backup.engine import infos_of, open_engine
 from ops_platform.clock import SYSTEM_CLOCK, Clock
+from ops_platform.counting import against, duration
 from ops_platform.errors import OpsError
 from ops_platform.recovery import records
 
@@ -71,7 +72,8 @@ def wal_continuous(access: Access, target: Any, now: datetime) -> Kept:
     A gap behind which a backup stands is named for as long as the archive shows it, because the moments in it cannot be restored;
     it keeps no later backup from its proof. Of PostgreSQL alone: see `promises_of`.
     """
-    from ops_platform.backup.archive import archive_status, open_gaps
+    from ops_platform.backup.archive import archive_status
+    from ops_platform.backup.continuity import open_gaps
 
     if target.repository.engine != "native":
         window = open_engine(access, target).window()
@@ -99,7 +101,7 @@ def wal_continuous(access: Access, target: Any, now: datetime) -> Kept:
     return Kept(
         target.id,
         behind <= allowed,
-        f"whole up to {status.newest}, {behind:.0f} s behind{_mended(status.gaps)}",
+        f"whole up to {status.newest}, {duration(behind)} behind{_mended(status.gaps)}",
         numbers | {"lag_seconds": behind},
     )
 
@@ -152,7 +154,7 @@ def _objective(access: Access, target: Backed, name: str, allowed: float, *, nee
     value = records.measured(cards[-1], name)
     if value is None:
         return Kept(target.id, not needed, "not measured by the newest verification", known=not needed)
-    return Kept(target.id, value <= allowed, f"{value:.1f} s, {allowed:.0f} s are allowed", {f"{name}_seconds": value})
+    return Kept(target.id, value <= allowed, against(value, allowed), {f"{name}_seconds": value})
 
 
 def copied(access: Access, target: Backed, now: datetime) -> Kept:

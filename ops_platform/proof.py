@@ -14,8 +14,9 @@ from ops_platform.backup.model import AnyManifest, Manifest, Progress, RecoveryW
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import CouldNotVerifyError, OpsError, UsageError
 from ops_platform.recovery import records
+from ops_platform.recovery.choosing import Pick
 from ops_platform.recovery.model import Scorecard, Verdict
-from ops_platform.recovery.verify import Pick, verify
+from ops_platform.recovery.verify import verify
 
 if TYPE_CHECKING:
     from ops_platform.actions import ActionResult

@@ -52,7 +52,8 @@ def build_sensors(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.Sens
         description="Looks at each WAL archive; a new gap gets a full backup, from which recovery is possible again.",
     )
     def wal_watch(context: dg.SensorEvaluationContext, platform: PlatformResource) -> dg.SensorResult:
-        from ops_platform.backup.archive import archive_status, open_gaps
+        from ops_platform.backup.archive import archive_status
+        from ops_platform.backup.continuity import open_gaps
 
         requests: list[dg.RunRequest] = []
         events: list[dg.AssetObservation] = []
@@ -107,7 +108,7 @@ def build_sensors(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.Sens
                 # A run that was ended from outside has no failed step; what ended it says why.
                 steps or [context.failure_event.message or ""],
             )
-            post(access.secret(slack.webhook), message)
+            post(access.secret(slack.webhook), message, ref=slack.webhook)
 
     return [new_targets, wal_watch, failed_runs]
 
@@ -145,7 +146,7 @@ def asked(
 
 def has_no_backup(access: Any, target: Backed) -> bool:
     """False where the store cannot be asked: an unreachable store is not an empty one."""
-    from ops_platform.backup.archive import open_target_repository
+    from ops_platform.backup.opening import open_target_repository
 
     try:
         return not open_target_repository(access, target).infos()

@@ -13,20 +13,23 @@ from ops_platform.inventory.model import Inventory
 from ops_platform.resources import PlatformResource
 
 ALERTS_EVERY = EVENTS_EVERY = INCIDENTS_EVERY = 30  # seconds, at least: Dagster's daemon looks at sensors no more often
+OUTBOX_EVERY = 300  # where nothing is published (any more)
 LOST_AFTER = 120.0  # seconds after which the run of a step is taken for lost when nobody works on it
 BUDGET = 20.0  # seconds of a tick, which Dagster ends after 60
 
 
 def build_sensors(inventory: Inventory, jobs: Mapping[str, Any]) -> list[dg.SensorDefinition]:
-    """Nothing where the inventory declares no remediation."""
-    if inventory.remediation is None:
-        return []
-    made = [_incidents(jobs["remediate"])]
-    if inventory.remediation.alertmanagers:
-        made.append(_alerts(jobs["remediate"]))
-    made += [_events(jobs["remediate"], number) for number in range(len(inventory.remediation.events))]
-    if inventory.remediation.publish is not None:
-        made.append(_publish())
+    """Of the remediation where the inventory declares one; and wherever there is a ledger, somebody empties its outbox."""
+    made: list[dg.SensorDefinition] = []
+    declared = inventory.remediation
+    if declared is not None:
+        made.append(_incidents(jobs["remediate"]))
+        if declared.alertmanagers:
+            made.append(_alerts(jobs["remediate"]))
+        made += [_events(jobs["remediate"], number) for number in range(len(declared.events))]
+    publishes = declared is not None and declared.publish is not None
+    if publishes or inventory.platform.database is not None:
+        made.append(_publish(INCIDENTS_EVERY if publishes else OUTBOX_EVERY))
     return made
 
 
@@ -98,10 +101,11 @@ def _incidents(job: Any) -> dg.SensorDefinition:
     return incidents
 
 
-def _publish() -> dg.SensorDefinition:
+def _publish(every: int) -> dg.SensorDefinition:
     @dg.sensor(
-        name="publish", minimum_interval_seconds=INCIDENTS_EVERY, default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Sends what stands in the ledger's outbox to Kafka: backups, proofs, incidents, actions, as CloudEvents.",
+        name="publish", minimum_interval_seconds=every, default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Sends what stands in the ledger's outbox to Kafka: backups, proofs, incidents, actions, as CloudEvents. "
+        "Where nothing is published any more it empties the outbox.",
     )  # fmt: skip
     def publish(context: dg.SensorEvaluationContext, platform: PlatformResource) -> dg.SkipReason:
         from ops_platform.remediation.sources import publish_events
@@ -110,6 +114,8 @@ def _publish() -> dg.SensorDefinition:
             sent = publish_events(access, store, budget=BUDGET)
         if sent.failures:
             raise dg.Failure("; ".join(f"{subject}: {why}" for subject, why in sent.failures.items()))
+        if sent.dropped:
+            context.log.warning(f"remediation.publish is gone: {sent.dropped} events that waited are not sent any more")
         return dg.SkipReason(f"{sent.sent} events sent, {sent.waiting} wait")
 
     return publish

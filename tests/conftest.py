@@ -6,6 +6,8 @@ import contextlib
 import os
 import shutil
 import signal
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -32,21 +34,61 @@ settings.load_profile("here")
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     postgres_binaries.PORTS = postgres_binaries.PORTS[int(worker[2:]) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
 
+# Nor does a test that starts a program wait for its modules to be compiled anew: as in every installation in use, once is enough.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # A shell starts what it puts into the background deaf to Ctrl-C, and so would be all that the tests start and interrupt.
 with contextlib.suppress(ValueError):  # not the main thread
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # All tests of one of these run in one process: a second one would cost more than it wins.
-ONE_PROCESS = ("kafka_cluster", "elasticsearch", "kube", "registry")
+ONE_PROCESS = ("three_brokers", "kafka", "elasticsearch", "kube", "registry")
+LONGEST = "demo"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # the order is the one below
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
+        if _group(item) is None and (group := _common(item)):
+            item.add_marker(pytest.mark.xdist_group(group))
+    if config.getoption("loadgroup", default=False):
+        # Begun last, the two tests of the demo would be waited for by processes that have nothing left to do. Then the larger groups.
+        sizes = {**Counter(map(_group, items)), LONGEST: len(items), None: 0}
+        items.sort(key=lambda item: -sizes[_group(item)])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """The servers of a group end with its last test here: unasked, three brokers alone take a tenth of a core from the others."""
+    yield
+    if item.config.getoption("loadgroup", default=False) and (nextitem is None or _group(nextitem) != _group(item)):
         for name in ONE_PROCESS:
-            if name in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.xdist_group(name))
+            for made in _fixtures(item).get(name, ()):
+                made.finish(item._request)  # pyright: ignore
+
+
+def _group(item: pytest.Item) -> str | None:
+    marker = item.get_closest_marker("xdist_group")
+    return marker.args[0] if marker else None
+
+
+def _common(item: pytest.Item) -> str | None:
+    """The server that it shares with other files; else its own file, if something is made once for the tests of that."""
+    fixtures = _fixtures(item)
+    if server := next((name for name in ONE_PROCESS if name in fixtures), None):
+        return server
+    once = any(made.scope == "module" for found in fixtures.values() for made in found)
+    return item.nodeid.partition("::")[0] if once else None
+
+
+def _fixtures(item: pytest.Item) -> Mapping[str, Sequence[Any]]:
+    return item._fixtureinfo.name2fixturedefs  # pyright: ignore
 
 
 @pytest.fixture(scope="session")

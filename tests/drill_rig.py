@@ -17,19 +17,21 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from ops_platform.clients.access import Access
-from ops_platform.clients.processes import spawn
+from ops_platform.clients.processes import Process, spawn
 from ops_platform.drills.begin import Beginner, Begun, planned
 from ops_platform.drills.engine import Engine
 from ops_platform.drills.model import Checked, Done, Drill, DrillCard, Ending
 from ops_platform.drills.registry import Context, does
 from ops_platform.drills.scorecard import card_of
+from ops_platform.drills.steps import injection
 from ops_platform.drills.steps.basics import measure, processes_with
 from ops_platform.drills.steps.injection import Break, at, break_server, cut_server
 from ops_platform.drills.store import Store
-from ops_platform.errors import OpsError
+from ops_platform.errors import CouldNotVerifyError, OpsError
 from ops_platform.inventory import load
 from ops_platform.inventory.base import Strict
 from ops_platform.ledger import Ledger
@@ -189,6 +191,20 @@ def preflight(bench: Bench, plan: str, **parameters: Any) -> str:
     request = planned(engine.access, plan, None, parameters, operator=engine.actor, trigger="a test")
     result = Beginner(engine.access, engine.store).plan(request)
     return next((r.reason for r in result.rulings if r.guard == "preflight" and not r.allows), "")
+
+
+def preflight_elsewhere(bench: Bench, plan: str, port: int, **parameters: Any) -> str:
+    """The same while whoever serves this port is of another machine."""
+    real = injection.listens
+
+    def listens(host: str, at: int) -> Process:
+        if at == port:
+            raise CouldNotVerifyError(f"{host} is another machine's address", where=f"{host}:{at}")
+        return real(host, at)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(injection, "listens", listens)
+        return preflight(bench, plan, **parameters)
 
 
 # Toys: steps that make, start, freeze and break things of this machine, so that it can be seen whether they are gone

@@ -399,7 +399,8 @@ class Kafka:
     @contextmanager
     def transaction(self, *, abort: bool = False, name: str = "") -> Iterator[Producer]:
         """What is produced with it becomes visible together at the end, or never: with `abort`, or when the body fails."""
-        producer = self.producer(**{"transactional.id": name or f"tx-{uuid.uuid4().hex[:12]}"})
+        name = name or f"tx-{uuid.uuid4().hex[:12]}"
+        producer = self.producer(**{"transactional.id": name})
         producer.init_transactions(_SECONDS)
         producer.begin_transaction()
         try:
@@ -409,6 +410,8 @@ class Kafka:
             producer.abort_transaction(_SECONDS)
             raise
         (producer.abort_transaction if abort else producer.commit_transaction)(_SECONDS)
+        # The broker answers before its markers stand in the partitions; only when they do it takes the next one of that name.
+        self.producer(**{"transactional.id": name}).init_transactions(_SECONDS)
 
     # Groups and users
 

@@ -146,7 +146,10 @@ class Node:
 
     def state(self) -> dict[str, Any]:
         """What Patroni says of it; empty where it does not answer."""
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/patroni", timeout=10) as answer:
+        return self.ask("patroni")
+
+    def ask(self, what: str) -> dict[str, Any]:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/{what}", timeout=10) as answer:
             return json.load(answer)
         return {}
 
@@ -272,7 +275,7 @@ class Patroni:
             pass
 
     def whole(self) -> None:
-        """Until one leads and two stream from it."""
+        """Until one leads and two stream from it, and one of them is synchronous where commits wait for one."""
 
         def streaming() -> bool:
             leader = self.leader
@@ -280,9 +283,11 @@ class Patroni:
                 return False
             others = [n.state() for n in self.nodes if n is not leader]
             line = leader.state().get("timeline")
-            return all(o.get("state") == "running" and o.get("timeline") == line for o in others) and len(
-                leader.state().get("replication", [])
-            ) == len(others)
+            streams = leader.state().get("replication", [])
+            chosen = any(m["role"] == "sync_standby" for m in leader.ask("cluster").get("members", ()))
+            chosen = chosen or leader.ask("config").get("synchronous_mode") is False
+            follow = all(o.get("state") == "running" and o.get("timeline") == line for o in others)
+            return chosen and follow and len(streams) == len(others)
 
         eventually(streaming, seconds=120, why=lambda: "\n".join(str(n.daemon) for n in self.nodes))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ops_platform.backup.archive import open_target_repository
+from ops_platform.backup.opening import open_target_repository
 from ops_platform.backup.repository import Repository
 from ops_platform.clients.access import Access
 from ops_platform.clients.postgres_binaries import PostgresServer, find_postgres, free_port, run_as
@@ -30,8 +31,10 @@ from ops_platform.clients.s3 import S3Store
 from ops_platform.inventory import load
 from ops_platform.inventory.model import Target
 from ops_platform.local.components import COMPONENTS, Place, s3_settings
+from ops_platform.local.parts import program
 from ops_platform.local.stack import Stack, stop
 
+_IN_MEMORY = Path("/dev/shm")
 REQUIRED = os.environ.get("OPS_REQUIRE_SERVICES") == "1"
 
 SETTINGS = {
@@ -59,11 +62,22 @@ def missing(what: str, remedy: str) -> None:
     pytest.skip(text)
 
 
-def scratch(prefix: str = "ops-test-") -> Path:
-    """A folder that the servers' user can pass through, which pytest's own is not."""
-    path = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))
+def scratch(prefix: str = "ops-test-", *, disk: bool = False) -> Path:
+    """A folder that the servers' user can pass through, which pytest's own is not.
+
+    In memory where the machine has plenty: a cluster is a thousand files, and there are hundreds of clusters. `disk` for what is
+    itself about a disk, or too large.
+    """
+    path = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp" if disk or not _memory_to_spare() else _IN_MEMORY))
     path.chmod(0o755)
     return path
+
+
+def _memory_to_spare() -> bool:
+    if not _IN_MEMORY.is_dir() or os.statvfs(_IN_MEMORY).f_flag & os.ST_NOEXEC:
+        return False
+    available = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return shutil.disk_usage(_IN_MEMORY).free > 6 << 30 and available is not None and int(available[1]) > 8 << 20
 
 
 def eventually(what: Callable[[], Any], *, seconds: float = 60, why: str | Callable[[], object] = "") -> Any:
@@ -75,6 +89,23 @@ def eventually(what: Callable[[], Any], *, seconds: float = 60, why: str | Calla
         if time.monotonic() > deadline:
             raise AssertionError(f"did not happen within {seconds} s: {why() if callable(why) else why}")
         time.sleep(0.02)
+
+
+def typed(command: str, vault: Any, home: Path) -> None:
+    """A page's command line, as a person types it in bash who is logged in to that Vault (an hvac client) and whose password is `typed`."""
+    programs = home / "programs"
+    if not programs.exists():
+        programs.mkdir()
+        (programs / "vault").symlink_to(program("bao", "openbao"))
+    env = {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "HOME": str(home),
+        "VAULT_ADDR": vault.url,
+        "VAULT_TOKEN": vault.token,
+    }
+    words = ["bash", "-eo", "pipefail", "-c", command]
+    done = subprocess.run(words, input="typed\n", env=env, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 class Ground:

@@ -10,8 +10,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from ops_platform.backup.archive import open_target_repository
 from ops_platform.backup.model import StoreManifest
+from ops_platform.backup.opening import open_target_repository
 from ops_platform.backup.repository import Repository
 from ops_platform.inventory.systems import StoreTarget
 from ops_platform.recovery.model import Gate, Scorecard

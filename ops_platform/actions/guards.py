@@ -87,6 +87,8 @@ class Approval:
     name = "approval"
 
     def rule(self, case: Case) -> Ruling:
+        if case.approved is None and not self.required:
+            return Ruling(self.name, True, "none needed")
         digest = case.plan.digest
         if case.approved == digest:
             return Ruling(self.name, True, f"the plan {digest[:12]} is approved")
@@ -94,11 +96,9 @@ class Approval:
             return Ruling(
                 self.name, False, f"approved was the plan {case.approved[:12]}, and now it is {digest[:12]}: look again"
             )
-        if self.required:
-            return Ruling(
-                self.name, False, f"the plan {digest[:12]} needs approval" + (f": {self.why}" if self.why else "")
-            )
-        return Ruling(self.name, True, "none needed")
+        return Ruling(
+            self.name, False, f"the plan {digest[:12]} needs approval" + (f": {self.why}" if self.why else "")
+        )
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def next_opening(windows: Sequence[Weekly], now: datetime) -> datetime | None:
 
 def rule_all(guards: Sequence[Guard], case: Case) -> tuple[Ruling, ...]:
     """Every guard's ruling: also after the first refusal, because a person wants to see all of them."""
-    return tuple(_rule(guard, case) for guard in guards)
+    return tuple([_rule(guard, case) for guard in guards])
 
 
 def _rule(guard: Guard, case: Case) -> Ruling:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ops_platform.ledger import canonical
 
@@ -108,8 +108,9 @@ class Case:
     now: datetime
 
 
-@dataclass(frozen=True)
-class Ruling:
+class Ruling(NamedTuple):
+    """One guard's word. A tuple, since a tick may need a hundred thousand: a frozen dataclass takes twice as long to make."""
+
     guard: str
     allows: bool
     reason: str

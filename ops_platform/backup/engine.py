@@ -10,15 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ops_platform.backup.archive import (
-    Archive,
-    Reach,
-    gaps,
-    open_target_repository,
-    reach,
-    read_archive,
-    recovery_window,
-)
+from ops_platform.backup.archive import read_archive
+from ops_platform.backup.continuity import Archive, Reach, gaps, reach, recovery_window
 from ops_platform.backup.fetch import Owner, check_empty, combine, fetch_backup
 from ops_platform.backup.model import (
     BackupEngine,
@@ -31,7 +24,9 @@ from ops_platform.backup.model import (
     RestoredBase,
     no_progress,
 )
+from ops_platform.backup.opening import open_target_repository
 from ops_platform.backup.repository import Repository
+from ops_platform.backup.wal import floor
 from ops_platform.backup.walfetch import WalFetchAhead
 from ops_platform.clients.postgres_binaries import need_postgres, run_as
 from ops_platform.clock import SYSTEM_CLOCK, Clock
@@ -147,9 +142,19 @@ class NativeEngine:
         return reaches[-1][0]
 
     def carried_until(self, backup: BackupInfo, target: RecoveryTarget) -> datetime | None:
+        way = self._way(backup, target)
+        return max(backup.ended_at, way[1].until) if way else None
+
+    def last_segment(self, backup: BackupInfo, target: RecoveryTarget) -> Lsn | None:
+        if target.kind not in ("time", "lsn"):
+            return None  # and the archive is not listed for it: a restore to the latest moment is in a hurry
+        way = self._way(backup, target)
+        return floor(way[1].end - 1, way[0].segment_size) if way else None
+
+    def _way(self, backup: BackupInfo, target: RecoveryTarget) -> tuple[Archive, Reach] | None:
         archive = read_archive(self.repository)
         reaches = _reaches(archive, [backup], target.timeline) if archive else []
-        return max(backup.ended_at, reaches[0][1].until) if reaches else None
+        return (archive, reaches[0][1]) if archive and reaches else None
 
     def _no_such_time(
         self, archive: Archive, backups: list[BackupInfo], window: RecoveryWindow, moment: datetime

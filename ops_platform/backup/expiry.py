@@ -32,8 +32,9 @@ from ops_platform.actions import (
     Verification,
     run_action,
 )
-from ops_platform.backup.archive import Archive, open_target_repository, read_archive
-from ops_platform.backup.copykeys import CopyKeys
+from ops_platform.backup.archive import read_archive
+from ops_platform.backup.continuity import Archive
+from ops_platform.backup.copykeys import CopyKeys, Needed
 from ops_platform.backup.expiry_rules import (
     DEAD_AFTER,
     Cut,
@@ -47,19 +48,19 @@ from ops_platform.backup.expiry_rules import (
     wal_needs,
 )
 from ops_platform.backup.model import AnyManifest, BackupInfo, BackupKind, Proof, segment_name, segment_start
+from ops_platform.backup.opening import open_target_repository
 from ops_platform.backup.repository import Repository, WalObject, info_of
+from ops_platform.backup.running import backup_running
 from ops_platform.clients.objectstore import DeleteOutcome, ObjectInfo
 from ops_platform.clock import SYSTEM_CLOCK, Clock
-from ops_platform.errors import CorruptionError, NotThereError, OpsError, RefusedError, UnreachableError, UsageError
-from ops_platform.inventory.model import Backed, Mode, Target
+from ops_platform.errors import ConflictError, CorruptionError, OpsError, RefusedError, UsageError
+from ops_platform.inventory.model import Backed, Mode
 from ops_platform.ledger import Ledger
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
 
-__all__ = ["ExpiryAction", "backup_running", "expire", "plan_expiry"]
-
-BACKUP, WAL, DEAD_RUN, UPLOAD = "backup", "wal", "dead-run", "upload"
+BACKUP, WAL, DEAD_RUN, UPLOAD, KEYS = "backup", "wal", "dead-run", "upload", "data-keys"
 _RUN_ID = re.compile(r"(\d{8}T\d{6}Z)-[FI]-[0-9a-f]{8}")
 _SEGMENT_KEY = re.compile(r"([0-9A-F]{24})(\.partial)?")
 _GAP_KEY = re.compile(r"[0-9A-F]{24}-([0-9A-F]{24})\.json")
@@ -107,38 +108,6 @@ def expire(
         return run_action(action, ledger=ledger, guards=guards, approve_digest=approve, actor=actor, clock=clock)
 
 
-_LOCK_SPACE = 0x6F7073  # the advisory lock of `basebackup`: one backup of a target at a time
-
-
-def backup_running(access: Access, target: Backed) -> str | None:
-    """Who takes a backup of the target now; None where nobody does. Raises where a member cannot be asked: then nobody knows."""
-    from ops_platform.clients.postgres import asking
-
-    if not isinstance(target, Target):
-        with Ledger(access.platform_db) as ledger, ledger.claim(claim_of(target)) as ours:
-            return None if ours else "another session has its claim"
-
-    for member in access.members(target):
-        if member.error is not None:
-            raise UnreachableError(
-                f"whether a backup is running cannot be told: {member.error}", where=f"{member.host}:{member.port}"
-            )
-        with asking(access.postgres(target, member=member), f"{member.host}:{member.port}") as connection:
-            row = connection.execute(
-                "select l.pid from pg_locks l where l.locktype = 'advisory' and l.granted and l.classid = %s"
-                " and l.objid = (hashtext(%s)::bigint & 4294967295)::oid and l.objsubid = 2",
-                [_LOCK_SPACE, target.id],
-            ).fetchone()
-        if row is not None:
-            return f"pid {row[0]} on {member.host}:{member.port}"
-    return None
-
-
-def claim_of(target: Backed) -> str:
-    """What whoever backs up a store claims in the platform's database: of PostgreSQL it is a lock in the server itself."""
-    return f"backup/{target.id}"
-
-
 @dataclass
 class _Seen:
     """The store as it was when the plan was made, and what was decided then."""
@@ -150,6 +119,7 @@ class _Seen:
     moments: dict[int, Pieces]
     cuts: dict[str, Cut] = field(default_factory=dict[str, Cut])
     uploads: dict[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
+    keys: frozenset[str] = frozenset()
 
 
 class ExpiryAction:
@@ -174,6 +144,8 @@ class ExpiryAction:
         self._target = target
         self._clock = clock
         self._running = running
+        keys = repository.keys
+        self._needed = Needed(repository, keys) if isinstance(keys, CopyKeys) else None
         self._seen: _Seen | None = None
         self._pinned: set[str] = set()
 
@@ -198,6 +170,7 @@ class ExpiryAction:
         changes = [_backup_change(info, self._target) for info in decision.drop]
         changes += self._wal_changes(seen)
         changes += self._leftovers(infos, now, notes)
+        changes += self._key_changes(seen, now, notes)
         return Plan(
             self.name,
             self.target_id,
@@ -240,6 +213,23 @@ class ExpiryAction:
             change = _wal_change(cut, archive)
             seen.cuts[change.object] = cut
             yield change
+
+    def _key_changes(self, seen: _Seen, now: datetime, notes: list[str]) -> Iterable[Change]:
+        """At a copy: the data keys with which nothing was sealed that stays. A young one may be there for what is on its way."""
+        if self._needed is None:
+            return
+        archives = {archive.system_identifier: archive for archive in seen.archives}
+        cut = {item.info.key for c in seen.decision.cuts for item in _below(c, archives[c.system_identifier])}
+        try:
+            needed = self._needed.places(without={info.backup_id for info in seen.decision.drop} | cut)
+        except CorruptionError as error:
+            notes.append(f"no data key is removed while it cannot be read what needs it: {error}")
+            return
+        old = {info.key for info in self._needed.stored() if now - info.modified > DEAD_AFTER}
+        seen.keys = frozenset(old - needed)
+        if seen.keys:
+            why = "nothing that stays was sealed with them"
+            yield Change(KEYS, "keys", {"keys": len(seen.keys)}, None, False, {"why": why})
 
     def _leftovers(self, infos: Sequence[BackupInfo], now: datetime, notes: list[str]) -> Iterable[Change]:
         """Dead runs and uploads that nobody finished, where it is certain that nobody works on them."""
@@ -291,8 +281,14 @@ class ExpiryAction:
 
     def check(self, change: Change) -> Applied | None:
         seen = self._need_seen()
+        if change.kind == KEYS:
+            return None  # which of them are still needed is looked at when they go
         if change.kind in (DEAD_RUN, UPLOAD):
             return self._check_leftover(change)
+        return self._check_planned(change, seen)
+
+    def _check_planned(self, change: Change, seen: _Seen) -> Applied | None:
+        """A backup or WAL: whether what the plan was made from is still so."""
         finished = self._finished()
         kept = [b for b in seen.decision.keep if b not in finished]
         if kept:
@@ -375,31 +371,20 @@ class ExpiryAction:
             return self._remove_objects(change.object)
         if change.kind == WAL:
             return self._remove_wal(self._need_seen().cuts[change.object])
+        if change.kind == KEYS and self._needed is not None:
+            return self._remove_keys(self._needed)
         key, upload_id = self._need_seen().uploads[change.object]
         self._store.abort_upload(key, upload_id)
         return Applied(Outcome.APPLIED, "aborted")
 
     def _remove_backup(self, backup_id: str) -> Applied:
-        manifest, key = self._repository.manifest_key(backup_id), self._key_at_copy(backup_id)
+        manifest = self._repository.manifest_key(backup_id)
         if self._store.delete(manifest) is DeleteOutcome.PINNED:
             self._pinned.add(backup_id)
             retention = self._store.retention(manifest)
             until = f" until {retention.until.isoformat()}" if retention else ""
             return Applied(Outcome.PINNED, f"the store's Object Lock keeps it{until}")
-        done = self._remove_objects(backup_id)
-        if key is not None and done.outcome is Outcome.APPLIED:
-            key()
-        return done
-
-    def _key_at_copy(self, backup_id: str) -> Callable[[], None] | None:
-        """What removes its data key, which belongs to it alone; None but at a copy, and where its manifest does not tell it."""
-        if not isinstance(keys := self._repository.keys, CopyKeys):
-            return None
-        try:
-            wrapped = self._repository.any_manifest(backup_id).key
-        except (CorruptionError, NotThereError):
-            return None
-        return lambda: keys.forget(wrapped)
+        return self._remove_objects(backup_id)
 
     def _remove_objects(self, backup_id: str) -> Applied:
         done = self._delete([info.key for info in self._repository.objects_of(backup_id)])
@@ -422,6 +407,23 @@ class ExpiryAction:
                     Outcome.PINNED, "the store's Object Lock keeps the rest", _counts(done) | {"left": max(0, left)}
                 )
         return Applied(Outcome.APPLIED, "removed", _counts(done))
+
+    def _remove_keys(self, needed: Needed) -> Applied:
+        """The planned ones that nothing needs by now. What came in while they went, and needs one, gets it back; where that
+        cannot be told, all of them come back."""
+        planned = self._need_seen().keys
+        bodies = {key: self._store.get(key) for key in sorted(planned - needed.places())}
+        again = set(bodies)
+        try:
+            done = self._delete(list(bodies))
+            again &= needed.places()
+        finally:
+            for key in again:
+                with contextlib.suppress(ConflictError):  # whoever needs it was quicker
+                    self._store.put(key, bodies[key], if_absent=True, retain=True)
+        stay = len(planned) - len(bodies)
+        said = f"removed; {stay} are needed again and stay" if stay else "removed"
+        return Applied(Outcome.PINNED if done[DeleteOutcome.PINNED] else Outcome.APPLIED, said, _counts(done))
 
     def _wal_keys(self, cut: Cut) -> list[str]:
         """The oldest first; the notes of gaps that lie wholly below come last."""
@@ -530,17 +532,22 @@ def _backup_change(info: BackupInfo, target: Backed) -> Change:
     return Change(BACKUP, info.backup_id, before, None, False, {"why": f"no moment of the last {promised} needs it"})
 
 
-def _wal_change(cut: Cut, archive: Archive) -> Change:
+def _below(cut: Cut, archive: Archive) -> list[WalObject]:
+    """What is cut."""
     size = archive.segment_size
 
     def number(item: WalObject) -> int:
         return segment_start(item.name, size)[1] // size
 
-    gone = [
+    return [
         item
         for item in archive.listing
         if (cut.timeline is None if item.history else cut.holds(item.timeline, number(item)))
     ]
+
+
+def _wal_change(cut: Cut, archive: Archive) -> Change:
+    size, gone = archive.segment_size, _below(cut, archive)
     segments = [item for item in gone if not item.history]
     before = {
         "first": min((item.name for item in segments), default=None),

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
-from ops_platform.backup.archive import Archive, recovery_window
+from ops_platform.backup.continuity import Archive, recovery_window
 from ops_platform.backup.model import BackupInfo, BackupKind, Proof, WalRange, segment_name, segment_start
 from ops_platform.backup.wal import Span
 from ops_platform.inventory.model import BackupPolicy

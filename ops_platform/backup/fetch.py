@@ -25,6 +25,7 @@ from typing import IO
 from ops_platform.backup.model import Manifest, Progress, no_progress
 from ops_platform.backup.repository import Repository
 from ops_platform.backup.tarindex import Entry
+from ops_platform.counting import no_room
 from ops_platform.errors import CorruptionError, NotThereError, OpsError, UsageError
 
 JOURNAL = ".ops_restore"
@@ -445,13 +446,8 @@ def combine(
 
 
 def _check_space(into: Path, needed: int) -> None:
-    free = shutil.disk_usage(into).free
-    if free < needed * 1.02:
-        raise OpsError(
-            f"{needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free",
-            where=str(into),
-            remedy="free space, or restore elsewhere",
-        )
+    if problem := no_room(needed * 1.02, shutil.disk_usage(into).free):
+        raise OpsError(problem, where=str(into), remedy="free space, or restore elsewhere")
 
 
 def _disk_error(error: OSError, where: Path) -> OpsError:

@@ -341,6 +341,11 @@ class BackupEngine(Protocol):
         """The last moment (UTC) to which the WAL at hand carries this backup on the target's timeline. None: it restores nothing."""
         ...
 
+    def last_segment(self, backup: BackupInfo, target: RecoveryTarget) -> Lsn | None:
+        """Where the last stored WAL segment on that way begins. None where no moment or position can lie behind the last record: for
+        another kind of target, and where the window ends with a commit."""
+        ...
+
     def fetch_base(
         self,
         backup: BackupInfo,

@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ops_platform.backup.archive import missing, ranges, recovery_window
+from ops_platform.backup.continuity import missing, ranges, recovery_window
 from ops_platform.backup.model import (
     BackupInfo,
     BackupKind,
@@ -165,6 +165,9 @@ class PgBackRestEngine:
     def carried_until(self, backup: BackupInfo, target: RecoveryTarget) -> datetime | None:
         _, archive = self._state()
         return archive.window([backup]).latest if archive else None
+
+    def last_segment(self, backup: BackupInfo, target: RecoveryTarget) -> Lsn | None:
+        return None
 
     def _outside(self, moment: datetime, window: RecoveryWindow | None) -> BackupInfo:
         pieces = window.pieces if window else []

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ops_platform.backup.receiver import TargetState
+from ops_platform.backup.reception import TargetState
 from ops_platform.clock import SYSTEM_CLOCK
 from ops_platform.serving import Handler, Page, Server, listen, metrics_page
 

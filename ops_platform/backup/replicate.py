@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, TypeVar
 
-from ops_platform.backup.archive import newest_range, open_target_repository, read_archive
+from ops_platform.backup.archive import read_archive
+from ops_platform.backup.continuity import newest_range
 from ops_platform.backup.copykeys import CopyKeys
 from ops_platform.backup.model import (
     AnyManifest,
@@ -29,6 +30,7 @@ from ops_platform.backup.model import (
     no_progress,
     segment_start,
 )
+from ops_platform.backup.opening import open_target_repository
 from ops_platform.backup.repository import Repository, WalObject
 from ops_platform.clients.objectstore import ObjectInfo
 from ops_platform.clock import SYSTEM_CLOCK, Clock
@@ -236,6 +238,7 @@ class _Copying(_Work):
         missing = [part for part in manifest.named if not _same(here.get(part.key), there.get(part.key))]
         step = f"copying {backup_id}"
         if self._each(lambda part: self._part(part, step), missing) and self._arrived(manifest, here):
+            self._keys.hold_again()
             with contextlib.suppress(ConflictError):  # another run put it; it is the same, or the next look finds it
                 self.there.store.put(self.there.manifest_key(backup_id), raw, if_absent=True, retain=True)
             self._count(len(raw), step)
@@ -266,6 +269,7 @@ class _Copying(_Work):
                     yield info, item
 
         self._each(self._wal_object, wanted())
+        self._keys.hold_again()
 
     def _oldest(self) -> Manifest | None:
         """The oldest backup of the copy; None where there is none, or it cannot be read and nobody knows what it needs."""

@@ -58,6 +58,10 @@ def new_backup_id(kind: BackupKind, now: datetime) -> str:
     return f"{now:%Y%m%dT%H%M%SZ}-{'F' if kind is BackupKind.FULL else 'I'}-{secrets.token_hex(4)}"
 
 
+def is_backup_id(name: str) -> bool:
+    return _BACKUP_ID.fullmatch(name) is not None
+
+
 def canonical(value: object) -> bytes:
     """JSON with sorted keys, no spaces, UTF-8: what digests and codes are made of."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
@@ -173,11 +177,7 @@ class Repository:
 
     def finished(self) -> list[str]:
         """The ids of the backups that exist, oldest first."""
-        return [
-            i
-            for i in self.backup_ids()
-            if _BACKUP_ID.fullmatch(i) and self.store.head(self.manifest_key(i)) is not None
-        ]
+        return [i for i in self.backup_ids() if is_backup_id(i) and self.store.head(self.manifest_key(i)) is not None]
 
     def unfinished(self) -> list[str]:
         """Backups without a manifest: dead, or still being taken."""

@@ -24,12 +24,10 @@ from ops_platform.cli.common import (
     opened,
     parse_moment,
     show_action,
-    size,
-    span,
     stamp,
     table,
 )
-from ops_platform.counting import count_of
+from ops_platform.counting import count_of, duration, size
 from ops_platform.errors import UsageError
 
 if TYPE_CHECKING:
@@ -82,11 +80,11 @@ def run(ctx: click.Context, targets: tuple[str, ...], everything: bool, kind: st
                 manifest = back_up(access, target, kind=kind or "auto", actor=actor(), progress=progress)  # type: ignore[arg-type]
                 taken.append(manifest)
                 if not as_json:
-                    amount = f"{size(manifest.raw)} as {size(manifest.stored)} in {span(manifest.seconds)}"
+                    amount = f"{size(manifest.raw)} as {size(manifest.stored)} in {duration(manifest.seconds)}"
                     what = (
                         f"{manifest.kind.value} ({manifest.why})"
                         if isinstance(manifest, Manifest)
-                        else f"{manifest.server}, {len(manifest.parts)} parts"
+                        else f"{manifest.server}, {count_of(len(manifest.parts), 'part')}"
                     )
                     click.echo(f"{target.id}: {manifest.backup_id}, {what}, {amount}")
     if as_json:
@@ -192,8 +190,8 @@ def _show_list(target_id: str, infos: list[BackupInfo], window: RecoveryWindow) 
 @json_option
 def show(target: str, backup_id: str, copy_id: str | None, as_json: bool) -> None:
     """One backup: its manifest, chain and proofs."""
-    from ops_platform.backup.archive import open_target_repository
     from ops_platform.backup.model import Manifest
+    from ops_platform.backup.opening import open_target_repository
     from ops_platform.cli.outputs import BackupDetail
 
     with opened() as access:
@@ -207,7 +205,9 @@ def show(target: str, backup_id: str, copy_id: str | None, as_json: bool) -> Non
         return
     for name in _SHOWN if isinstance(manifest, Manifest) else _SHOWN_OF_A_STORE:
         click.echo(f"{name.replace('_', ' '):14} {getattr(manifest, name)}")
-    click.echo(f"{'taken':14} {stamp(manifest.started_at)} to {stamp(manifest.ended_at)} ({span(manifest.seconds)})")
+    click.echo(
+        f"{'taken':14} {stamp(manifest.started_at)} to {stamp(manifest.ended_at)} ({duration(manifest.seconds)})"
+    )
     click.echo(
         f"{'size':14} {size(manifest.raw)}, stored {size(manifest.stored)} in {count_of(len(manifest.named), 'object')}"
     )
@@ -403,7 +403,7 @@ def _show_copy(result: Replicated | Inspected) -> None:
     from ops_platform.backup.replicate import Replicated
 
     where = f"{result.target_id} at {result.copy_id}"
-    amount = f"{count_of(result.objects, 'object')}, {size(result.bytes)} in {span(result.seconds)}"
+    amount = f"{count_of(result.objects, 'object')}, {size(result.bytes)} in {duration(result.seconds)}"
     if isinstance(result, Replicated):
         new = f", new: {', '.join(result.backups)}" if result.backups else ""
         click.echo(f"{where}: {amount} copied{new}; restorable there until {stamp(result.until)}")

@@ -1,4 +1,4 @@
-"""What the commands share: opening the inventory, JSON beside human output, tables, sizes and durations."""
+"""What the commands share: opening the inventory, JSON beside human output, tables, moments."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import os
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import click
 
+from ops_platform.counting import duration
 from ops_platform.errors import OpsError, RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -171,33 +172,31 @@ def parse_moment(text: str, *, option: str) -> datetime:
 
 def address(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UsageError(f"--listen: {text!r} is not HOST:PORT", remedy="write 127.0.0.1:9187 or [::1]:9187")
+    remedy = "write 127.0.0.1:9187 or [::1]:9187"
+    if not host or not port.isdecimal():
+        raise UsageError(f"--listen: {text!r} is not HOST:PORT", remedy=remedy)
+    if len(port) > 5 or not 0 < int(port) < 65536:
+        raise UsageError(f"--listen: the port of {text!r} is not one: ports are 1 to 65535", remedy=remedy)
     return host.strip("[]"), int(port)
 
 
-def size(value: int | float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(value) < 1024 or unit == "TiB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError
+class Seconds(click.ParamType[float]):
+    """From one second to a day."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            found = float(value)
+        except ValueError:
+            found = 0.0
+        if not 1 <= found <= 86400:  # nor is NaN
+            self.fail(f"{value!r} is given; seconds are expected, a number from 1 to 86400, such as 60", param, ctx)
+        return found
 
 
 def ago(moment: datetime | None, now: datetime | None = None) -> str:
-    return "never" if moment is None else f"{span((now or datetime.now(UTC)) - moment)} ago"
-
-
-def span(value: timedelta | float) -> str:
-    """`4 min 12 s`: two units at most."""
-    seconds = value.total_seconds() if isinstance(value, timedelta) else value
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    for length, unit, below, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if seconds >= length:
-            rest = int(seconds % length) // below
-            return f"{int(seconds // length)} {unit}" + (f" {rest} {smaller}" if rest else "")
-    raise AssertionError
+    return "never" if moment is None else f"{duration((now or datetime.now(UTC)) - moment)} ago"
 
 
 def stamp(moment: datetime | None) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ops_platform.counting import count_of
+from ops_platform.counting import count_of, duration, size
 from ops_platform.errors import OpsError
 
 if TYPE_CHECKING:
@@ -16,17 +16,19 @@ if TYPE_CHECKING:
     from ops_platform.clients.access import Access
     from ops_platform.local.parts import Place
 
-from ops_platform.cli.common import actor, console, opened, size, span
+from ops_platform.cli.common import actor, console, opened
 
 
 @click.command()
 def demo() -> None:
     """Back up a live shop, prove the backup, lose its payments, bring them back; help a blocked shop; lose the whole site."""
+    from ops_platform.inventory import load
     from ops_platform.local import demo as story
     from ops_platform.local import stack
     from ops_platform.proof import reports_directory
     from ops_platform.reports.terminal import print_scorecard, progress_bar
 
+    story.check(load())
     began = time.monotonic()
     _step(1, "Real servers on this machine")
     stack.up(say=lambda name, text: click.echo(f"   {name:13} {text}") if text.startswith("ready") else None)
@@ -59,7 +61,7 @@ def demo() -> None:
         page = _second_site(access)
         _record(access)
     click.echo()
-    click.secho(f"Done in {span(time.monotonic() - began)}.", bold=True)
+    click.secho(f"Done in {duration(time.monotonic() - began)}.", bold=True)
     click.echo(f"report:  {report}")
     click.echo(f"drill:   {page}")
     click.echo("web UI:  make ui")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ops_platform.cli.common import Commands, actor, ago, emit, json_option, opened, parse_moment, span, stamp, table
-from ops_platform.counting import count_of
+from ops_platform.cli.common import Commands, actor, ago, emit, json_option, opened, parse_moment, stamp, table
+from ops_platform.counting import count_of, duration
 from ops_platform.errors import UsageError
 
 if TYPE_CHECKING:
@@ -242,7 +242,9 @@ def show(drill_id: str, as_json: bool) -> None:
         say_card(found)
         return
     click.echo(f"{found.id} {found.runbook} on {found.subject}: {found.state.value} {found.reason}")
-    rows = [[r.step, r.state.value, span(r.seconds) if r.seconds is not None else "-", r.said] for r in steps.values()]
+    rows = [
+        [r.step, r.state.value, duration(r.seconds) if r.seconds is not None else "-", r.said] for r in steps.values()
+    ]
     table(rows, ["step", "state", "took", "said"])
 
 
@@ -257,26 +259,27 @@ def say_card(found: Drill) -> None:
     click.echo(f"{click.style(card.verdict.replace('_', ' '), fg=color, bold=True)}  {card.title}")
     click.echo(f"{card.target}, {card.drill}, {card.ending}: {card.reason}\n")
     table(
-        [[s.title, s.state, span(s.seconds) if s.seconds is not None else "-", "*" if s.critical else "", s.said.splitlines()[0] if s.said else ""]
+        [[s.title, s.state, duration(s.seconds) if s.seconds is not None else "-", "*" if s.critical else "", s.said.splitlines()[0] if s.said else ""]
          for s in card.steps],
         ["step", "state", "took", "critical", "said"],
     )  # fmt: skip
     for objective in card.objectives:
         kept = {True: "kept", False: "MISSED", None: "not judged"}[objective.met]
-        measured = span(objective.measured) if objective.measured is not None else "not measured"
+        measured = duration(objective.measured) if objective.measured is not None else "not measured"
         click.echo(
-            f"\n{objective.name.upper()} {measured} of {span(objective.objective)}: {kept} ({objective.how})", nl=False
+            f"\n{objective.name.upper()} {measured} of {duration(objective.objective)}: {kept} ({objective.how})",
+            nl=False,
         )
     click.echo()
     if card.stack:
         table(
-            [[p.target, p.verdict.replace("_", " "), span(p.seconds) if p.seconds is not None else "-", ", ".join(p.needs) or "-",
-              "*" if p.critical else "", span(p.gain) if p.gain is not None else ""] for p in card.stack],
+            [[p.target, p.verdict.replace("_", " "), duration(p.seconds) if p.seconds is not None else "-", ", ".join(p.needs) or "-",
+              "*" if p.critical else "", duration(p.gain) if p.gain is not None else ""] for p in card.stack],
             ["restored", "verdict", "served after", "needs", "critical", "gain at most"],
         )  # fmt: skip
     for probe in card.probes:
         click.echo(
-            f"{probe.step}: {count_of(probe.attempts, 'attempt')}, unavailable for {span(probe.unavailable_seconds)}"
+            f"{probe.step}: {count_of(probe.attempts, 'attempt')}, unavailable for {duration(probe.unavailable_seconds)}"
         )
     for finding in card.findings:
         click.echo(f"finding {finding.id}: {finding.title}; {finding.owner} until {stamp(finding.due)}")

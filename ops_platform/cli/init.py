@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from ops_platform.counting import size
 from ops_platform.errors import OpsError, UsageError
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ def init(
         raise UsageError(
             "this file exists", where=str(out), remedy="name another one with --out; nothing is overwritten"
         )
+    _check(host)
     found = _ask(host, port, user, dbname, password, tls, ca, target_id)
     try:
         with out.open("x") as file:
@@ -71,10 +74,23 @@ def init(
         raise OpsError(
             f"the file cannot be written: {error.strerror}", where=str(out), remedy="name another place with --out"
         ) from None
-    click.echo(f"wrote {out}: PostgreSQL {found.version}, {found.size / 2**30:.1f} GiB")
+    click.echo(f"wrote {out}: PostgreSQL {found.version}, {size(found.size)}")
     for note in found.notes:
         click.echo(f"note: {note}")
     click.echo("next: fill in store and key service, then: ops inventory check && ops doctor")
+
+
+def _check(host: str) -> None:
+    """Raises UsageError for what is no host, with what was probably meant."""
+    from ops_platform.inventory.values import is_host
+
+    if is_host(host):
+        return
+    meant = re.fullmatch(r"\[?(.+?)\]?(?::([0-9]+))?", host)
+    remedy = "write a name, an address, or a socket directory; the port has an option of its own, --port"
+    if meant is not None and is_host(meant[1]):
+        remedy = f"write --host {meant[1]}" + (f" --port {meant[2]}" if meant[2] else "")
+    raise UsageError("this is not a host", where="--host", remedy=remedy)  # not repeated: a password may stand in it
 
 
 def _ask(

@@ -22,7 +22,9 @@ def inventory() -> None:
 @inventory.command()
 @json_option
 def check(as_json: bool) -> None:
-    """Read the file and every suite it names; all mistakes at once, each with line, key and the nearest valid key."""
+    """Read the file, every suite it names, and the runbooks of its drills; mistakes with line, key and the nearest valid key."""
+    from ops_platform.clients.access import Access
+    from ops_platform.drills.begin import check_plans
     from ops_platform.inventory import load
     from ops_platform.recovery.expectations import load_suite
 
@@ -34,15 +36,25 @@ def check(as_json: bool) -> None:
     }
     for suite in sorted(suites):
         load_suite(suite)
+    with Access(loaded) as access:
+        drills = check_plans(access)
     if as_json:
         emit(
             dict[str, int | str],
-            {"file": str(loaded.path), "targets": len(loaded.inventory.targets), "suites": len(suites)},
+            {
+                "file": str(loaded.path),
+                "targets": len(loaded.inventory.targets),
+                "suites": len(suites),
+                "drills": drills,
+            },
         )
     else:
-        click.echo(
-            f"{loaded.path}: good; {count_of(len(loaded.inventory.targets), 'target')}, {count_of(len(suites), 'expectation suite')}"
+        counts = (
+            count_of(len(loaded.inventory.targets), "target"),
+            count_of(len(suites), "expectation suite"),
+            count_of(drills, "drill"),
         )
+        click.echo(f"{loaded.path}: good; {', '.join(counts)}")
 
 
 @inventory.command()

@@ -68,7 +68,7 @@ def logs(name: str, lines: int, as_json: bool) -> None:
 
 @local.command()
 def down() -> None:
-    """Stop everything; the data stays."""
+    """Stop everything, the web UI of `ops ui` first; the data stays."""
     from ops_platform.local import stack
 
     stopped = stack.down()

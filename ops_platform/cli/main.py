@@ -5,10 +5,13 @@ Exit codes: 0 good, 1 failed, 2 wrong usage or inventory, 3 could not verify, 13
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
-from typing import Any, NoReturn
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -84,9 +87,71 @@ def _terminated(_number: int, _frame: Any) -> NoReturn:
     raise SystemExit(143)
 
 
+class _ReaderGoneError(BaseException):
+    """Whoever read our output has gone (`ops … | head`): nothing more to say, and nothing to complain about."""
+
+
+class _NotWrittenError(BaseException):
+    """What we say cannot be written: the device is full, or broken."""
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output or error. A broken pipe is told apart from every other error here: click and rich would end with 1, a verdict."""
+
+    def write(self, text: str) -> int:
+        with _told_apart():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _told_apart():
+            super().flush()
+
+
+@contextmanager
+def _told_apart() -> Generator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise _ReaderGoneError from None
+    except OSError as error:
+        raise _NotWrittenError(error.strerror) from None
+
+
+def _guard_output() -> None:
+    for name in ("stdout", "stderr"):
+        stream: io.TextIOWrapper | None = getattr(sys, name)
+        if stream is None:  # it was closed before we began: nobody reads it either
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 - Path would cost an import
+            continue
+        setattr(sys, name, _Output(stream.buffer, stream.encoding, stream.errors, line_buffering=stream.line_buffering))
+
+
 def run() -> NoReturn:
     """The entry point: errors without a traceback, each with its exit code."""
     signal.signal(signal.SIGTERM, _terminated)
+    _guard_output()
+    try:
+        _run()
+    except _ReaderGoneError:
+        _say_no_more(sys.stdout, sys.stderr)
+        sys.exit(141)
+    except _NotWrittenError as error:
+        _say_no_more(sys.stdout)
+        try:
+            fail(f"the output could not be written: {error}\n  what to do: make room where it goes, and call again", 1)
+        except (_NotWrittenError, _ReaderGoneError):
+            _say_no_more(sys.stderr)
+            sys.exit(1)
+
+
+def _say_no_more(*streams: TextIO) -> None:
+    """Also what is still in their buffers goes nowhere: Python would try it again at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        os.dup2(nowhere, stream.fileno())
+
+
+def _run() -> NoReturn:
     try:
         result = cli.main(prog_name="ops", standalone_mode=False)
         sys.stdout.flush()
@@ -101,10 +166,6 @@ def run() -> NoReturn:
         fail(error.format_message(), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         fail("interrupted; what was started has been cleaned up", 130)
-    except BrokenPipeError:
-        # Whoever read our output has gone (`ops … | head`): nothing more to say, and nothing to complain about.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     except Exception as error:  # the last line of defence
         if os.environ.get("OPS_DEBUG"):
             raise

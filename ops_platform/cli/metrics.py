@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ops_platform.cli.common import Commands, address, opened
+from ops_platform.cli.common import Commands, Seconds, address, opened
 
 
 @click.group(cls=Commands)
@@ -18,7 +18,7 @@ def metrics() -> None:
     "--every",
     default=60.0,
     show_default=True,
-    type=click.FloatRange(1),
+    type=Seconds(),
     help="Seconds between two looks at the promises and at Dagster.",
 )
 def serve(listen: str, every: float) -> None:

@@ -17,10 +17,9 @@ from ops_platform.cli.common import (
     json_option,
     opened,
     parse_moment,
-    size,
-    span,
     stamp,
 )
+from ops_platform.counting import duration, size
 from ops_platform.errors import UsageError
 
 if TYPE_CHECKING:
@@ -172,8 +171,8 @@ def _show_plan(plan: RestorePlan) -> None:
 def _show(done: Restored, dump: Path | None) -> None:
     newest = f", newest commit {done.newest_commit.isoformat()}" if done.newest_commit else ""
     click.echo(f"{done.target_id} as of {done.recovery_target}: reached {done.reached_lsn}{newest}")
-    replayed = f"replayed {size(done.wal_bytes)} of WAL in {span(done.replay_seconds)}"
-    click.echo(f"fetched {size(done.bytes)} in {span(done.fetch_seconds)}, {replayed}")
+    replayed = f"replayed {size(done.wal_bytes)} of WAL in {duration(done.replay_seconds)}"
+    click.echo(f"fetched {size(done.bytes)} in {duration(done.fetch_seconds)}, {replayed}")
     if dump is not None:
         click.echo(f"dump: {dump}\nbring it back: pg_restore --data-only --dbname … {dump}")
         return

@@ -38,7 +38,11 @@ def check(ctx: click.Context, as_json: bool) -> None:
     else:
         for text in found:
             click.secho(text, fg="red", err=True)
-        click.echo(f"{count} rules, {len(found)} of them wrong" if found else f"{count} rules, all good")
+        click.echo(
+            f"{count_of(count, 'rule')}, {len(found)} of them wrong"
+            if found
+            else f"{count_of(count, 'rule')}, all good"
+        )
     ctx.exit(2 if found else 0)
 
 

@@ -36,13 +36,17 @@ def _together(commands: list[list[str]], env: dict[str, str]) -> int:
     import os
     import signal
     import subprocess
-    import time
+    import threading
 
+    told = threading.Event()
+    signal.signal(signal.SIGTERM, lambda _number, _frame: told.set())
     # Sessions of their own: Ctrl-C reaches us alone, and we end them in order.
     children = [subprocess.Popen[bytes](command, env=env, start_new_session=True) for command in commands]
     try:
         while all(child.poll() is None for child in children):
-            time.sleep(0.3)
+            if told.wait(0.3):
+                click.echo("the web UI ends, as ops local down or somebody else told it to", err=True)
+                return 0
         return max(abs(child.poll() or 0) for child in children)
     finally:
         for child in children:

@@ -15,10 +15,9 @@ from ops_platform.cli.common import (
     emit,
     json_option,
     opened,
-    size,
     stamp,
 )
-from ops_platform.counting import count_of
+from ops_platform.counting import count_of, size
 from ops_platform.errors import OpsError, UsageError
 
 

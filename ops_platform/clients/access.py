@@ -21,7 +21,15 @@ from ops_platform.errors import (
     UsageError,
 )
 from ops_platform.inventory.loader import LoadedInventory
-from ops_platform.inventory.model import DagsterWeb, LedgerCheckpoints, ObjectLock, PostgresConnection, Target, Tls
+from ops_platform.inventory.model import (
+    DagsterWeb,
+    LedgerCheckpoints,
+    ObjectLock,
+    PostgresConnection,
+    Target,
+    Tls,
+    VaultAuth,
+)
 from ops_platform.inventory.systems import HttpAuth, HttpEndpoint
 from ops_platform.inventory.values import Secret, SecretRef
 
@@ -103,7 +111,10 @@ class Access:
             return Secret(value)
         if ref.scheme == "file":
             return self._file_secret(ref)
-        return self._vault_of(ref.path).read(ref.path, ref.field or "value")
+        value = self._vault_of(ref.path).read(ref.path, ref.field or "value")
+        if not value.reveal():
+            raise NotThereError("this secret is empty", where=str(ref), remedy="write it, or name another field")
+        return value
 
     def _file_secret(self, ref: SecretRef) -> Secret:
         file, where = self.path(ref.path), str(ref)
@@ -129,21 +140,21 @@ class Access:
         return self.vault(next(iter(self.inventory.vaults)))
 
     def vault(self, vault_id: str) -> VaultSession:
+        return self._once("vault", vault_id, lambda: self.vault_as(vault_id, self.inventory.vaults[vault_id].auth))
+
+    def vault_as(self, vault_id: str, auth: VaultAuth) -> VaultSession:
+        """A session of its own with another login. The caller closes it."""
         from ops_platform.clients.vault import VaultSession
 
         server = self.inventory.vaults[vault_id]
-        return self._once(
-            "vault",
-            vault_id,
-            lambda: VaultSession(
-                self.url(server.url),
-                server.auth,
-                self.secret,
-                namespace=server.namespace,
-                ca=str(self.path(server.ca)) if server.ca else None,
-                timeout=server.timeout.total_seconds(),
-                clock=self.clock,
-            ),
+        return VaultSession(
+            self.url(server.url),
+            auth,
+            self.secret,
+            namespace=server.namespace,
+            ca=str(self.path(server.ca)) if server.ca else None,
+            timeout=server.timeout.total_seconds(),
+            clock=self.clock,
         )
 
     def with_vault(self, vault_id: str, session: VaultSession) -> Access:
@@ -231,7 +242,8 @@ class Access:
         else:
             user, password = connection.user or "", self.secret(connection.password) if connection.password else None
         mode, ca = self._tls(connection.tls)
-        return Login(connection.dbname, user, password, mode, ca, int(connection.connect_timeout.total_seconds()))
+        timeout = int(connection.connect_timeout.total_seconds())
+        return Login(connection.dbname, user, password, mode, ca, timeout, connection.made_by)
 
     def members(self, target: Target) -> list[Member]:
         """Each declared server as it answers now; one that does not answer has its reason.

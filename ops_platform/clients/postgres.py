@@ -36,7 +36,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Login:
-    """Everything libpq needs but host and port."""
+    """Everything libpq needs but host and port. `made_by`: as the inventory's `PostgresConnection` says it."""
 
     dbname: str
     user: str
@@ -44,6 +44,7 @@ class Login:
     sslmode: str = "verify-full"
     sslrootcert: str | None = None
     connect_timeout: int = 10
+    made_by: str | None = None
 
     def parameters(self, host: str, port: int, **more: str) -> dict[str, str]:
         """libpq keywords with the password in clear: pass them on, never print them."""
@@ -76,7 +77,9 @@ def connect(
     try:
         return psycopg.connect(_conninfo(parameters), autocommit=autocommit)
     except psycopg.OperationalError as error:
-        raise connection_error(str(error), f"{host}:{port}", login.user) from None  # the cause may quote parameters
+        raise connection_error(
+            str(error), f"{host}:{port}", login.user, login.made_by
+        ) from None  # the cause may quote parameters
 
 
 @contextmanager
@@ -110,7 +113,7 @@ def connect_replication(login: Login, host: str, port: int) -> PGconn:
     if conn.status != pq.ConnStatus.OK:
         message = conn.error_message.decode(errors="replace")
         conn.finish()
-        raise connection_error(message, f"{host}:{port}", login.user)
+        raise connection_error(message, f"{host}:{port}", login.user, login.made_by)
     return conn
 
 
@@ -142,18 +145,26 @@ def ask_member(login: Login, host: str, port: int) -> Member:
     return Member(host, port, row[0], row[3], row[1], row[2])
 
 
-def connection_error(message: str, where: str, user: str) -> OpsError:
-    """The error that libpq's words stand for."""
+def give_attribute(attribute: str, role: str, made_by: str | None) -> str:
+    """How a login gets LOGIN or REPLICATION, which no group hands on. `role` is quoted; one that Vault makes for a session ends with it."""
+    if made_by is None:
+        return f"as a superuser: ALTER ROLE {role} {attribute}"
+    return f"in Vault: write {attribute} into the creation_statements of {made_by}; no group hands it on"
+
+
+def connection_error(message: str, where: str, user: str, made_by: str | None = None) -> OpsError:
+    """The error that libpq's words stand for. `made_by` as in `Login`."""
     text = " ".join(message.split()).removeprefix("connection failed: ")
     name = user if re.fullmatch("[a-z_][a-z0-9_]*", user) else '"' + user.replace('"', '""') + '"'
+    grantee = name if made_by is None else f"THE_GROUP (in which {made_by} makes its roles)"
     cases: tuple[tuple[tuple[str, ...], type[OpsError], str, str], ...] = (
         (("password authentication failed", "no password supplied"), AccessDeniedError, f"the password of {user} is refused",
          "check the secret that the inventory references; a rotated one is read at the next connection"),
         (("must be superuser or replication role", "permission denied to start WAL sender", "must have the REPLICATION"), AccessDeniedError,
-         f"the role {user} may not replicate", f"as a superuser: ALTER ROLE {name} REPLICATION"),
-        (("is not permitted to log in",), AccessDeniedError, f"the role {user} may not log in", f"as a superuser: ALTER ROLE {name} LOGIN"),
+         f"the role {user} may not replicate", give_attribute("REPLICATION", name, made_by)),
+        (("is not permitted to log in",), AccessDeniedError, f"the role {user} may not log in", give_attribute("LOGIN", name, made_by)),
         (("permission denied for database",), AccessDeniedError, f"the role {user} may not connect to this database",
-         f"as its owner: GRANT CONNECT ON DATABASE … TO {name}"),
+         f"as its owner: GRANT CONNECT ON DATABASE … TO {grantee}"),
         (("no pg_hba.conf entry",), AccessDeniedError, f"pg_hba.conf has no line that lets {user} in",
          "add a line for this host, user and database; for backups also one for the database `replication`"),
         (("number of requested standby connections exceeds", "max_wal_senders"), ConflictError, "all WAL sender slots are in use",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -57,6 +58,14 @@ def spawn(command: Sequence[str | Path], log: Path, *, env: Mapping[str, str] | 
             **popen,
         )
     return identify(child.pid) or Process(child.pid, -1)
+
+
+def without_libpq() -> dict[str, str]:
+    """Our environment without libpq's own settings (PGHOST, PGSERVICE, PGSSLMODE …), which may mean another server.
+
+    PGPASSWORD stays: it leads nowhere, and an inventory may refer to it as env://PGPASSWORD.
+    """
+    return {key: value for key, value in os.environ.items() if key == "PGPASSWORD" or not re.fullmatch("PG[A-Z]+", key)}
 
 
 def stop(process: Process, how: signal.Signals = signal.SIGTERM, *, wait: float = 20) -> bool:

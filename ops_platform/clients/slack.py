@@ -79,8 +79,8 @@ def sign(secret: Secret, timestamp: str, body: bytes) -> str:
     return "v0=" + hmac.new(secret.reveal().encode(), base, hashlib.sha256).hexdigest()
 
 
-def need_signed(secret: Secret, timestamp: str, signature: str, body: bytes, now: float) -> None:
-    """That Slack sent it, and just now. `now`: seconds since 1970. Raises AccessDeniedError."""
+def need_signed(secret: Secret, timestamp: str, signature: str, body: bytes, now: float, *, named: str) -> None:
+    """That Slack sent it, and just now. `now`: seconds since 1970; `named`: where the secret stands. Raises AccessDeniedError."""
     if not re.fullmatch("[0-9]{1,12}", timestamp) or abs(now - int(timestamp)) > OLDEST:
         raise AccessDeniedError(
             "this request is not of now", where="x-slack-request-timestamp", remedy="check this machine's clock"
@@ -89,5 +89,5 @@ def need_signed(secret: Secret, timestamp: str, signature: str, body: bytes, now
         raise AccessDeniedError(
             "this request was not signed by Slack",
             where="x-slack-signature",
-            remedy="check remediation.slack.signing_secret",
+            remedy=f"where Slack did send it: put the app's Signing Secret (Basic Information) into {named}",
         )

@@ -73,6 +73,7 @@ class VaultSession:
             raise NotThereError(
                 f"the secret has no field {field!r}; it has {', '.join(sorted(data)) or 'none'}",
                 where=f"vault://{path}",
+                remedy="name one of these behind the # of the reference, or write that one",
             )
         return data[field]
 
@@ -258,6 +259,12 @@ class VaultSession:
         if isinstance(error, vault.Forbidden | vault.Unauthorized):
             return _DeniedError(
                 f"Vault refuses: {text}", where=where, remedy="check the policy of this platform's role for that path"
+            )
+        if isinstance(error, vault.VaultError) and "SQLSTATE 42501" in text:
+            return AccessDeniedError(
+                f"Vault's own role in the database may not make ours: {text}",
+                where=where,
+                remedy="give it what docs/how-to/least-privilege-role.md says: CREATEROLE, REPLICATION, the group WITH ADMIN OPTION",
             )
         if isinstance(error, vault.InvalidPath):
             return NotThereError("Vault has nothing there", where=where, remedy="check mount and path")

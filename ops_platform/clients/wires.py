@@ -6,16 +6,23 @@ and set by `ip` of iproute2, in another namespace by way of `nsenter`; both take
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ops_platform.clients.listeners import network_of
+from ops_platform.clients.processes import Process
 from ops_platform.errors import CouldNotVerifyError
 
 _ANSWERS_WITHIN = 20.0
+_CLONE_NEWNET = 0x40000000  # <sched.h>
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,3 +86,32 @@ def _ip(*words: str, within: Sequence[str] = ()) -> str:
             return done.stdout
         said = done.stderr.strip()
     raise CouldNotVerifyError(f"{' '.join(command)}: {said}", remedy="it takes root, iproute2 and nsenter")
+
+
+def network_kept(process: Process) -> int:
+    """The process's network as an open file, which keeps it. Raises CouldNotVerifyError: the process is gone, or its network is not ours to see."""
+    where = f"process {process.pid}"
+    try:
+        network = os.open(f"/proc/{process.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CouldNotVerifyError(f"its network may not be seen: {error.strerror}", where=where) from None
+    if not process.alive:
+        os.close(network)
+        raise CouldNotVerifyError("it is gone", where=where)
+    return network
+
+
+def within_network(network: int, work: Callable[[], T]) -> T:
+    """In a thread of its own that has joined it: a socket stays in the network in which it was made, whoever uses it. Raises what `work` raises,
+    and CouldNotVerifyError: we may not join it, which takes root."""
+
+    def inside() -> T:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.setns(network, _CLONE_NEWNET):  # os.setns is of Python 3.12
+            raise CouldNotVerifyError(
+                f"its network may not be joined: {os.strerror(ctypes.get_errno())}", remedy="it takes root"
+            )
+        return work()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(inside).result()

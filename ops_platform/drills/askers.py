@@ -10,13 +10,17 @@ import contextlib
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from ops_platform.clients.processes import Process
+from ops_platform.clients.wires import network_kept, within_network
+from ops_platform.errors import CouldNotVerifyError
 from ops_platform.inventory.systems import KafkaSystem, RedisSystem
 
 if TYPE_CHECKING:
     import psycopg
+    from psycopg.pq.abc import PGconn
 
     from ops_platform.clients.access import Access
     from ops_platform.clients.kafka import Kafka
@@ -25,17 +29,20 @@ if TYPE_CHECKING:
     from ops_platform.drills.store import Store
 
 TABLE = "ops_canary.drill_writes"
+_WAITS = "SyncRepWaitForLSN"  # PostgreSQL's routine that warns of a wait for replicas that was cancelled, in whatever language
 _EVERY = 0.05  # seconds between two tries of one server, while an attempt waits for a connection
 _JOINS_WITHIN = 20.0  # seconds for a consumer to have its partition
 _LATE = "no answer in time"
+_AT_ONCE = 40  # attempts under way
 
 C = TypeVar("C")
 
 
 class Asker(Protocol):
-    """`numbers`: attempts write their number. `why`: what keeps all of them from an answer, where that is known."""
+    """`numbers`: attempts write their number. `at_once`: so many may be under way. `why`: what keeps all of them from an answer, where that is known."""
 
     numbers: bool
+    at_once: int
 
     @property
     def why(self) -> str | None: ...
@@ -61,6 +68,8 @@ def asker_of(access: Access, store: Store, held: Drill, step: Probe, given: Any)
             return KafkaWriter(_kafka(access, held), topic_of(held), seconds)
         case "kafka.read":
             return KafkaReader(_kafka(access, held), topic_of(held), seconds)
+        case "patroni.wrong_side_write":
+            return WrongSideAsker(access, held, wrong_side_of(store, held, step.id), seconds)
         case _:
             writes = held.id if step.does == "postgres.write" else None
             role = "primary" if writes else given.role
@@ -85,6 +94,8 @@ class Pool(ABC, Generic[C]):
     """Connections that were found to fit. An attempt that fails throws its own away."""
 
     numbers = False
+    at_once = _AT_ONCE
+    patient = False  # whether it waits for an answer for as long as its connection lasts
 
     def __init__(self, places: Sequence[tuple[str, int]], timeout: float) -> None:
         self.places, self.timeout = places, timeout
@@ -99,8 +110,10 @@ class Pool(ABC, Generic[C]):
     async def attempt(self, n: int) -> None:
         connection = None
         try:
-            async with asyncio.timeout(self.timeout):
+            async with asyncio.timeout(self.timeout) as limit:
                 connection = await self._connection()
+                if self.patient:
+                    limit.reschedule(None)
                 await self.ask(connection, n)
         except BaseException:
             if connection is not None:
@@ -165,10 +178,15 @@ class PostgresAsker(Pool["psycopg.AsyncConnection[Any]"]):
         super().__init__([access.address(place.host, place.port) for place in self.target.connection.hosts], timeout)
 
     async def ask(self, connection: psycopg.AsyncConnection[Any], n: int) -> None:
-        if self.writes is not None:
-            await connection.execute(f"insert into {TABLE} (drill, n) values (%s, %s)", [self.writes, n])
-        else:
+        if self.writes is None:
             await connection.execute("select 1")
+            return
+        warned: list[str | None] = []
+        connection.add_notice_handler(note := lambda said: warned.append(said.source_function))
+        await connection.execute(f"insert into {TABLE} (drill, n) values (%s, %s)", [self.writes, n])
+        connection.remove_notice_handler(note)
+        if _WAITS in warned:
+            raise Refused("committed, and whether a replica has it was not waited for")
 
     def usable(self, connection: psycopg.AsyncConnection[Any]) -> bool:
         return not connection.closed
@@ -177,18 +195,77 @@ class PostgresAsker(Pool["psycopg.AsyncConnection[Any]"]):
         connection.pgconn.finish()
 
     async def open(self, host: str, port: int) -> psycopg.AsyncConnection[Any] | None:
-        import psycopg
-        from psycopg.conninfo import make_conninfo
-
-        login = self.access.login(self.target.connection)
-        parameters = login.parameters(host, port, application_name="ops drill probe")
-        connection = await psycopg.AsyncConnection.connect(make_conninfo("", **parameters), autocommit=True)
+        connection = await self.connect(host, port)
         if self.role == "primary":
-            row = await (await connection.execute("select pg_is_in_recovery()")).fetchone()
+            # Whoever has warnings kept from it would take a commit that a cancel let go for one that the replicas have.
+            asked = "select pg_is_in_recovery(), set_config('client_min_messages', 'warning', false)"
+            row = await (await connection.execute(asked)).fetchone()
             if row is None or row[0]:
                 await connection.close()
                 return None
         return connection
+
+    async def connect(self, host: str, port: int) -> psycopg.AsyncConnection[Any]:
+        import psycopg
+
+        return await psycopg.AsyncConnection.connect(self.conninfo(host, port), autocommit=True)
+
+    def conninfo(self, host: str, port: int, **more: str) -> str:
+        from psycopg.conninfo import make_conninfo
+
+        login = self.access.login(self.target.connection)
+        return make_conninfo("", **login.parameters(host, port, application_name="ops drill probe", **more))
+
+
+def wrong_side_of(store: Store, held: Drill, step: str) -> Mapping[str, Any]:
+    """Where its writer stands, which its step has registered."""
+    return next(r.detail for r in store.resources(held.id) if r.kind == "rows" and r.step == step)
+
+
+class WrongSideAsker(PostgresAsker):
+    """A client that stays with one server when that is cut off: its connections are made in the network of that server's process.
+
+    One commit at a time, and for as long as its connection lasts: a late acknowledgement is one, and each that hangs keeps a backend.
+    """
+
+    at_once = 1
+    patient = True
+
+    def __init__(self, access: Access, held: Drill, where: Mapping[str, Any], timeout: float) -> None:
+        super().__init__(access, held, writes=where["writer"], role="primary", timeout=timeout)
+        self.places, self.address = [(where["host"], where["port"])], where["address"]
+        self.process = Process(where["pid"], where["started"])
+        self.network: int | None = None
+
+    async def attempt(self, n: int) -> None:
+        try:
+            await super().attempt(n)
+        except TimeoutError:  # for a connection: for an answer it waits
+            raise Refused(self.last_error) from None
+
+    async def connect(self, host: str, port: int) -> psycopg.AsyncConnection[Any]:
+        import psycopg
+
+        # Nobody answers for names in there. A server that hangs keeps a thread for so long.
+        conninfo = self.conninfo(host, port, hostaddr=self.address, connect_timeout="2")
+        pgconn = await asyncio.to_thread(self._inside, conninfo.encode())
+        if pgconn.status != psycopg.pq.ConnStatus.OK:
+            pgconn.finish()
+            raise psycopg.OperationalError
+        pgconn.nonblocking = 1
+        connection = psycopg.AsyncConnection[Any](pgconn)
+        await connection.set_autocommit(True)
+        return connection
+
+    def _inside(self, conninfo: bytes) -> PGconn:
+        from psycopg.pq import PGconn
+
+        try:
+            if self.network is None:
+                self.network = network_kept(self.process)
+            return within_network(self.network, lambda: PGconn.connect(conninfo))
+        except CouldNotVerifyError as error:
+            raise Refused(error.what) from None
 
 
 # Redis
@@ -271,6 +348,7 @@ class KafkaWriter:
     """A record with its number, acknowledged by all replicas in sync (acks=all)."""
 
     numbers = True
+    at_once = _AT_ONCE
     why = None
 
     def __init__(self, kafka: Kafka, topic: str, timeout: float) -> None:
@@ -319,6 +397,7 @@ class KafkaReader:
     """A consumer group that reads what the writer writes: good when a record comes within the time."""
 
     numbers = False
+    at_once = _AT_ONCE
     why = None
 
     def __init__(self, kafka: Kafka, topic: str, timeout: float) -> None:

@@ -31,7 +31,7 @@ from ops_platform.actions import (
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.drills import guards as g
 from ops_platform.drills.engine import Engine
-from ops_platform.drills.loader import runbook_named
+from ops_platform.drills.loader import runbook_named, runbooks
 from ops_platform.drills.model import Checked, Drill, DrillState
 from ops_platform.drills.registry import doing
 from ops_platform.drills.runbook import Runbook, filled_in
@@ -108,6 +108,30 @@ def planned(
     return _checked(
         Request(book, subject, "drill", values, promised, plan, operator, trigger, _production(access, subject))
     )
+
+
+def check_plans(access: Access) -> int:
+    """Every runbook, and every declared drill on each of its targets; how many drills there are. Raises OpsError for what is wrong.
+
+    A parameter that is only given when the drill is held is looked at then.
+    """
+    drills = access.inventory.drills
+    if drills is None:
+        return 0
+    runbooks(access)
+    for plan in drills.plan:
+        for subject in plan.targets:
+            try:
+                if not _waits_for_a_parameter(runbook_named(access, plan.runbook), plan.parameters):
+                    planned(access, plan.id, subject, {}, operator="", trigger="")
+            except UsageError as error:
+                where = f"drills.plan: {plan.id}" + (f": {error.where}" if error.where else "")
+                raise UsageError(error.what, where=where, remedy=error.remedy) from None
+    return len(drills.plan)
+
+
+def _waits_for_a_parameter(book: Runbook, given: Mapping[str, Any]) -> bool:
+    return any(parameter.default is None and name not in given for name, parameter in book.parameters.items())
 
 
 def in_earnest(

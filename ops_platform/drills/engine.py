@@ -15,10 +15,12 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ops_platform.clock import SYSTEM_CLOCK, Clock
-from ops_platform.drills.model import Done, Drill, DrillState, Ending, Resource, StepRecord, StepState
+from ops_platform.drills.model import ENDED_IN_IT, Done, Drill, DrillState, Ending, Resource, StepRecord, StepState
 from ops_platform.drills.registry import Context, TimedOutError, doing, remover
 from ops_platform.drills.runbook import AnyStep, filled_in, runbook_of
-from ops_platform.drills.store import AbortedError, Store, this_host
+from ops_platform.drills.store import Store
+from ops_platform.drills.store.drills import AbortedError
+from ops_platform.drills.store.resources import this_host
 from ops_platform.drills.workspace import drills_of
 from ops_platform.errors import ConflictError, OpsError
 
@@ -74,7 +76,7 @@ class Engine:
                 return False
         failed = [r for r in self.store.steps(held.id).values() if r.state is StepState.FAILED]
         if failed:
-            raise StepFailedError(f"the step {failed[0].step} failed: {failed[0].said}")
+            raise StepFailedError(failed[0].said, where=book.step(failed[0].step).name)
         return True
 
     def _with_retries(self, held: Drill, step: AnyStep, *, wait: bool) -> bool:
@@ -118,7 +120,9 @@ class Engine:
         A recovery in earnest is not ended: it is gone on with, by whoever began it (`ops recover`).
         """
         done = [
-            self.end(drill.id, Ending.LOST, "whoever held it was killed, or lost its way to the platform's database")
+            self.end(
+                drill.id, Ending.LOST, "the worker that held it was killed, or lost its way to the platform's database"
+            )
             for drill in self.store.dead(lost_after=lost_after)
             if not drill.real
         ]
@@ -158,11 +162,10 @@ class Engine:
         before = self.store.steps(held.id)
         if before[step.id].state in (StepState.DONE, StepState.SKIPPED):
             return True
-        broken = [
-            need for need in runbook_of(held).needs_of(step, held.mode) if before[need].state is not StepState.DONE
-        ]
+        book = runbook_of(held)
+        broken = [need for need in book.needs_of(step, held.mode) if before[need].state is not StepState.DONE]
         if broken:
-            said = f"not tried: it needs {', '.join(sorted(broken))}"
+            said = f"not tried: it needs {book.names(broken)}"
             self.store.end_step(held, step.id, StepState.SKIPPED, said, actor=self.actor)
             return True
         if step.kind == "human":
@@ -174,11 +177,11 @@ class Engine:
             raise
         except OpsError as error:
             self.store.end_step(held, step.id, StepState.FAILED, error.line, actor=self.actor)
-            raise StepFailedError(error.line, where=f"step {step.id}") from error
+            raise StepFailedError(error.line, where=step.name) from error
         except Exception as error:
             said = f"unexpected {type(error).__name__}: {error}"
             self.store.end_step(held, step.id, StepState.FAILED, said, actor=self.actor)
-            raise StepFailedError(said, where=f"step {step.id}") from error
+            raise StepFailedError(said, where=step.name) from error
         self._settle(held, step, done)
         return True
 
@@ -191,7 +194,7 @@ class Engine:
             held, step.id, state, said, actor=self.actor, facts=done.facts, checks=done.checks, measured=done.measured
         )
         if stops:
-            raise StepFailedError(said, where=f"step {step.id}")
+            raise StepFailedError(said, where=step.name)
 
     def context(self, held: Drill, step: AnyStep, results: Mapping[str, StepRecord]) -> Context:
         subject = self.access.inventory.subject(held.subject)
@@ -222,14 +225,16 @@ class Engine:
         while not ended.wait(_HEARTBEAT):
             try:
                 context.alive()
-            except OpsError:
+            except OpsError as error:
                 # It hears of it as well, if it asks; one that does not is left behind, with a version that counts no more.
                 ended.wait(_GRACE)
+                if failed and isinstance(error, TimedOutError):
+                    break  # it says what it saw at last
                 raise
         if failed:
             raise failed[0]
         if self.clock.monotonic() > context.deadline:
-            raise TimedOutError(f"it took longer than {context.step.within}", where=f"step {context.step.id}")
+            raise TimedOutError(f"it took longer than {context.step.within}")
         return box[0]
 
     def _person(self, held: Drill, step: AnyStep, *, wait: bool) -> bool:
@@ -241,7 +246,7 @@ class Engine:
             if self.clock.now() - asked > step.within:
                 said = f"nobody answered within {step.within}"
                 self.store.end_step(held, step.id, StepState.FAILED, said, actor=self.actor)
-                raise StepFailedError(said, where=f"step {step.id}")
+                raise StepFailedError(said, where=step.name)
             if held.state is not DrillState.WAITING:
                 held = self.store.move(held, DrillState.WAITING, actor=self.actor)
             if not wait:
@@ -267,7 +272,7 @@ class Engine:
             if step.kind == "teardown":
                 self._tear_down(held, step)
             elif record.state in (StepState.RUNNING, StepState.WAITING):
-                self.store.end_step(held, step.id, StepState.FAILED, "the drill ended in it", actor=self.actor)
+                self.store.end_step(held, step.id, StepState.FAILED, ENDED_IN_IT, actor=self.actor)
             elif record.state is StepState.PENDING:
                 said = "the drill had ended before"
                 self.store.end_step(held, step.id, StepState.SKIPPED, said, actor=self.actor)

@@ -15,6 +15,7 @@ from datetime import datetime, timedelta
 from statistics import mean, median, stdev
 from typing import TYPE_CHECKING, Any
 
+from ops_platform.counting import count_of
 from ops_platform.drills.model import Drill, Measured, Prediction
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def predict(seen: Sequence[Throughput], size: int, wal: int) -> Forecast | None:
     replaying = max(median(replay) * wal, idle) if replay else idle
     expected = fixed + median(fetch) * size + replaying
     down, up = _spread([_ratio(t, seen) for t in seen])
-    how = f"from {len(seen)} restores: fetch at {1 / median(fetch) / 2**20:.0f} MiB/s"
+    how = f"from {count_of(len(seen), 'restore')}: fetch at {1 / median(fetch) / 2**20:.0f} MiB/s"
     if len(seen) < _ENOUGH:
         how += ", too few to know how they vary: a factor of three to both sides"
     return Forecast(expected, expected * down, expected * up, len(seen), how)

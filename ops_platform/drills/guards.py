@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from ops_platform.actions import Case, MaintenanceWindow, Ruling
+from ops_platform.counting import count_of, duration
 from ops_platform.drills.model import Checked, Drill, DrillState
+from ops_platform.inventory import format_duration
 from ops_platform.inventory.base import Weekly
 from ops_platform.inventory.drills import Unavailability
 from ops_platform.remediation.model import Incident
@@ -89,9 +91,10 @@ class WithinBudget:
 
     def rule(self, case: Case) -> Ruling:
         used = sum(seconds for at, seconds in self.spent() if case.now - at < self.budget.per)
-        most, expected = self.budget.most.total_seconds(), self.expected.total_seconds()
-        text = f"{used:.1f} s used within {self.budget.per}, {expected:.0f} s expected, {most:.0f} s allowed"
-        return Ruling(self.name, used + expected <= most, text)
+        most, expected = self.budget.most, self.expected
+        per = format_duration(self.budget.per)
+        text = f"{duration(used)} used within {per}, {duration(expected)} expected, {duration(most)} allowed"
+        return Ruling(self.name, timedelta(seconds=used) + expected <= most, text)
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Preflight:
         if bad or unlooked:
             return Ruling(self.name, False, "; ".join(bad + [f"{step}: nothing was looked at" for step in unlooked]))
         return Ruling(
-            self.name, True, f"{sum(map(len, found.values()))} looks" if found else "the runbook asks for none"
+            self.name, True, count_of(sum(map(len, found.values())), "look") if found else "the runbook asks for none"
         )
 
 

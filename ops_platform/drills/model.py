@@ -35,6 +35,9 @@ class StepState(StrEnum):
     SKIPPED = "skipped"
 
 
+ENDED_IN_IT = "the drill ended in it"  # said of a step that was under way when its drill was broken off
+
+
 class Confidence(StrEnum):
     """How much a measured time is worth."""
 

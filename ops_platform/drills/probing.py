@@ -31,7 +31,6 @@ _FLUSH = 0.5  # seconds
 _SOON = 0.05  # the same until it has seen the target well, which whoever began the drill waits for
 _ASK = 2.0  # seconds between two looks whether it is still wanted
 _ALONE = 120.0  # seconds without the platform's database, after which it ends by itself
-_AT_ONCE = 40  # attempts under way
 _KEPT = 100_000  # samples while the database is away
 
 
@@ -70,7 +69,7 @@ class Probing:
         every = self.step.every_ms / 1000
         following = time.monotonic()
         while not self.ended.is_set():
-            if len(self.running) < _AT_ONCE:
+            if len(self.running) < self.asker.at_once:
                 self.number += 1
                 task = asyncio.create_task(self._attempt(self.number))
                 self.running.add(task)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
+from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -25,7 +26,19 @@ if TYPE_CHECKING:
     from ops_platform.inventory.model import Target
     from ops_platform.inventory.systems import AnySystem
 
-MODULES = ("basics", "injection", "kafka", "patroni", "postgres", "redis", "restore", "stack", "vault", "writes")
+MODULES = (
+    "basics",
+    "injection",
+    "kafka",
+    "patroni",
+    "postgres",
+    "redis",
+    "restore",
+    "stack",
+    "vault",
+    "writes",
+    "wrong_side",
+)
 
 
 class NothingGiven(Strict):
@@ -66,23 +79,28 @@ class Context:
     def register(
         self, kind: str, name: str, more: Mapping[str, Any] | None = None, *, keep: bool = False, **detail: Any
     ) -> Resource:
-        """Before it is made, with what its removal has to know. Raises ConflictError where the drill is not ours any more: then it must not be."""
+        """Before it is made, with what its removal has to know. Raises ConflictError where the drill is not ours any more, and UsageError
+        where nobody knows how to take it away: then it must not be made."""
+        if kind not in _REMOVERS:
+            raise UsageError(
+                f"nobody knows how to take away a {kind!r}",
+                where=f"step {self.step.id}",
+                remedy=f"removes({kind!r}, Remover(…)) beside the step that makes it",
+            )
         return self.store.register(self.held, self.step.id, kind, name, {**(more or {}), **detail}, keep=keep)
 
     def fact(self, step: str, name: str) -> Any:
         """What an earlier step has found. Raises CouldNotVerifyError where it has not."""
         record = self.results.get(step)
         if record is None or name not in record.facts:
-            raise CouldNotVerifyError(f"the step {step!r} has left no {name!r}", where=f"step {self.step.id}")
+            raise CouldNotVerifyError(f"the step {step!r} has left no {name!r}")
         return record.facts[name]
 
     def alive(self) -> None:
         """While waiting: raises AbortedError, ConflictError where somebody else went on with it, TimedOutError."""
         self.store.still_mine(self.held)
         if self.clock.monotonic() > self.deadline:
-            raise TimedOutError(
-                f"not within {self.step.within / timedelta(seconds=1):.0f} s", where=f"step {self.step.id}"
-            )
+            raise TimedOutError(f"not within {self.step.within / timedelta(seconds=1):.0f} s")
 
     def wait(self, holds: Callable[[], bool], *, every: float = 0.05) -> None:
         """Until it holds. Raises what `alive` raises."""
@@ -113,7 +131,7 @@ class Doing(Generic[W]):
 
     @property
     def what(self) -> str:
-        return (self.run.__doc__ or "").strip()
+        return cleandoc(self.run.__doc__ or "")
 
 
 _DOINGS: dict[str, Doing[Any]] = {}

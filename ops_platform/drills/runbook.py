@@ -6,7 +6,7 @@ the file and names file, line and key of every mistake.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from importlib import resources
 from pathlib import Path
@@ -158,6 +158,11 @@ class Runbook(Strict):
 
     def step(self, step_id: str) -> AnyStep:
         return next(step for step in self.steps if step.id == step_id)
+
+    def names(self, step_ids: Iterable[str]) -> str:
+        """As people know them, in the order of the file."""
+        wanted = set(step_ids)
+        return ", ".join(f'"{step.name}"' for step in self.steps if step.id in wanted)
 
     def steps_for(self, mode: str) -> list[AnyStep]:
         """Those that run in this mode, each after what it needs; of those that could be next, the first in the file."""

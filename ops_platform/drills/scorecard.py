@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ops_platform import __version__
 from ops_platform.clock import Clock
+from ops_platform.counting import duration
 from ops_platform.drills import forecast
 from ops_platform.drills.availability import probe_card
 from ops_platform.drills.model import (
@@ -34,7 +35,8 @@ from ops_platform.drills.model import (
     finding_key,
 )
 from ops_platform.drills.runbook import AnyStep, Probe, Runbook, runbook_of
-from ops_platform.drills.store import Store, Wrong
+from ops_platform.drills.store import Store
+from ops_platform.drills.store.findings import Wrong
 from ops_platform.drills.workspace import drills_of
 from ops_platform.recovery.model import Verdict
 
@@ -63,6 +65,7 @@ def judge(access: Access, store: Store, held: Drill, actor: str, clock: Clock) -
         actor=actor,
         ended_at=card.ended_at,
         verdict=card.verdict,
+        reason=card.reason,
         card=card.model_dump(mode="json"),
     )
 
@@ -72,7 +75,11 @@ def _card(
 ) -> DrillCard:
     order = book.steps_for(held.mode)
     measured = _measured(order, records)
-    objectives = [_objective(name, held, measured) for name in ("rto", "rpo") if _asked(book, name, held)]
+    objectives = [
+        _objective(name, held, measured, f"{asked.name}: {records[asked.id].said}")
+        for name in ("rto", "rpo")
+        if (asked := _asked(order, name)) is not None
+    ]
     checks = [
         CheckCard(step=step.id, **check.model_dump()) for step in order for check in records[step.id].checks
     ]  # fmt: skip
@@ -116,16 +123,16 @@ def _measured(order: Sequence[AnyStep], records: Mapping[str, StepRecord]) -> li
     return [m.model_copy(update={"how": f"{step.name}: {m.how}"}) if times[m.name] > 1 else m for step, m in found]
 
 
-def _asked(book: Runbook, name: str, held: Drill) -> bool:
-    return any(step.kind == "measure" and step.is_ == name for step in book.steps_for(held.mode))
+def _asked(order: Sequence[AnyStep], name: str) -> AnyStep | None:
+    return next((step for step in order if step.kind == "measure" and step.is_ == name), None)
 
 
-def _objective(name: str, held: Drill, measured: Sequence[Measured]) -> ObjectiveCard:
-    """Of several measures of one name the worst counts."""
+def _objective(name: str, held: Drill, measured: Sequence[Measured], unmeasured: str) -> ObjectiveCard:
+    """Of several measures of one name the worst counts. `unmeasured`: what became of the step that was to measure it."""
     promised = held.objectives.get(name, 0.0)
     known = [m for m in measured if m.name == name and m.value is not None]
     if not known:
-        why = next((m.how for m in measured if m.name == name), "it was not measured")
+        why = next((m.how for m in measured if m.name == name), unmeasured)
         return ObjectiveCard(
             name=name, objective=promised, measured=None, met=None, confidence=Confidence.UNKNOWN, how=why
         )
@@ -183,7 +190,9 @@ def _verdict(
     undone = [f"{s.title}: {s.said}" for s in steps if s.kind == "teardown" and s.state != StepState.DONE]
     bad = [f"{c.title}: {c.result}" for c in checks if c.holds is False]
     missed = [
-        f"{o.name.upper()} of {o.measured:.1f} s, {o.objective:.0f} s are allowed" for o in objectives if o.met is False
+        f"{o.name.upper()} of {duration(o.measured or 0.0)}, {duration(o.objective)} at most were promised"
+        for o in objectives
+        if o.met is False
     ]
     if left or undone:
         return Verdict.FAIL, "the teardown failed: " + "; ".join(left + undone)
@@ -218,7 +227,7 @@ def _troubles(card: DrillCard) -> Iterator[tuple[str, str, str]]:
             yield f"check/{check.step}/{check.title}", f"{check.title}: {how}", check.result
     for objective in card.objectives:
         if objective.met is False:
-            text = f"{objective.measured:.1f} s, {objective.objective:.0f} s are allowed; {objective.how}"
+            text = f"{duration(objective.measured or 0.0)}, {duration(objective.objective)} at most were promised; {objective.how}"
             yield f"objective/{objective.name}", f"{objective.name.upper()} is missed", text
     if card.ending == Ending.FAILED:
         for step in card.steps:
@@ -226,7 +235,7 @@ def _troubles(card: DrillCard) -> Iterator[tuple[str, str, str]]:
                 yield f"step/{step.id}", f"{step.title}: it failed", step.said
     for step in card.steps:
         if step.met is False:
-            text = f"it took {step.seconds:.1f} s, {step.objective_seconds:.0f} s are meant"
+            text = f"it took {duration(step.seconds or 0.0)}, {duration(step.objective_seconds or 0.0)} are meant"
             yield f"slow/{step.id}", f"{step.title}: too slow", text
     left = [f"{r.kind} {r.name}: {r.left}" for r in card.teardown if not r.gone and not r.kept]
     left += [f"{s.title}: {s.said}" for s in card.steps if s.kind == "teardown" and s.state != StepState.DONE]

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ops_platform.counting import duration
+
 _TOLD = 0.05  # seconds; what gains less is not worth a word
 
 
@@ -66,13 +68,13 @@ def advice(way: Way, objective: float | None) -> str:
         return "nothing was measured"
     ranked = sorted(way.gains.items(), key=lambda item: -item[1])
     told = [one for one in ranked[:3] if one[1] >= _TOLD] or ranked[:1]
-    first = "; ".join(f"{name}: at most {gain:.1f} s shorter" for name, gain in told)
-    said = f"{' → '.join(way.path)} takes {way.seconds:.1f} s"
+    first = "; ".join(f"{name}: at most {duration(gain)} shorter" for name, gain in told)
+    said = f"{' → '.join(way.path)} takes {duration(way.seconds)}"
     if objective is None:
         return f"{said}. Make faster first: {first}"
     over = way.seconds - objective
     if over <= 0:
-        return f"{said}, {objective:.0f} s are allowed, {-over:.1f} s are left. Make faster first, were it to grow: {first}"
+        return f"{said}, {duration(objective)} are allowed, {duration(-over)} are left. Make faster first, were it to grow: {first}"
     enough = next((name for name, gain in ranked if gain >= over), None)
     which = f"{enough} alone could make up for it" if enough else "no single one of them makes up for it"
-    return f"{said}, {objective:.0f} s are allowed: it has to be {over:.1f} s shorter, and {which}. Make faster first: {first}"
+    return f"{said}, {duration(objective)} are allowed: it has to be {duration(over)} shorter, and {which}. Make faster first: {first}"

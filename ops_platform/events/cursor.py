@@ -161,6 +161,19 @@ def begin(
     return at, None
 
 
+def made_anew(
+    name: str, cursor: Cursor, topic_id: str | None, marks: Mapping[int, Watermarks], partitions: Sequence[int]
+) -> str | None:
+    """Why it cannot be the topic which the cursor knows. `marks` by partition."""
+    try:
+        check_topic(name, cursor, topic_id, partitions)
+        for partition, mark in marks.items():
+            begin(name, partition, cursor, mark, "earliest")
+    except ConflictError as error:
+        return f"{error.where}: {error.what}"
+    return None
+
+
 def share(open_ranges: Sequence[Range], limit: int) -> list[Range]:
     """At most `limit` offsets of all ranges, evenly: a long partition takes what the short ones leave. In order of topic and partition.
 

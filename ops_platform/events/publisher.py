@@ -37,11 +37,13 @@ class Outbox(Protocol):
 
 @dataclass(frozen=True)
 class Published:
-    """`sent`: entries that arrived. `waiting`: those that were looked at and still stand in the outbox. `failures`: by subject."""
+    """`sent`: entries that arrived. `waiting`: those that were looked at and still stand in the outbox. `failures`: by subject.
+    `dropped`: those that left it unsent, as nobody wants them any more."""
 
     sent: int
     waiting: int
     failures: Mapping[str, str]
+    dropped: int = 0
 
 
 class Publisher:

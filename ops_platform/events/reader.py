@@ -16,7 +16,18 @@ from typing import TYPE_CHECKING
 from ops_platform.clients.kafka import Kafka, Said, Topic, heard
 from ops_platform.errors import ConflictError, OpsError, UnreachableError
 from ops_platform.events.cloudevents import EventLabels, NotAnEventError, of_parts, signal_of_message
-from ops_platform.events.cursor import RESET, Cursor, Gap, Range, TopicCursor, Watermarks, begin, check_topic, share
+from ops_platform.events.cursor import (
+    RESET,
+    Cursor,
+    Gap,
+    Range,
+    TopicCursor,
+    Watermarks,
+    begin,
+    check_topic,
+    made_anew,
+    share,
+)
 from ops_platform.events.deadletters import DeadLetter, DeadLetters, Poison
 from ops_platform.events.schemas import Schemas
 from ops_platform.inventory.remediation import EventSource
@@ -54,7 +65,7 @@ class Lag:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a tick brings, in the order of topic, partition and offset. `problems`: partitions that could not be looked at; they
+    """What a tick brings, in the order of topic, partition and offset. `problems`: topics made anew, and partitions that could not be looked at; these
     stay where they were. `not_committed`: why the group's offsets could not be told to lag exporters, if so.
     """
 
@@ -165,6 +176,7 @@ class EventReader:
     def _read(self, cursor: Cursor, until: float, limit: int, budget: float) -> Batch:
         left = _Left(self._kafka, until)
         seen = self._look(cursor, left)
+        cursor, anew = self._forgotten(cursor, seen)
         starts, gaps = self._starts(cursor, seen)
         ranges = share([Range(*where, at, seen.marks[where].high) for where, at in starts.items()], limit)
         consumer = self._open()
@@ -183,7 +195,7 @@ class EventReader:
             tuple(gaps),
             tuple(one.letter for one in poison),
             tuple(Lag(*where, at, max(at, seen.marks[where].high)) for where, at in self._stands(after, seen)),
-            seen.problems,
+            (*anew, *seen.problems),
             self._refused,
         )
 
@@ -196,7 +208,8 @@ class EventReader:
         topics = self._kafka.topics(admin, self._said, names, timeout=left.seconds / 2)
         del topics[self.source.dead_letter]
         for name, topic in topics.items():
-            check_topic(name, cursor, topic.id, topic.partitions)
+            if self.source.made_anew == "stand":
+                check_topic(name, cursor, topic.id, topic.partitions)
         marks, problems = self._watermarks(admin, topics, left.seconds)
         if not marks:
             raise UnreachableError(
@@ -205,6 +218,16 @@ class EventReader:
                 remedy="look whether its brokers run",
             )
         return _Seen(topics, marks, problems)
+
+    def _forgotten(self, cursor: Cursor, seen: _Seen) -> tuple[Cursor, list[str]]:
+        """The cursor without the topics that were made anew, where the inventory lets them begin; and what is said of them."""
+        said: list[str] = []
+        for name, topic in seen.topics.items() if self.source.made_anew == "begin" else ():
+            marks = {part: mark for (of, part), mark in seen.marks.items() if of == name}
+            if why := made_anew(name, cursor, topic.id, marks, topic.partitions):
+                cursor = cursor.without(name)
+                said.append(f"{why}; it begins at its {self.source.start} offset")
+        return cursor, said
 
     def _watermarks(
         self, admin: AdminClient, topics: Mapping[str, Topic], seconds: float
@@ -398,11 +421,15 @@ _PASSING = frozenset(
 )  # fmt: skip
 
 
+_MANY = 50_000  # objects that the collector has not seen; some for each event
+
+
 @contextlib.contextmanager
 def _no_search_for_cycles() -> Generator[None]:
     """Events hold no cycles, and there are many of them: the collector would look at each of them again and again, for nothing.
 
-    Afterwards they are among its oldest objects at once, as they would be in the end.
+    Afterwards many of them are among its oldest objects at once, as they would be in the end. In a process that has frozen what it loaded they are
+    frozen too, and what a tick holds in circles at that moment stays with them: for a few events that would be a bad bargain.
     """
     was = gc.isenabled()
     gc.disable()
@@ -410,9 +437,11 @@ def _no_search_for_cycles() -> Generator[None]:
         yield
     finally:
         if was:
-            if not gc.get_freeze_count():
+            if gc.get_count()[0] > _MANY:
+                frozen = gc.get_freeze_count() > 0
                 gc.freeze()
-                gc.unfreeze()
+                if not frozen:
+                    gc.unfreeze()
             gc.enable()
 
 

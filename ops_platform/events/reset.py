@@ -186,6 +186,8 @@ def _state(
         check_topic(topic.name, cursor, topic.id, topic.partitions)
         gaps = [gap for part, mark in marks.items() if (gap := begin(topic.name, part, cursor, mark, source.start)[1])]
     except ConflictError as error:
+        if source.made_anew == "begin":
+            return NOT_BEGUN, f"{error.where}: {error.what}; it begins at its {source.start} offset"
         return STANDS, error.what
     if away := sorted(set(topic.partitions) - set(marks)):
         return UNKNOWN, f"partitions {', '.join(map(str, away))} could not be looked at"

@@ -86,7 +86,8 @@ class Verification(Strict):
     proven_within: Duration = Field(default=timedelta(days=2), description="Older proof fails the check.")
     pick: list[Literal["newest", "oldest", "chain", "random"]] = Field(
         default=["newest"],
-        description="What is restored, by turns: newest backup, the oldest promised one, the newest incremental with its chain, a random moment.",
+        description="What is restored, by turns: newest backup, the oldest promised one, the newest incremental with its chain, a random moment. "
+        "A turn that could not be verified is taken again, once.",
     )
     amcheck: Literal["sample", "full", "off"] = Field(
         default="sample", description="Whether tables and indexes are checked page by page: some by chance, all, none."

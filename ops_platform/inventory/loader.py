@@ -500,20 +500,20 @@ def _in_circles(written: _Written) -> Iterator[Mistake]:
 
 def _circle(name: str, places: Mapping[str, tuple[KeyPath, list[str]]], done: set[str]) -> list[str]:
     """The first one that is reached from here, empty where there is none; what was looked at is `done`."""
-    way: list[str] = []
-
-    def visit(here: str) -> list[str]:
-        if here in way:
-            return way[way.index(here) :]
-        if here in done or here not in places:
-            return []
-        way.append(here)
-        found = next((circle for need in places[here][1] if (circle := visit(need))), [])
-        way.pop()
-        done.add(here)
-        return found
-
-    return visit(name)
+    way = {} if name in done else {name: iter(places[name][1])}
+    while way:
+        here, needs = next(reversed(way.items()))
+        need = next(needs, None)
+        if need is None:
+            del way[here]
+            done.add(here)
+        elif need in way:
+            done.update(way)
+            names = list(way)
+            return names[names.index(need) :]
+        elif need in places and need not in done:
+            way[need] = iter(places[need][1])
+    return []
 
 
 def _locked_in_themselves(written: _Written) -> Iterator[Mistake]:

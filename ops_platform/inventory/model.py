@@ -165,6 +165,12 @@ class PostgresConnection(Strict):
             raise ValueError("give either user (with password) or credentials")
         return self
 
+    @property
+    def made_by(self) -> str | None:
+        """The role in Vault that makes the user for each session, if one does; below static-creds/ stand users that stay."""
+        path = (self.credentials or "").removeprefix("vault://")
+        return path.replace("/creds/", "/roles/", 1) if "/creds/" in path else None
+
 
 class PatroniApi(HttpEndpoint):
     """Patroni, where it keeps the cluster: asked by drills of failover, and told to switch over."""

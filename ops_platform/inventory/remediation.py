@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
@@ -187,6 +189,11 @@ class EventSource(Strict):
     start: Literal["earliest", "latest"] = Field(
         default="latest", description="Where a topic is begun that was never read; a gap is never skipped by this."
     )
+    made_anew: Literal["stand", "begin"] = Field(
+        default="stand",
+        description="A topic that was deleted and made anew: reading stands until a person decides, or it begins as `start` says. "
+        "`begin` is for brokers that keep nothing when they end, as in development: what was not read is lost without a word.",
+    )
     dead_letter: str = Field(description="Topic for what cannot be read; it must exist.")
     schemas: list[EventSchema] = Field(default=[], description="By type of event; without one any data is taken.")
     largest: Size = Field(default=10 << 20, description="A message above this many bytes goes to the dead letters.")
@@ -238,3 +245,18 @@ class Remediation(Strict):
     approvers: list[str] = Field(
         default=[], description="Who may approve, by the name that `ops` knows; empty: whoever may write the database."
     )
+
+    @cached_property
+    def by_alertname(self) -> Mapping[str | None, tuple[Rule, ...]]:
+        """The rules that may be about an alert of this name, in the order of the file; under None those for all other names.
+
+        Ten thousand alerts at once then meet a few rules each, not all of them.
+        """
+        asked = [(rule, _alertname(rule)) for rule in self.rules]
+        names = {None, *(name for _, name in asked)}
+        return {name: tuple(rule for rule, wanted in asked if wanted in (None, name)) for name in names}
+
+
+def _alertname(rule: Rule) -> str | None:
+    """The one alertname that the rule asks for; None where it takes several, or is about events."""
+    return next((one.value for one in rule.alert or () if one.name == "alertname" and one.operator == "="), None)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import yaml
 
+from ops_platform.counting import size
 from ops_platform.inventory.values import SecretRef
 
 
@@ -96,7 +97,7 @@ backup_policies:
     expiry: {{ mode: observe, max_count: 10, max_percent: 34 }} # enforce deletes
 
 targets:
-  # PostgreSQL {found.version}, {found.size / 2**30:.1f} GiB when this was written.
+  # PostgreSQL {found.version}, {size(found.size)} when this was written.
   - id: {_text(found.target_id)}
     environment: production
     connection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 from datetime import timedelta
@@ -45,6 +46,7 @@ def parse_duration(text: Any) -> timedelta:
     return timedelta(seconds=seconds)
 
 
+@lru_cache(maxsize=1024)
 def format_duration(value: timedelta) -> str:
     """The shortest text that `parse_duration` reads back; below a second it is rounded up to one."""
     rest, text = max(int(value.total_seconds()), 1 if value else 0), ""
@@ -254,8 +256,19 @@ def _check_origin(text: str) -> str:
     return text
 
 
+def is_host(text: str) -> bool:
+    """A name, an address, or a socket directory; never with a port, which stands beside it."""
+    if re.fullmatch(r"/.+|[A-Za-z0-9._-]+", text):
+        return True
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _check_host(text: str) -> str:
-    if not re.fullmatch(r"local://[a-z0-9-]+|/.+|[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+(%[A-Za-z0-9]+)?", text):
+    if not is_host(text) and not re.fullmatch(r"local://[a-z0-9-]+", text):
         raise ValueError(
             "not a host; write a name, an IPv4 or IPv6 address, a socket directory or local://NAME, and the port at `port`"
         )

@@ -96,6 +96,7 @@ class Anchored:
 
     def prove(self, seq: int) -> Inclusion:
         """That entry `seq` is in the newest checkpoint. Raises NotThereError where there is no such entry, or none that covers it."""
+        entry = self._entry(seq)
         newest = next(reversed(self.judged().good), None)
         if newest is None or newest.size < seq:
             raise NotThereError(
@@ -103,9 +104,6 @@ class Anchored:
                 where=self.store.name,
                 remedy="ops ledger checkpoint writes one",
             )
-        entries = self.ledger.entries(after_seq=seq - 1, limit=1) if seq > 0 else []
-        if not entries or entries[0].seq != seq:
-            raise NotThereError(f"there is no entry {seq}", where="the ledger")
         with self.ledger.reading() as reading:
             tree = Tree.of(reading.digests(newest.size))
         if tree.size != newest.size or tree.root().hex() != newest.root:
@@ -116,7 +114,18 @@ class Anchored:
             )
         proof = tuple(node.hex() for node in tree.inclusion(seq - 1, newest.size))
         envelope = newest.envelope.to_bytes().decode()
-        return Inclusion(entries[0], seq - 1, newest.size, newest.root, proof, newest.number, envelope)
+        return Inclusion(entry, seq - 1, newest.size, newest.root, proof, newest.number, envelope)
+
+    def _entry(self, seq: int) -> Entry:
+        if found := self.ledger.entries(after_seq=seq - 1, limit=1):
+            if found[0].seq == seq:
+                return found[0]
+            raise NotThereError(
+                f"there is no entry {seq}, and there are later ones", where="the ledger", remedy="ops ledger verify"
+            )
+        last = self.ledger.entries(newest_first=True, limit=1)
+        what = f"the last is {last[0].seq}" if last else "the ledger is empty"
+        raise NotThereError(f"there is no entry {seq}: {what}", where="the ledger", remedy="ops ledger list shows them")
 
 
 def _ascending(good: tuple[Checkpoint, ...]) -> Iterator[Checkpoint]:

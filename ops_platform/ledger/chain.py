@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Literal, cast
 
+import orjson
+
 from ops_platform.errors import UsageError
 from ops_platform.inventory.values import Secret
 
@@ -100,7 +102,12 @@ def canonical(value: object) -> str:
 
     Raises UsageError, naming the place, for a secret and for whatever is not plain JSON: nothing is converted by guessing.
     """
-    if not _is_plain(value):
+    if _is_plain(value):
+        try:
+            return orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode()
+        except orjson.JSONEncodeError:
+            pass  # an integer beyond 64 bits
+    else:
         _check(value, "$")
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 

@@ -54,6 +54,12 @@ left join (select seq, at from ops_ledger.entries order by seq desc limit 1) new
 left join (select size, at from ops_ledger.checkpoints order by number desc limit 1) checkpoint on true
 """
 
+# NULL where an older ledger has no outbox.
+_MAY_EMPTY: LiteralString = "select has_table_privilege(to_regclass('ops_ledger.outbox'), 'delete')"
+_PUBLISHES: LiteralString = (
+    "(select 1 from ops_ledger.publishing limit 1) union all (select 1 from ops_ledger.outbox limit 1)"
+)
+
 # One statement for a batch of any size: one round trip, and each row still meets the triggers.
 _INSERT: LiteralString = (
     f"insert into ops_ledger.entries ({_COLUMNS}) select * from unnest("
@@ -269,6 +275,22 @@ class Ledger:
                     schema.one_at_a_time(connection, schema.SETUP)
                     connection.execute("delete from ops_ledger.publishing")
                     connection.execute("insert into ops_ledger.publishing select unnest(%s::text[])", [wanted])
+
+    def publish_nothing(self, *, actor: str) -> int:
+        """From now on no entry stands in the outbox, and what stands there goes; an entry of the ledger says so. How many went."""
+        with self.transaction() as transaction:
+            connection = transaction.connection
+            # A role that may write entries and no more has asked for nothing to be published.
+            if connection.execute(_MAY_EMPTY).fetchone() != (True,) or not connection.execute(_PUBLISHES).fetchone():
+                return 0
+            schema.one_at_a_time(connection, schema.SETUP)
+            # Whoever appends at this moment has read the kinds: what it puts into the outbox has to be seen here.
+            schema.one_at_a_time(connection, schema.APPEND)
+            connection.execute("delete from ops_ledger.publishing")
+            gone = sorted(seq for (seq,) in connection.execute("delete from ops_ledger.outbox returning seq"))
+            body = {"entries": len(gone), "first": gone[0] if gone else None, "last": gone[-1] if gone else None}
+            transaction.append("events.not_published", "outbox", body, actor=actor)
+            return len(gone)
 
     def outbox(self, limit: int = 1000) -> list[Entry]:
         """The oldest entries that are to be published, in their order."""

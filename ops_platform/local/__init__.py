@@ -15,7 +15,7 @@ from pathlib import Path
 from ops_platform.errors import UnreachableError
 
 STATE_FILE = "stack.json"
-_UI_FILE = "ui.json"
+UI_FILE = "ui.json"
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,11 @@ class Endpoint:
 @contextlib.contextmanager
 def told_web_ui(url: str, inventory: Path) -> Generator[None]:
     """For as long as Dagster's web server runs at `url` over this inventory: commands find it there."""
-    file = state_dir() / _UI_FILE
-    file.write_text(json.dumps({"url": url, "inventory": str(inventory.resolve())}))
+    from ops_platform.clients.processes import identify
+
+    file, me = state_dir() / UI_FILE, identify(os.getpid())
+    said = {"url": url, "inventory": str(inventory.resolve())}
+    file.write_text(json.dumps(said | ({"pid": me.pid, "started": me.started} if me else {})))
     try:
         yield
     finally:
@@ -41,7 +44,7 @@ def told_web_ui(url: str, inventory: Path) -> Generator[None]:
 def web_ui(inventory: Path) -> str | None:
     """The address of the web server that `ops ui` runs over this inventory; None where it runs over none, or another one."""
     try:
-        found = json.loads((state_dir() / _UI_FILE).read_text())
+        found = json.loads((state_dir() / UI_FILE).read_text())
         return str(found["url"]) if found["inventory"] == str(inventory.resolve()) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -181,7 +181,7 @@ def _s3_start(place: Place) -> Process:
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={place.secret_file('s3.json')}"]
     command += [f"-s3.cert.file={place.secret_file('s3.crt')}", f"-s3.key.file={place.secret_file('s3.key')}"]
     # Each bucket takes several volumes; when the limit is reached the store answers 500 to every write.
-    command += ["-volume.max=1000", "-master.volumeSizeLimitMB=256", f"-s3.localSocket={place.directory / 's3.sock'}"]
+    command += ["-volume.max=1000", "-master.volumeSizeLimitMB=256", f"-s3.localSocket={_sockets(place) / 's3.sock'}"]
     command.append("-volume.preStopSeconds=0")  # nobody else would have to notice
     return spawn(command, place.log("s3"))
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from ops_platform.clients.processes import without_libpq
 from ops_platform.errors import UnreachableError
 from ops_platform.local import endpoint, state_dir
 from ops_platform.local.components import Place, inventory_file
@@ -25,7 +25,7 @@ def prepare() -> dict[str, str]:
     return {
         # A run is begun by a process that first loads everything: on a small machine that is busy this takes more than Dagster's minute.
         "DAGSTER_GRPC_TIMEOUT_SECONDS": "180",
-        **os.environ,
+        **without_libpq(),
         "DAGSTER_HOME": str(home),
         "DAGSTER_PG_HOST": database.host,
         "DAGSTER_PG_PORT": str(database.port),

@@ -6,7 +6,6 @@ The main job runs as it does in earnest, through `dagster job execute`; everythi
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from ops_platform.backup.model import Lsn, Progress, RecoveryTarget
 from ops_platform.clients.postgres_binaries import find_tool
-from ops_platform.errors import CouldNotVerifyError, OpsError
+from ops_platform.clients.processes import without_libpq
+from ops_platform.errors import CouldNotVerifyError, OpsError, UsageError
 from ops_platform.local import dagster_home, stack, state_dir, traffic
 from ops_platform.local.components import MAJOR, Place, admin
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
+    from ops_platform.inventory import LoadedInventory
     from ops_platform.recovery.model import Scorecard
 
 TARGET = "app-db"
@@ -41,6 +42,35 @@ class Loss:
     before: int
     sum_before: str
     after: int
+
+
+def check(loaded: LoadedInventory) -> None:
+    """Raises UsageError where the inventory is not one of the demo: then nothing is started, and nobody's servers are touched."""
+    inventory = loaded.inventory
+    target = next((target for target in inventory.targets if target.id == TARGET), None)
+    database = inventory.platform.database
+    if target is None or database is None:
+        missing = f"no target {TARGET}" if target is None else "no platform.database"
+        raise _not_ours(loaded, f"it has {missing}")
+    places = [target.repository, *target.repository.copies]
+    stores = [inventory.stores[place.store].endpoint for place in places if place.store is not None]
+    elsewhere = [
+        address
+        for address in (database.host, *(member.host for member in target.connection.hosts), *stores)
+        if not address.startswith("local://")
+    ]
+    if elsewhere:
+        raise _not_ours(loaded, f"{elsewhere[0]} is no server of the local stack")
+    if inventory.drills is None or all(planned.id != SITE_DRILL for planned in inventory.drills.plan):
+        raise _not_ours(loaded, f"it plans no drill {SITE_DRILL}")
+
+
+def _not_ours(loaded: LoadedInventory, why: str) -> UsageError:
+    return UsageError(
+        f"the demo is not held with this inventory: {why}",
+        where=str(loaded.path),
+        remedy="call it in the checkout, or name the file that came with it: ops -i CHECKOUT/platform.yaml demo",
+    )
 
 
 def place() -> Place:
@@ -129,7 +159,7 @@ def _still_there(loss: Loss) -> tuple[int, str]:
 
 def bring_back(access: Access, loss: Loss, progress: Progress) -> tuple[int, str]:
     """The table as it was at the moment, put back beside what was paid since; the count and sum of the rows of before."""
-    from ops_platform.backup.archive import wait_durable
+    from ops_platform.backup.durable import wait_durable
     from ops_platform.recovery.restore import dump_tables
 
     target = access.inventory.target(TARGET)
@@ -158,8 +188,7 @@ def bring_back(access: Access, loss: Loss, progress: Progress) -> tuple[int, str
 
 def _restore_dump(restorer: Path, dump: Path) -> None:
     here = place()
-    env = {key: value for key, value in os.environ.items() if not key.startswith("PG")}  # they may mean another server
-    env |= {"PGPASSWORD": here.secret("app-db.postgres.password")}
+    env = {**without_libpq(), "PGPASSWORD": here.secret("app-db.postgres.password")}
     command = [
         str(restorer),
         "--data-only",

@@ -22,13 +22,14 @@ from typing import Any
 
 from ops_platform.clients.processes import Process, reap, spawn, stop
 from ops_platform.errors import OpsError
-from ops_platform.local import STATE_FILE, closed_folder, state_dir
+from ops_platform.local import STATE_FILE, UI_FILE, closed_folder, state_dir
 from ops_platform.local.components import COMPONENTS, find_marked, sockets_path
 from ops_platform.local.parts import HOST, Component, Place
 
 READY_SECONDS = 60.0
 _READ = {"vault", "s3", "platform-db", "app-db"}  # what our own servers ask
 _READERS = ("wal-receiver", "metrics")
+_UI_ENDS_WITHIN = 70.0  # its web server and its daemon have half a minute each
 _BEGUN = {"lock", "stack.new"}  # all that there is before the first state is written
 
 
@@ -239,9 +240,10 @@ def up(
 
 
 def down(directory: Path | None = None) -> list[str]:
-    """Stop everything, the supervisor first. Returns the names of what ran. Raises OpsError if something does not go."""
+    """Stop everything, the web UI and the supervisor first. Returns the names of what ran. Raises OpsError if something does not go."""
     if not (directory or state_dir()).exists():
         return []
+    ended = _end_web_ui(directory or state_dir())
     with opened(directory) as stack:
         names = ["supervisor", *(component.name for component in reversed(COMPONENTS))]
         how = {component.name: component.stop for component in COMPONENTS}
@@ -252,7 +254,20 @@ def down(directory: Path | None = None) -> list[str]:
             stack.save()
         if left:
             raise OpsError(f"still running after SIGKILL: {', '.join(left)}", remedy="look at these processes by hand")
-        return stopped
+        return ended + stopped
+
+
+def _end_web_ui(directory: Path) -> list[str]:
+    """Dagster has its storage in the stack: left running it would fill its terminal with tracebacks."""
+    try:
+        said = json.loads((directory / UI_FILE).read_text())
+        running = Process(int(said["pid"]), int(said["started"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    if not running.alive:
+        return []
+    stop(running, wait=_UI_ENDS_WITHIN)
+    return ["web UI"]
 
 
 def reset(directory: Path | None = None) -> Path:

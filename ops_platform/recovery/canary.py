@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from ops_platform.backup.archive import open_target_repository, read_archive, slot_state, wait_durable
+from ops_platform.backup.archive import read_archive, slot_state
+from ops_platform.backup.durable import wait_durable
 from ops_platform.backup.model import Lsn, RecoveryTarget
+from ops_platform.backup.opening import open_target_repository
 from ops_platform.backup.receiver import receive_range
 from ops_platform.backup.repository import Repository
 from ops_platform.clock import Clock
@@ -75,8 +77,8 @@ def take(access: Access, target: Target, verification_id: str, clock: Clock) -> 
             raise CouldNotVerifyError(
                 f"the canary cannot be written: {str(error).strip().splitlines()[0]}",
                 where=f"{target.id}, schema ops_canary",
-                remedy=f"as a superuser in {target.connection.dbname}: CREATE SCHEMA ops_canary AUTHORIZATION "
-                f"{target.connection.user or 'the backup role'}; or set verification.canary: false for a weaker proof",
+                remedy=f"ops doctor {target.id} names the statement that gives us the right; "
+                "or set verification.canary: false for a weaker proof",
             ) from error
     if not at_a <= moment < at_b:
         raise CouldNotVerifyError(
@@ -193,7 +195,8 @@ def _ask_for_archiving(access: Access, target: Target, clock: Clock) -> float:
         try:
             row = connection.execute("select pg_walfile_name(pg_switch_wal())").fetchone()
         except psycopg.errors.InsufficientPrivilege:
-            role = target.connection.user or "the backup role"
+            # Of a login that sets a role it is that one that asks.
+            (role,) = connection.execute("select quote_ident(current_user)").fetchone() or ("our role",)
             raise CouldNotVerifyError(
                 "our role may not finish a WAL segment, so that its archiver would hand it on",
                 where=target.id,

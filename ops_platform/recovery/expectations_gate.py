@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ops_platform.recovery.findings import Finding, verdict_of
+from ops_platform.recovery.findings import Finding, finding_of
 
 if TYPE_CHECKING:
     from ops_platform.recovery.sandbox import Sandbox
@@ -31,7 +31,7 @@ def gate(
         text = (
             "; ".join(f"{item.title}: {item.why}" for item in failed[:10]) or f"{len(result.results)} expectations hold"
         )
-        return verdict_of(
+        return finding_of(
             result.success,
             text,
             expectations=[item.as_dict() for item in result.results],

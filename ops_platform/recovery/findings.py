@@ -25,8 +25,11 @@ class Finding:
     detail: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
-def verdict_of(passed: bool, result: str, **detail: Any) -> Finding:
+def finding_of(passed: bool, result: str, **detail: Any) -> Finding:
     return Finding(PASSED if passed else FAILED, result, detail)
+
+
+BROKEN_OFF = "run"  # the gate of a verification that did not come to its end
 
 
 class Record:
@@ -40,7 +43,12 @@ class Record:
         """The verification did not come to its end."""
         self.gates.append(
             Gate(
-                id="run", title="The verification ran to its end", status=status, query="", result=error.line, seconds=0
+                id=BROKEN_OFF,
+                title="The verification ran to its end",
+                status=status,
+                query="",
+                result=error.line,
+                seconds=0,
             )
         )
 

@@ -17,7 +17,7 @@ from ops_platform.clients.postgres_binaries import find_tool, run_tool
 from ops_platform.counting import count_of
 from ops_platform.errors import OpsError
 from ops_platform.recovery import facts
-from ops_platform.recovery.findings import Finding, verdict_of
+from ops_platform.recovery.findings import Finding, finding_of
 from ops_platform.recovery.model import GateStatus
 from ops_platform.recovery.pgmanifest import verify_manifest
 
@@ -47,7 +47,7 @@ def manifest(sandbox: Sandbox, tablespaces: int) -> tuple[str, Callable[[], Find
 
     def ask() -> Finding:
         done = run_tool(command, timeout=6 * 3600)
-        return verdict_of(done.returncode == 0, (done.stdout + done.stderr).strip()[-2000:], tablespaces=tablespaces)
+        return finding_of(done.returncode == 0, (done.stdout + done.stderr).strip()[-2000:], tablespaces=tablespaces)
 
     return "pg_verifybackup --no-parse-wal --ignore=tablespace_map --ignore=pg_wal DIRECTORY", ask
 
@@ -69,7 +69,7 @@ def reached(
         good = bool(recovering) and pause == "paused" and because is not None and not late
         commit = newest.isoformat() if newest else "none replayed"
         text = f"in recovery: {recovering}, {pause}, at {lsn}, newest commit {commit}; "
-        return verdict_of(good, text + (because or "PostgreSQL did not say that it stopped at the target"))
+        return finding_of(good, text + (because or "PostgreSQL did not say that it stopped at the target"))
 
     return query + "; the server's log: recovery stopping …", ask
 
@@ -83,7 +83,7 @@ def reached_end(
         if archived is None:
             return Finding(UNCHECKED, "how far the archive reaches is not known")
         text = f"replayed to {lsn}, the archive reaches {archived}, newest commit {newest.isoformat() if newest else 'none replayed'}"
-        return verdict_of(archived - lsn < segment_size, text)
+        return finding_of(archived - lsn < segment_size, text)
 
     return "pg_last_wal_replay_lsn() against the end of the archive", ask
 
@@ -99,7 +99,7 @@ def canary_rows(sandbox: Sandbox, dbname: str, moment: SourceMoment) -> tuple[st
         there = {mark: number for number, mark in rows.items()}
         text = f"A (committed before {canary.at.isoformat()}) is {'there' if 'A' in there else 'MISSING'}, "
         text += f"B (committed after it) is {'THERE' if 'B' in there else 'not there'}"
-        return verdict_of(there == {"A": canary.id_a}, text, id_a=canary.id_a, id_b=canary.id_b)
+        return finding_of(there == {"A": canary.id_a}, text, id_a=canary.id_a, id_b=canary.id_b)
 
     return query.replace("%s", f"'{canary.verification_id}'"), ask
 
@@ -119,11 +119,11 @@ def canary_history(
         after = {number for number, at in source.items() if at > wanted + near}
         with sandbox.connect(dbname) as connection:
             if connection.execute("select to_regclass('ops_canary.canary')").fetchone()[0] is None:
-                return verdict_of(not before, f"no canary table at that moment; {len(before)} rows should be there")
+                return finding_of(not before, f"no canary table at that moment; {len(before)} rows should be there")
             there = {number for number, _ in connection.execute(query).fetchall()}
         missing, early = before - there, after & there
         text = f"{len(before & there)} of {len(before)} earlier rows are there, {len(early)} of {len(after)} later ones"
-        return verdict_of(not missing and not early, text)
+        return finding_of(not missing and not early, text)
 
     return query, ask
 
@@ -133,7 +133,7 @@ def promotes(sandbox: Sandbox, timeline: int) -> tuple[str, Callable[[], Finding
         new = sandbox.promote()
         with sandbox.connect() as connection:
             recovering = connection.execute("select pg_is_in_recovery()").fetchone()[0]
-        return verdict_of(new > timeline and not recovering, f"timeline {timeline} became {new}", timeline=new)
+        return finding_of(new > timeline and not recovering, f"timeline {timeline} became {new}", timeline=new)
 
     return "select pg_promote(true, 300)", ask
 
@@ -146,7 +146,7 @@ def prepared(sandbox: Sandbox, wanted: datetime | None) -> tuple[str, Callable[[
             rows = connection.execute(query).fetchall()
         old = [gid for gid, _, since in rows if wanted is None or since < wanted - timedelta(hours=1)]
         text = f"{len(rows)} prepared transactions" + (f", hanging for over an hour: {', '.join(old)}" if old else "")
-        return verdict_of(not old, text)
+        return finding_of(not old, text)
 
     return query, ask
 
@@ -178,7 +178,7 @@ def read_tables(
             counted[dbname] = {name: rows for part in parts for name, rows in part.items()}
         tables = sum(len(found) for found in counted.values())
         rows = sum(sum(found.values()) for found in counted.values())
-        return verdict_of(
+        return finding_of(
             True,
             f"{count_of(tables, 'table')} with {rows} rows in {count_of(len(counted), 'database')}",
             tables=tables,
@@ -204,7 +204,7 @@ def schema(sandbox: Sandbox, moment: SourceMoment | None) -> tuple[str, Callable
             differing += [f"{dbname}: {kind}" for kind, digest in known.fingerprint.items() if here.get(kind) != digest]
         kinds = sum(len(known.fingerprint) for known in moment.facts.values())
         text = f"differs in {', '.join(differing)}" if differing else f"{kinds} kinds of objects are the same"
-        return verdict_of(not differing, text, fingerprint={d: f.fingerprint for d, f in moment.facts.items()})
+        return finding_of(not differing, text, fingerprint={d: f.fingerprint for d, f in moment.facts.items()})
 
     return f"SHA-256 over the definitions of {', '.join(facts.FINGERPRINTS)}", ask
 
@@ -232,7 +232,7 @@ def row_counts(
                         f"{dbname}.{name}: {here[name]} rows, the source has {'' if count.exact else 'about '}{count.rows}"
                     )
         text = "; ".join(wrong[:20]) if wrong else f"{count_of(compared, 'table')} within {tolerance:.0%}"
-        return verdict_of(not wrong, text, compared=compared)
+        return finding_of(not wrong, text, compared=compared)
 
     return "count(*) here against the source's count(*) or pg_stat_all_tables.n_live_tup", ask
 
@@ -277,7 +277,7 @@ def sequences(sandbox: Sandbox) -> tuple[str, Callable[[], Finding]]:
                         ahead = last >= edge if rising else last <= edge
                         if not ahead or (last == edge and not called):
                             behind.append(f"{dbname}.{sequence} is at {last}, {table}.{column} at {edge}")
-        return verdict_of(
+        return finding_of(
             not behind, "; ".join(behind[:20]) or f"{looked} sequences are ahead of their columns", looked=looked
         )
 
@@ -324,7 +324,7 @@ def extensions(sandbox: Sandbox, moment: SourceMoment | None) -> tuple[str, Call
             return Finding(
                 UNCHECKED, "; ".join(other[:10]) + "; verify on a machine with the source's system libraries"
             )
-        return verdict_of(True, f"{count_of(looked, 'extension')}, versions as on the source; collation versions match")
+        return finding_of(True, f"{count_of(looked, 'extension')}, versions as on the source; collation versions match")
 
     return "pg_extension, pg_available_extensions, datcollversion, collversion", ask
 
@@ -390,7 +390,7 @@ def amcheck(sandbox: Sandbox, how: str, seed: str) -> tuple[str, Callable[[], Fi
             if how == "sample"
             else "all tables and indexes, heap against index"
         )
-        return verdict_of(not found, "\n".join(found)[-3000:] or f"{scope}: no damage", sampled=how == "sample")
+        return finding_of(not found, "\n".join(found)[-3000:] or f"{scope}: no damage", sampled=how == "sample")
 
     words = " ".join(thorough) if how == "full" else "--table=… (by chance, up to a fifth of the bytes)"
     return f"pg_amcheck --jobs=2 {words}", ask
@@ -431,7 +431,7 @@ def checksums(sandbox: Sandbox) -> tuple[str, Callable[[], Finding]]:
             blocks = re.search(r"Blocks scanned:\s+(\d+)", said)
             bad = re.search(r"Bad checksums:\s+(\d+)", said)
             good = done.returncode == 0 and bad is not None and int(bad[1]) == 0
-            return verdict_of(good, f"{blocks[1]} pages, {bad[1]} bad" if blocks and bad else said[-1500:])
+            return finding_of(good, f"{blocks[1]} pages, {bad[1]} bad" if blocks and bad else said[-1500:])
 
         return "pg_checksums --check (server stopped)", offline
     return "pg_prewarm(RELATION, 'buffer', FORK) for each relation: reading a page checks it", lambda: _prewarm(sandbox)
@@ -453,7 +453,7 @@ def _prewarm(sandbox: Sandbox) -> Finding:
             connection.execute("create extension if not exists pg_prewarm with schema pg_catalog")
             for name, fork in connection.execute(_ALL_RELATIONS).fetchall():
                 pages += connection.execute("select pg_prewarm(%s::regclass, 'buffer', %s)", [name, fork]).fetchone()[0]
-    return verdict_of(True, f"{pages} pages read, 0 bad")
+    return finding_of(True, f"{pages} pages read, 0 bad")
 
 
 # The end
@@ -462,7 +462,7 @@ def _prewarm(sandbox: Sandbox) -> Finding:
 def gone(sandbox: Sandbox, home: Path) -> tuple[str, Callable[[], Finding]]:
     def ask() -> Finding:
         left = sandbox.remains() + ([str(home)] if home.exists() else [])
-        return verdict_of(
+        return finding_of(
             not left, f"left behind: {'; '.join(left)}" if left else "no process, no directory, no socket is left"
         )
 

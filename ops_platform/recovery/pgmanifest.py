@@ -13,7 +13,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from ops_platform.recovery.findings import Finding, verdict_of
+from ops_platform.recovery.findings import Finding, finding_of
 from ops_platform.recovery.model import GateStatus
 
 # Written after the backup by the restore itself, or never part of a manifest.
@@ -41,7 +41,7 @@ def verify_manifest(directory: Path, workers: int = 2) -> Finding:
     extra = sorted(name for name in _names(directory) if name not in files and name not in _UNKNOWN)
     wrong += [f'"{name}" is present on disk but not in the manifest' for name in extra]
     size = sum(entry["Size"] for entry in files.values())
-    return verdict_of(
+    return finding_of(
         not wrong, "; ".join(wrong[:20]) or f"{len(files)} files, {size} bytes: all as the server sent them"
     )
 

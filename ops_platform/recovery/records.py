@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from ops_platform.backup.archive import open_repository
 from ops_platform.backup.model import BackupInfo, Proof
+from ops_platform.backup.opening import open_repository
 from ops_platform.backup.repository import Repository
 from ops_platform.errors import CorruptionError
 from ops_platform.recovery.model import Scorecard, Verdict
@@ -74,20 +74,30 @@ def _scorecard(repository: Repository, key: str) -> Scorecard:
         raise CorruptionError("this scorecard cannot be read", where=key) from error
 
 
-_LOOKED_BACK = 400  # scorecards, for the newest that was picked by turns
-
-
-def last_turn(repository: Repository) -> int | None:
-    """The number of the newest proof by turns; None where there is none, or none among the newest few hundred."""
-    keys = sorted(info.key for info in repository.store.list(f"{repository.target_id}/scorecard/"))
-    cards = (_scorecard(repository, key) for key in reversed(keys[-_LOOKED_BACK:]))
-    return next((card.turn for card in cards if card.turn is not None), None)
+_LOOKED_BACK = 400  # scorecards, for the newest that were picked by turns
 
 
 def next_turn(repository: Repository | None) -> int:
-    """Of the proofs by turns. Those that were asked for, and those that follow each backup, are no turns: they would skip some."""
-    last = last_turn(repository) if repository is not None else None
-    return 0 if last is None else last + 1
+    """Of the proofs by turns. Those that were asked for, and those that follow each backup, are no turns: they would skip some.
+
+    A turn that could not be verified is taken again, once: what never can be must not keep the others from their turns.
+    """
+    turns = _turns(repository) if repository is not None else iter(())
+    last = next(turns, None)
+    if last is None:
+        return 0
+    number, verdict = last
+    if verdict is Verdict.COULD_NOT_VERIFY and next(turns, (None, None))[0] != number:
+        return number
+    return number + 1
+
+
+def _turns(repository: Repository) -> Iterator[tuple[int, Verdict]]:
+    """The proofs by turns among the newest few hundred, the newest first."""
+    keys = sorted(info.key for info in repository.store.list(f"{repository.target_id}/scorecard/"))
+    for card in (_scorecard(repository, key) for key in reversed(keys[-_LOOKED_BACK:])):
+        if card.turn is not None:
+            yield card.turn, card.verdict
 
 
 def last_proof(proofs: Sequence[Proof]) -> Proof | None:

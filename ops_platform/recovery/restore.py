@@ -27,7 +27,6 @@ from ops_platform.backup.fetch import JOURNAL, sync_file_system
 from ops_platform.backup.model import (
     BackupEngine,
     BackupInfo,
-    Lsn,
     Progress,
     RecoveryTarget,
     RecoveryWindow,
@@ -36,6 +35,8 @@ from ops_platform.backup.model import (
 from ops_platform.clients.postgres_binaries import find_tool, need_postgres, run_as
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import ConflictError, CouldNotVerifyError, OpsError, UsageError
+from ops_platform.recovery.replay import replay
+from ops_platform.recovery.room import existing, lacking, reserved
 from ops_platform.recovery.sandbox import Sandbox, temporary_home
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
 
     from ops_platform.clients.access import Access
     from ops_platform.inventory import Target
-
-REPLAY_TIMEOUT = 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -96,10 +95,10 @@ def plan(
     backup = engine.choose(recovery)
     install = need_postgres(backup.server_version // 10000, target.sandbox.postgres.values())
     backups = engine.list()
-    room, full = _no_room(backups, backup, into), occupied(into)
+    room, full = lacking(existing(into), _room(backups, backup)), occupied(into)
     problems = [f"{problem}: {into}" for problem in (room, _NOT_EMPTY if full else None) if problem]
     return RestorePlan(
-        target.id, str(recovery), backup, engine.window(), str(into), needed_bytes(backups, backup), shutil.disk_usage(_existing(into)).free,
+        target.id, str(recovery), backup, engine.window(), str(into), needed_bytes(backups, backup), shutil.disk_usage(existing(into)).free,
         f"PostgreSQL {install.version} in {install.bindir}", problems,
     )  # fmt: skip
 
@@ -110,10 +109,6 @@ def _chain(backups: Sequence[BackupInfo], last: BackupInfo) -> list[BackupInfo]:
     while chain[0].parent_id is not None and chain[0].parent_id in by_id:
         chain.insert(0, by_id[chain[0].parent_id])
     return chain
-
-
-def _existing(path: Path) -> Path:
-    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 def restore(
@@ -198,7 +193,9 @@ def _fetched(
         # Whole, but killed before that was written down.
         _clear(into, *[link.resolve() for link in (into / "pg_tblspc").glob("*")])
     began = time.monotonic()
-    base = engine.fetch_base(backup, into, tablespaces=tablespaces, progress=progress)
+    parts = into.with_name(f".{into.name}.parts")
+    with reserved([into, parts], _room(engine.list(), backup), begun=occupied(into) or parts.exists()):
+        base = engine.fetch_base(backup, into, tablespaces=tablespaces, progress=progress)
     spaces = {oid: str(path) for oid, path in base.tablespaces.items()}
     fetched = _Fetched(base.raw, time.monotonic() - began, spaces, _boot())
     _write_whole(note, TypeAdapter(_Fetched).dump_json(fetched).decode())
@@ -228,15 +225,17 @@ def _replay(
         stack.callback(sandbox.stop, "fast")
         sandbox.prepare(recovery, fetcher.restore_command)
         (work / "replaying").touch()
-        sandbox.start()
-        lsn, newest = replayed(sandbox, recovery, backup, target, progress)
+        lsn, newest = replay(
+            sandbox, recovery, target, last_segment=engine.last_segment(backup, recovery),
+            progress=lambda lsn: progress("replaying WAL", max(0, lsn - backup.start), None),
+        )  # fmt: skip
         because = sandbox.stopped_because()
         (work / "promoting").touch()
         timeline = sandbox.promote()
-        replay = time.monotonic() - began
+        seconds = time.monotonic() - began
     return Restored(
         target.id, backup.backup_id, str(recovery), str(into), dict(fetched.tablespaces), str(lsn), newest,
-        because, timeline, fetched.raw, max(0, lsn - backup.start), round(fetched.seconds, 3), round(replay, 3), str(install.bindir),
+        because, timeline, fetched.raw, max(0, lsn - backup.start), round(fetched.seconds, 3), round(seconds, 3), str(install.bindir),
     )  # fmt: skip
 
 
@@ -291,7 +290,7 @@ def _begin(engine: BackupEngine, target: Target, recovery: RecoveryTarget, into:
     if occupied(into):
         raise UsageError(_NOT_EMPTY, where=str(into), remedy="name another one; nothing is restored over files")
     backup = engine.choose(recovery)
-    if problem := _no_room(engine.list(), backup, into):
+    if problem := lacking(existing(into), _room(engine.list(), backup)):
         raise OpsError(problem, where=str(into), remedy="free space, or name a directory on another disk")
     need_postgres(backup.server_version // 10000, target.sandbox.postgres.values())
     _check_passage(into)
@@ -316,7 +315,7 @@ _CONTROL = "global/pg_control"
 def _need_right(into: Path) -> None:
     """What goes on is noted beside the directory, so both have to be open to us. Raises UsageError."""
     try:
-        places = {_existing(into), _existing(into.parent)}
+        places = {existing(into), existing(into.parent)}
     except PermissionError as error:
         raise UsageError("we may not look there", where=str(error.filename or into), remedy=_ANOTHER) from None
     for place in sorted(places):
@@ -335,9 +334,8 @@ def needed_bytes(backups: Sequence[BackupInfo], backup: BackupInfo) -> int:
     return sum(part.raw for part in chain) + (backup.raw if len(chain) > 1 else 0)
 
 
-def _no_room(backups: Sequence[BackupInfo], backup: BackupInfo, into: Path) -> str | None:
-    needed, free = needed_bytes(backups, backup) * 1.05, shutil.disk_usage(_existing(into)).free
-    return f"{needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free" if needed > free else None
+def _room(backups: Sequence[BackupInfo], backup: BackupInfo) -> float:
+    return needed_bytes(backups, backup) * 1.05
 
 
 def _check_passage(into: Path) -> None:
@@ -358,20 +356,6 @@ def _spool(work: Path) -> Path:
     spool.mkdir(mode=0o700, exist_ok=True)
     run_as().own(spool)
     return spool
-
-
-def replayed(
-    sandbox: Sandbox, recovery: RecoveryTarget, backup: BackupInfo, target: Target, progress: Progress
-) -> tuple[Lsn, datetime | None]:
-    """Wait for the pause at the target; for `latest` until the WAL has ended, which is where such a recovery promotes."""
-    sandbox.find_superuser({target.connection.user or "postgres": target.connection.dbname, "postgres": "postgres"})
-
-    def told(lsn: Lsn) -> None:
-        progress("replaying WAL", max(0, lsn - backup.start), None)
-
-    if recovery.kind != "latest":
-        return sandbox.wait_paused(timeout=REPLAY_TIMEOUT, progress=told)
-    return sandbox.wait_ended(timeout=REPLAY_TIMEOUT, progress=told)
 
 
 # Single tables
@@ -434,7 +418,7 @@ def sandbox_tablespaces(
         engine = PgBackRestEngine(target)
         places = engine.tablespaces(backup or engine.choose(recovery))
         return {location: home / f"tablespace-{oid}" for oid, location in places.items()}
-    from ops_platform.backup.archive import open_target_repository
+    from ops_platform.backup.opening import open_target_repository
 
     chosen = backup or open_engine(access, target).choose(recovery)
     manifest = open_target_repository(access, target).manifest(chosen.backup_id)

@@ -184,6 +184,7 @@ class Sandbox:
         self.notes: list[str] = []
         self._superuser: str | None = None
         self._wanted = dict(_DEFAULTS)
+        self._to_end = False
 
     # Preparing
 
@@ -204,6 +205,25 @@ class Sandbox:
         self._write(self.work / "pg_hba.conf", "local all all trust\n")
         self._write(self.work / "pg_ident.conf", "")
         self._configure()
+
+    def recover_to_end(self, since: Lsn) -> bool:
+        """Whether there is no more WAL than was read; then the next start stops behind its last record. Else nothing changes.
+
+        PostgreSQL stops at a moment (or position) only once it reads what comes after it, and calls WAL that ends before that an
+        error. Where all that is stored was read, which reaches further than the moment, its end is the state of that moment.
+        `since`: where the last stored segment begins. By the last record, not without a target: more may be stored meanwhile.
+        """
+        ended = re.search(
+            r"(?s).* redo done at ([0-9A-F]+/[0-9A-F]+).* FATAL:  recovery ended before configured", self.log()
+        )
+        if ended is None or Lsn.parse(ended[1]) < since or self.circumstance() is not None:
+            return False
+        kept = {name: value for name, value in self._recovery.items() if not name.startswith("recovery_target")}
+        followed = {name: self._recovery[name] for name in ("recovery_target_action", "recovery_target_timeline")}
+        self._recovery = {**kept, **followed, "recovery_target_lsn": ended[1]}
+        self._to_end = True
+        self._configure()
+        return True
 
     def _configure(self) -> None:
         lines = {**self._settings(), **self._recovery, **{name: str(value) for name, value in self._wanted.items()}}
@@ -440,7 +460,12 @@ class Sandbox:
 
     def why(self) -> str:
         """The lines of the log that say why recovery ended."""
-        telling = [line for line in self.log().splitlines() if re.search(r"FATAL|PANIC|ERROR|restore_command", line)]
+        telling = [
+            line
+            for line in self.log().splitlines()
+            if re.search(r"FATAL|PANIC|ERROR|restore_command", line)
+            and "is starting up" not in line  # to our own asking
+        ]
         return " | ".join(_PREFIX.sub("", line) for line in telling[-4:]) or self.server.log_tail(400)
 
     def circumstance(self) -> str | None:
@@ -458,7 +483,14 @@ class Sandbox:
     def stopped_because(self) -> str | None:
         """PostgreSQL's own line on where it stopped, such as `recovery stopping before commit of transaction 789, time …`."""
         found = [line for line in self.log().splitlines() if "recovery stopping" in line]
-        return found[-1].split("LOG:", 1)[-1].strip() if found else None
+        if not found:
+            return None
+        end = (
+            ", the last record of the stored WAL: nothing was committed between it and the moment"
+            if self._to_end
+            else ""
+        )
+        return found[-1].split("LOG:", 1)[-1].strip() + end
 
     # Ending
 

@@ -6,71 +6,36 @@ pass. The scorecard is stored whatever the verdict, and the sandbox goes whateve
 
 from __future__ import annotations
 
-import random
 import shutil
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from ops_platform import __version__
-from ops_platform.backup.archive import open_target_repository, read_archive
-from ops_platform.backup.engine import open_engine, span
-from ops_platform.backup.model import (
-    BackupEngine,
-    BackupInfo,
-    BackupKind,
-    Lsn,
-    Progress,
-    RecoveryTarget,
-    RecoveryWindow,
-    no_progress,
-)
+from ops_platform.backup.archive import read_archive
+from ops_platform.backup.engine import open_engine
+from ops_platform.backup.model import BackupEngine, BackupInfo, Lsn, Progress, RecoveryWindow, no_progress
+from ops_platform.backup.opening import open_target_repository
 from ops_platform.clients.postgres_binaries import PgInstall, need_postgres, run_as
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import CorruptionError, CouldNotVerifyError, OpsError, UnreachableError, UsageError
 from ops_platform.recovery import canary, gates, records
 from ops_platform.recovery.canary import SourceMoment
+from ops_platform.recovery.choosing import Choice, Choosing, Pick
 from ops_platform.recovery.findings import Finding, Record
-from ops_platform.recovery.model import Gate, GateStatus, Objective, Scorecard, Verdict
+from ops_platform.recovery.model import GateStatus, Objective, Scorecard
+from ops_platform.recovery.replay import replay
 from ops_platform.recovery.restore import needed_bytes, sandbox_tablespaces
+from ops_platform.recovery.room import lacking, reserved
 from ops_platform.recovery.sandbox import Sandbox, network_namespace, temporary_home
 from ops_platform.recovery.steps import Steps
+from ops_platform.recovery.verdict import NOT_RESTORED, stored, verdict_of
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
     from ops_platform.inventory import Target
-    from ops_platform.inventory.model import Backed
-
-Pick = Literal["newest", "oldest", "chain", "random"]
-REPLAY_TIMEOUT = 24 * 3600.0
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What is restored, to which moment, and why this one."""
-
-    backup: BackupInfo
-    recovery: RecoveryTarget
-    moment: datetime
-    picked: str
-    newest: bool = False  # to the moment at which the source was looked at, so that it is known as it was then
-
-
-def verdict_of(found: list[Gate]) -> tuple[Verdict, str]:
-    """The verdict over the gates, with the gates that decided it. No gate at all proves nothing."""
-    failed = [gate for gate in found if gate.status is GateStatus.FAILED]
-    unchecked = [gate for gate in found if gate.status is GateStatus.COULD_NOT_CHECK]
-    if failed:
-        return Verdict.FAIL, "; ".join(f"{gate.title}: {gate.result}" for gate in failed)
-    if unchecked:
-        return Verdict.COULD_NOT_VERIFY, "; ".join(f"{gate.title}: {gate.result}" for gate in unchecked)
-    passed = [gate for gate in found if gate.status is GateStatus.PASSED]
-    if not passed:
-        return Verdict.COULD_NOT_VERIFY, "nothing was checked"
-    return Verdict.PASS, f"all {len(passed)} checks passed"
 
 
 class Verification:
@@ -92,7 +57,8 @@ class Verification:
     ) -> None:
         self.access, self.target, self.clock, self.progress = access, target, clock, progress
         self.policy = target.backup.verification
-        self.pick, self.at, self.backup_id, self.full, self.data_docs = pick, at, backup_id, full, data_docs
+        self.pick: Pick | None = pick
+        self.at, self.backup_id, self.full, self.data_docs = at, backup_id, full, data_docs
         self.alone = alone
         self.started_at = clock.now()
         self.id = records.new_verification_id(self.started_at)
@@ -103,7 +69,7 @@ class Verification:
         self.choice: Choice | None = None
         self.chain: list[str] = []
         self.backup_digest: str | None = None
-        self.turn: int | None = None
+        self.choosing: Choosing | None = None
         self.moment: SourceMoment | None = None
         self.window: RecoveryWindow | None = None
         self.install: PgInstall | None = None
@@ -177,7 +143,11 @@ class Verification:
     def _choose(self) -> None:
         self.backups = self._backups()
         self.window = self.engine.window()
-        self.choice = self._decide(self.backups, self.window)
+        self.choosing = Choosing(
+            self.access, self.target, self.engine, self.id, self.moment,
+            pick=self.pick, at=self.at, backup_id=self.backup_id, alone=self.alone, notes=self.notes,
+        )  # fmt: skip
+        self.choice = self.choosing.decide(self.backups, self.window)
         self._note_chosen(self.choice.backup)
 
     def _note_chosen(self, backup: BackupInfo) -> None:
@@ -188,89 +158,6 @@ class Verification:
         self.backup_digest = repository.manifest_digest(backup.backup_id)
         if backup.parent_id is not None:
             self.chain = [manifest.backup_id for manifest in repository.chain(backup.backup_id)]
-
-    def _decide(self, backups: list[BackupInfo], window: RecoveryWindow) -> Choice:
-        if self.backup_id is not None or self.at is not None:
-            return self._asked(backups, window)
-        if self.moment is None:
-            return self._all_there_is(backups[-1], window)
-        return self._by_policy(backups, window, self.moment)
-
-    def _asked(self, backups: list[BackupInfo], window: RecoveryWindow) -> Choice:
-        if self.backup_id is None and self.at is not None:
-            recovery = RecoveryTarget("time", self.at)
-            return Choice(self.engine.choose(recovery), recovery, self.at, "a moment that was asked for")
-        found = [b for b in backups if b.backup_id == self.backup_id]
-        if not found:
-            raise UsageError(f"there is no backup {self.backup_id}", remedy=f"ops backup list {self.target.id}")
-        if self.at is not None:
-            return self._asked_both(found[0], RecoveryTarget("time", self.at), self.at)
-        return self._soon_after(found[0], window, "asked for")
-
-    def _asked_both(self, backup: BackupInfo, recovery: RecoveryTarget, moment: datetime) -> Choice:
-        """A moment that this backup cannot reach is no verdict on it: it is refused before anything is restored."""
-        until = self.engine.carried_until(backup, recovery)
-        if until is None or not backup.ended_at <= moment <= until:
-            reaches = "none: its own WAL is not whole" if until is None else span((backup.ended_at, until))
-            raise UsageError(
-                f"{moment.isoformat()} cannot be reached from {backup.backup_id}",
-                where=self.target.id,
-                remedy=f"moments that can be reached from it: {reaches}; without --backup the right one is chosen",
-            )
-        return Choice(backup, recovery, moment, "asked for")
-
-    def _by_policy(self, backups: list[BackupInfo], window: RecoveryWindow, seen: SourceMoment) -> Choice:
-        how = self.pick or self._turn()
-        if how == "chain":
-            chains = [b for b in backups if b.kind is BackupKind.INCREMENTAL]
-            if chains:
-                return self._to_now(chains[-1], window, "the newest incremental, with its chain")
-            self.notes.append("there is no incremental backup: the newest one is restored instead of a chain")
-        if how == "oldest" and len(backups) > 1:
-            return self._soon_after(backups[0], window, "the oldest backup that is still promised")
-        if how == "random" and window.pieces and seen.canary is not None:
-            moment = _random_moment(window, self.id)
-            recovery = RecoveryTarget("time", moment)
-            return Choice(self.engine.choose(recovery), recovery, moment, "a moment by chance in the recovery window")
-        return self._to_now(backups[-1], window, "the newest backup")
-
-    def _turn(self) -> Pick:
-        """The next of the policy's list; noted even where the proof fails, so that it does not come again and again."""
-        self.turn = records.next_turn(records.repository_of(self.access, self.target))
-        return self.policy.pick[self.turn % len(self.policy.pick)]
-
-    def _to_now(self, backup: BackupInfo, window: RecoveryWindow, why: str) -> Choice:
-        """That backup, to the moment at which the source was looked at."""
-        moment = self.moment
-        if moment is None or moment.at <= backup.ended_at:
-            return self._soon_after(backup, window, why)
-        if moment.recovery.kind == "lsn" and Lsn.parse(str(moment.recovery.value)) < backup.end:
-            # Nothing was written since the backup: its own end is the newest moment that there is.
-            return Choice(backup, RecoveryTarget("immediate"), moment.at, why, newest=True)
-        return Choice(backup, moment.recovery, moment.at, why, newest=True)
-
-    def _all_there_is(self, backup: BackupInfo, window: RecoveryWindow) -> Choice:
-        """Without the source: as far as the archive reaches, which is what a recovery in earnest would do now."""
-        until = window.latest or backup.ended_at
-        why = "with nothing but the repository" if self.alone else "because the source is away"
-        return Choice(backup, RecoveryTarget("latest"), until, f"the newest backup and all WAL, {why}")
-
-    def _soon_after(self, backup: BackupInfo, window: RecoveryWindow, why: str) -> Choice:
-        """A moment by chance in the hour after the backup's end; its very end where no more WAL is at hand."""
-        piece = next((p for p in window.pieces if p[0] <= backup.ended_at <= p[1]), None)
-        if piece is None:
-            raise CorruptionError(
-                f"the WAL that {backup.backup_id} needs is not whole",
-                where=self.target.id,
-                remedy=f"ops wal status {self.target.id} names what is missing; take a new backup",
-            )
-        end = min(piece[1], backup.ended_at + timedelta(hours=1))
-        # In a piece that ends at a gap or long ago, nothing promises a commit after the moment, and PostgreSQL stops at one only then.
-        last = piece == window.pieces[-1] and self.moment is not None and self.moment.canary is not None
-        if not last or window.gaps:
-            return Choice(backup, RecoveryTarget("immediate"), backup.ended_at, f"{why}, to its own end")
-        moment = backup.ended_at + (end - backup.ended_at) * random.Random(self.id).uniform(0.3, 0.9)  # noqa: S311 - no secret
-        return Choice(backup, RecoveryTarget("time", moment), moment, why)
 
     @property
     def _chosen(self) -> Choice:
@@ -283,15 +170,18 @@ class Verification:
         home = temporary_home(self.target, "verify")
         home.chmod(0o700)
         run_as().own(home)
-        free, needed = shutil.disk_usage(home).free, needed_bytes(self.backups, self._chosen.backup)
-        if free < needed * 1.1:
+        if problem := lacking(home, self._room):
             shutil.rmtree(home)
             raise CouldNotVerifyError(
-                f"the sandbox needs {needed * 1.1 / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
+                f"no room for the sandbox: {problem}",
                 where=str(home.parent),
                 remedy="free space, or set sandbox.directory of the target",
             )
         return home
+
+    @property
+    def _room(self) -> float:
+        return needed_bytes(self.backups, self._chosen.backup) * 1.1
 
     def _sandboxed(self, home: Path) -> None:
         choice, install = self._chosen, self.install
@@ -322,7 +212,8 @@ class Verification:
     def _fetch(self, data: Path, home: Path) -> int:
         choice = self._chosen
         spaces = sandbox_tablespaces(self.access, self.target, choice.recovery, home, choice.backup)
-        base = self.engine.fetch_base(choice.backup, data, tablespaces=spaces, progress=self.progress)
+        with reserved([home], self._room):
+            base = self.engine.fetch_base(choice.backup, data, tablespaces=spaces, progress=self.progress)
         self.fetched = (base.raw, base.seconds)
         return base.raw
 
@@ -342,17 +233,13 @@ class Verification:
         spool.mkdir(mode=0o700)
         run_as().own(spool)
         fetcher = stack.enter_context(self.engine.wal_fetcher(choice.backup, spool))
+        last_segment = self.engine.last_segment(choice.backup, choice.recovery)
         sandbox.prepare(choice.recovery, fetcher.restore_command)
         try:
-            sandbox.start()
-            sandbox.find_superuser(
-                {self.target.connection.user or "postgres": self.target.connection.dbname, "postgres": "postgres"}
-            )
-            wait = sandbox.wait_ended if choice.recovery.kind == "latest" else sandbox.wait_paused
-            self.reached = wait(
-                timeout=REPLAY_TIMEOUT,
+            self.reached = replay(
+                sandbox, choice.recovery, self.target, last_segment=last_segment,
                 progress=lambda lsn: self.progress("replay", max(0, lsn - choice.backup.start), None),
-            )
+            )  # fmt: skip
         except OpsError as error:
             raise self._replay_error(sandbox, fetcher.failure, error) from error
         finally:
@@ -505,7 +392,7 @@ class Verification:
             backup_ended_at=choice.backup.ended_at if choice else None,
             chain=self.chain,
             picked=choice.picked if choice else "nothing",
-            turn=self.turn,
+            turn=self.choosing.turn if self.choosing else None,
             recovery_target=str(choice.recovery) if choice else "none",
             reached=self.because,
             reached_lsn=str(self.reached[0]) if self.reached else None,
@@ -524,9 +411,10 @@ class Verification:
 
     def _objectives(self) -> list[Objective]:
         promised = self.target.objectives
+        served = "fetch, replay and promotion of this restore" if self.rto_seconds is not None else NOT_RESTORED
         return [
             Objective.judged("rpo", promised.rpo, *self._rpo()),
-            Objective.judged("rto", promised.rto, self.rto_seconds, "fetch, replay and promotion of this restore"),
+            Objective.judged("rto", promised.rto, self.rto_seconds, served),
             Objective.judged("rto-full", promised.rto, *self._rto_full()),
         ]
 
@@ -547,7 +435,7 @@ class Verification:
         size, seconds = self.fetched
         wal, replay = self.replayed
         if self.choice is None or self.rto_seconds is None or size == 0:
-            return None, "not measured: the restore did not come to its end"
+            return None, NOT_RESTORED
         between = self._wal_between_backups()
         if between is None:
             return None, "not measured: too little WAL has been archived to know its rate"
@@ -577,12 +465,6 @@ class Verification:
         return rate * self.target.backup.max_age.total_seconds()
 
 
-def _random_moment(window: RecoveryWindow, seed: str) -> datetime:
-    """Uniform over the newest piece: after its moments there is a commit, the canary's, and PostgreSQL stops only before one."""
-    begin, end = window.pieces[-1]
-    return begin + (end - begin) * random.Random(seed).uniform(0.02, 0.98)  # noqa: S311 - a choice that can be repeated
-
-
 def verify(
     access: Access,
     target: Target,
@@ -608,23 +490,3 @@ def verify(
         progress=progress, clock=clock,
     )  # fmt: skip
     return stored(access, target, running.run())
-
-
-def stored(access: Access, target: Backed, card: Scorecard) -> Scorecard:
-    """The scorecard, kept in the target's repository; one that could not be kept says so, and proves nothing."""
-    try:
-        repository = records.repository_of(access, target)
-        if repository is not None:
-            records.keep(repository, card)
-    except OpsError as error:
-        return _not_stored(card, error)
-    return card
-
-
-def _not_stored(card: Scorecard, error: OpsError) -> Scorecard:
-    gate = Gate(
-        id="record", title="The scorecard is stored", status=GateStatus.COULD_NOT_CHECK, query="", result=error.line, seconds=0
-    )  # fmt: skip
-    found = [*card.gates, gate]
-    verdict, reason = verdict_of(found)
-    return card.model_copy(update={"gates": found, "verdict": verdict, "reason": reason})

@@ -7,6 +7,7 @@ to it, with TLS there.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import parse_qs
@@ -19,7 +20,10 @@ from ops_platform.serving import Handler, Page, Server, listen
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
+    from ops_platform.inventory.remediation import Chat
+    from ops_platform.inventory.values import SecretRef
 
+_LOG = logging.getLogger("ops_platform.slack")
 LARGEST = 1 << 20
 PATH = "/slack/interactive"
 
@@ -30,18 +34,31 @@ def take(access: Access, store: Store, headers: Mapping[str, str], body: bytes) 
     Raises AccessDeniedError for what Slack did not sign just now, what was taken before, and for people who may not decide; UsageError for
     what is no press of our buttons; ConflictError where the plan is another one by now.
     """
-    whole = remediation_of(access.inventory)
-    if whole.slack is None or whole.slack.signing_secret is None:
+    _need_slack(access, store, headers, body)
+    return _decided(access, store, body)
+
+
+def _with_buttons(access: Access) -> tuple[Chat, SecretRef]:
+    chat = remediation_of(access.inventory).slack
+    if chat is None or chat.signing_secret is None:
         raise UsageError(
             "buttons are off", where="remediation.slack.signing_secret", remedy="set it to Slack's signing secret"
         )
-    secret = access.secret(whole.slack.signing_secret)
-    signature = headers.get("x-slack-signature", "")
-    need_signed(secret, headers.get("x-slack-request-timestamp", ""), signature, body, store.clock.now().timestamp())
+    return chat, chat.signing_secret
+
+
+def _need_slack(access: Access, store: Store, headers: Mapping[str, str], body: bytes) -> None:
+    _, ref = _with_buttons(access)
+    timestamp, signature = headers.get("x-slack-request-timestamp", ""), headers.get("x-slack-signature", "")
+    need_signed(access.secret(ref), timestamp, signature, body, store.clock.now().timestamp(), named=str(ref))
     if not store.first_time(signature):
         raise AccessDeniedError("this request was taken before", where="x-slack-signature")
+
+
+def _decided(access: Access, store: Store, body: bytes) -> str:
+    whole, (chat, _) = remediation_of(access.inventory), _with_buttons(access)
     user, action, incident_id, digest = _pressed(body)
-    who = whole.slack.people.get(user)
+    who = chat.people.get(user)
     if who is None:
         raise AccessDeniedError(
             "your Slack account is not known here",
@@ -87,8 +104,29 @@ _STATUS: dict[type[OpsError], int] = {
 }
 
 
+def _status(error: OpsError) -> int:
+    return next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 500)
+
+
+class _Refused:
+    """Says why requests are refused, once until another reason or a good one comes: anybody may send them."""
+
+    def __init__(self) -> None:
+        self._known = ""
+
+    def say(self, why: str) -> None:
+        if why and why != self._known:
+            _LOG.warning("a request is refused: %s", why)
+        self._known = why
+
+
 def serve(access: Access, store: Store, host: str, port: int) -> Server:
-    """Serve in a thread of its own until `shutdown`. Raises UsageError for an address that cannot be had."""
+    """Serve in a thread of its own until `shutdown`. Raises UsageError for an address that cannot be had.
+
+    Raises what `Access.secret` raises where the signing secret cannot be had: every press would be refused.
+    """
+    access.secret(_with_buttons(access)[1])
+    refused = _Refused()
 
     class OfSlack(Handler):
         pages: ClassVar[Mapping[str, Page]] = {"/healthz": lambda: (200, b"ok\n", "text/plain")}
@@ -100,17 +138,19 @@ def serve(access: Access, store: Store, host: str, port: int) -> Server:
                 return
             body = self.rfile.read(int(length))
             try:
-                text = take(access, store, {k.lower(): v for k, v in self.headers.items()}, body)
-                self._say(200, text)
+                _need_slack(access, store, {k.lower(): v for k, v in self.headers.items()}, body)
+                refused.say("")
             except OpsError as error:
-                status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 500)
-                # Slack shows people what comes with 200 alone; who sent no signature is told nothing but the status.
-                signed = (
-                    status in (409, 403)
-                    and "signature" not in (error.where or "")
-                    and "timestamp" not in (error.where or "")
-                )
-                self._say(200 if signed else status, error.what)
+                # Who sent no signature is told nothing but the status, and whoever runs this what to do.
+                refused.say(error.line)
+                self.answer(_status(error), b"", "application/json")
+                return
+            try:
+                self._say(200, _decided(access, store, body))
+            except OpsError as error:
+                # Slack shows people what comes with 200 alone.
+                status = _status(error)
+                self._say(200 if status in (409, 403) else status, error.what)
 
         def _say(self, status: int, text: str) -> None:
             said = {"response_type": "ephemeral", "replace_original": False, "text": text}

@@ -46,7 +46,7 @@ class Bounds:
 
 def rule_on(wanted: Claim, claims: Sequence[Claim], bounds: Bounds, now: datetime) -> list[Ruling]:
     """Whether `wanted` may be claimed beside the others."""
-    others = [c for c in claims if (c.incident, c.attempt) != (wanted.incident, wanted.attempt)]
+    others = [c for c in claims if c.incident != wanted.incident or c.attempt != wanted.attempt]
     return [
         _cooldown(wanted, others, bounds.cooldown, now),
         _budget("budget of the rule", [c for c in others if c.rule == wanted.rule], bounds.budget, now),
@@ -70,7 +70,7 @@ def _cooldown(wanted: Claim, others: Sequence[Claim], cooldown: timedelta, now: 
 
 
 def _budget(name: str, claims: Sequence[Claim], budget: Budget, now: datetime) -> Ruling:
-    used = sum(now - c.at < budget.per for c in claims)
+    used = sum([now - c.at < budget.per for c in claims])
     return Ruling(name, used < budget.count, f"{used} of {budget.count} used within {format_duration(budget.per)}")
 
 

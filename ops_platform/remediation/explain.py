@@ -78,7 +78,8 @@ def _explain(access: Access, decision: Decision | Unresolved, offline: bool) -> 
 
     rule = decision.rule
     if isinstance(decision, Unresolved):
-        return Explained(rule.id, rule.playbook, None, rule.mode.value, {}, decision.problem)
+        target = rule.target if isinstance(rule.target, str) else None
+        return Explained(rule.id, rule.playbook, target, rule.mode.value, {}, decision.problem)
     parameters = decision.parameters.model_dump(mode="json")
     found = Explained(rule.id, rule.playbook, decision.subject.id, rule.mode.value, parameters, None)
     if offline:

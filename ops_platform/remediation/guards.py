@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, timedelta
 
-from ops_platform.actions import Case, CountLimit, Guard, MaintenanceWindow, PercentLimit, Ruling
+from ops_platform.actions import Case, MaintenanceWindow, PercentLimit, Ruling
 from ops_platform.inventory.base import Weekly
 from ops_platform.inventory.remediation import Freeze
 from ops_platform.remediation.model import Pause, Peers, Signal
@@ -166,7 +166,7 @@ class ClocksAgree:
 
 @dataclass(frozen=True)
 class Limits:
-    """Count and percent over every kind of change of the plan. A single change is no share of anything."""
+    """The count of all changes, and the percent of each kind. A single change is no share of anything."""
 
     max_changes: int
     max_percent: float
@@ -176,12 +176,8 @@ class Limits:
         plan = case.plan
         if len(plan.changes) > self.max_changes:
             return Ruling(self.name, False, f"{len(plan.changes)} changes planned, {self.max_changes} allowed")
-        for kind in sorted({change.kind for change in plan.changes}):
-            limits: list[Guard] = [CountLimit(self.max_changes, kind)]
-            if len(plan.of_kind(kind)) > 1 and kind in plan.population:
-                limits.append(PercentLimit(self.max_percent, kind))
-            for limit in limits:
-                ruling = limit.rule(case)
-                if not ruling.allows:
-                    return Ruling(self.name, False, f"{limit.name}: {ruling.reason}")
+        for kind in sorted(plan.population):
+            limit = PercentLimit(self.max_percent, kind)
+            if len(plan.of_kind(kind)) > 1 and not (ruling := limit.rule(case)).allows:
+                return Ruling(self.name, False, f"{limit.name}: {ruling.reason}")
         return Ruling(self.name, True, f"{len(plan.changes)} changes planned, {self.max_changes} allowed")

@@ -24,12 +24,24 @@ ALLOWED: dict[State, frozenset[State]] = {
 # States in which something of ours may be changed, or half changed, on the live system.
 TOUCHED = frozenset({State.APPLYING, State.VERIFYING, State.HELD, State.UNDOING})
 
+# What a person does about an incident that cannot be moved as they wish.
+_AT_IT = "a run is at it: wait for its end, which ops incidents show {id} tells; ops incidents pause-all stops it"
+_NEEDS = {
+    State.APPLYING: _AT_IT,
+    State.VERIFYING: _AT_IT,
+    State.UNDOING: _AT_IT,
+    State.HELD: "it is undone when its time is over; ops incidents undo {id} does it now",
+    State.CLOSED: "nothing is to be done: ops incidents show {id} says how it ended",
+}
+
 
 def need_allowed(incident: Incident, there: State) -> None:
     """Raises ConflictError."""
     here = incident.state
     if there not in ALLOWED[here]:
-        raise ConflictError(f"an incident that is {here.value} cannot become {there.value}", where=incident.id)
+        what = f"already {here.value}" if here is there else f"{here.value}, and cannot be {there.value} from there"
+        remedy = _NEEDS.get(here, "ops incidents show {id} says what it waits for").format(id=incident.id)
+        raise ConflictError(f"this incident is {what}", where=incident.id, remedy=remedy)
     if here is State.APPLYING and there is State.SUPPRESSED and incident.touched:
         raise ConflictError("changes were begun: this incident cannot be put off any more", where=incident.id)
     if here is State.CLOSED and incident.ending is not Ending.HELPED:

@@ -8,7 +8,7 @@ docs/how-to/write-a-playbook.md.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cache
@@ -96,15 +96,38 @@ class Playbook(ABC, Generic[P]):
         try:
             return self.Parameters.model_validate(dict(given))  # type: ignore[return-value]
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(str(step) for step in first["loc"])
-            known = ", ".join(self.Parameters.model_fields) or "none"
-            what = "there is no such parameter" if first["type"] == "extra_forbidden" else first["msg"]
-            raise UsageError(
-                f"parameter {where!r}: {what.removeprefix('Value error, ')}",
-                where=f"playbook {self.name}",
-                remedy=f"its parameters: {known}",
-            ) from None
+            raise self._wrong(error.errors(include_url=False)) from None
+
+    def check_parameters(self, given: Mapping[str, Any], open_ones: Collection[str]) -> None:
+        """As far as it can be said before a signal fills in `open_ones`. Raises UsageError as `read_parameters` does."""
+        from pydantic import ValidationError
+
+        try:
+            self.Parameters.model_validate(dict(given))
+        except ValidationError as error:
+            wrong = [
+                item
+                for item in error.errors(include_url=False)
+                if item["type"] == "extra_forbidden"
+                or not open_ones
+                or (item["loc"] and item["loc"][0] not in open_ones)
+            ]
+            if wrong:
+                raise self._wrong(wrong) from None
+
+    def _wrong(self, errors: Sequence[Any]) -> UsageError:
+        """A parameter that does not exist is said before the one that is missing for it."""
+        from ops_platform.inventory.loader import in_our_words
+
+        first = min(errors, key=lambda item: item["type"] != "extra_forbidden")
+        where = ".".join(str(step) for step in first["loc"])
+        what = {"extra_forbidden": "there is no such parameter", "missing": "it is missing"}.get(first["type"])
+        known = ", ".join(self.Parameters.model_fields) or "none"
+        return UsageError(
+            f"parameter {where!r}: {what or in_our_words(first)}",
+            where=f"playbook {self.name}",
+            remedy=f"its parameters: {known}",
+        )
 
 
 @cache

@@ -78,7 +78,8 @@ def _is_event(match: EventMatch, signal: Signal) -> bool:
 
 def decisions(inventory: Inventory, signal: Signal) -> Iterator[Decision | Unresolved]:
     """One for each rule that is about the signal, in the order of the file."""
-    for rule in remediation_of(inventory).rules:
+    by_name = remediation_of(inventory).by_alertname
+    for rule in by_name.get(signal.labels.get("alertname", ""), by_name[None]):
         if about(rule, signal):
             yield resolve(inventory, rule, signal)
 
@@ -142,8 +143,9 @@ def problems(inventory: Inventory) -> list[str]:
                 raise UsageError(
                     f"{one.name} acts on {', '.join(sorted(one.kinds))}, and {rule.target} is of kind {kind}"
                 )
-            if not _from_labels(rule.parameters):
-                one.read_parameters(rule.parameters)
+            one.check_parameters(
+                rule.parameters, [key for key, value in rule.parameters.items() if _from_labels(value)]
+            )
             if rule.undo == "auto" and rule.verify.within < timedelta(seconds=1):
                 raise UsageError("verify.within is too short to see anything")
         except OpsError as error:

@@ -191,12 +191,15 @@ PUBLISHED = ("backup.", "incident.", "action.", "remediation.", "events.")
 
 
 def publish_events(access: Access, store: Store, *, budget: float) -> Published:
-    """Send the oldest entries of the outbox; one process at a time. Raises ConflictError where another one is at it."""
+    """Send the oldest entries of the outbox; one process at a time. Raises ConflictError where another one is at it.
+
+    Where the inventory publishes nothing (any more), nothing is left to wait in the outbox: `dropped` says how many did.
+    """
     from ops_platform.events.publisher import Published, open_publisher
 
     publisher = open_publisher(access)
     if publisher is None:
-        return Published(0, 0, {})
+        return Published(0, 0, {}, dropped=store.ledger.publish_nothing(actor=ACTOR))
     with publisher, store.ledger.claim("publish") as ours:
         if not ours:
             raise ConflictError("another process publishes", where="the ledger's outbox")

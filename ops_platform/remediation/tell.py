@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ops_platform.clients.slack import LONGEST, escape, fitting
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 PER_TICK = 40  # Slack takes about one message a second in a channel
 STORM = 20  # incidents of which nobody was told yet: more than these are told of in one message
+OLD = timedelta(days=1)  # by then whoever has to know has heard of it elsewhere
 # Nobody needs to hear that something was opened, nor that what nobody heard of is over.
 _QUIET = frozenset({State.OPEN})
 _PRESSING = frozenset({State.WAITING, State.ESCALATED})
@@ -50,12 +52,16 @@ _HEADS = {
 
 
 def tell_everybody(access: Access, store: Store) -> list[str]:
-    """Send what is unsent, in order for each incident. Returns what could not be sent, and why; it is tried again."""
+    """Send what is unsent, in order for each incident. Returns what could not be sent, and why; it is tried again.
+
+    Without Slack nothing waits: the day that has it does not begin with what happened before.
+    """
     slack = access.slack()
     if slack is None:
+        store.pass_over_unsent()
         return []
     teller = _Teller(access, store, slack)
-    unsent = store.unsent(limit=1000)
+    unsent = teller.without_old(store.unsent(limit=1000))
     untold = {m.incident for m in unsent if teller.incident(m).thread is None and m.state not in _QUIET}
     if len(untold) > STORM:
         unsent = teller.digest(unsent, untold)
@@ -71,6 +77,21 @@ class _Teller:
         if message.incident not in self._incidents:
             self._incidents[message.incident] = self._store.get(message.incident)
         return self._incidents[message.incident]
+
+    def without_old(self, messages: Sequence[Message]) -> list[Message]:
+        """Old ones are passed over, but for the last of an incident that still needs somebody."""
+        last = {m.incident: m.id for m in messages}
+        left: list[Message] = []
+        for m in messages:
+            needed = m.state in _PRESSING and m.state is self.incident(m).state and m.id == last[m.incident]
+            if needed or self._age(m) <= OLD:
+                left.append(m)
+            else:
+                self._store.sent(m)
+        return left
+
+    def _age(self, message: Message) -> timedelta:
+        return self._store.clock.now() - message.at
 
     def send(self, messages: Sequence[Message]) -> list[str]:
         failed: dict[str, str] = {}
@@ -97,7 +118,7 @@ class _Teller:
         channel, _, thread = (incident.thread or "").partition("/")
         if not thread:
             channel = channel_of(self._access.inventory, incident)
-        blocks = render(self._access.inventory, incident, message)
+        blocks = render(self._access.inventory, incident, message, old=self._age(message) > OLD)
         ts = self._slack.post(channel, headline(incident, message), blocks, thread=thread or None)
         self._store.sent(message, thread=f"{channel}/{ts}")
         del self._incidents[incident.id]
@@ -153,10 +174,12 @@ def headline(incident: Incident, message: Message) -> str:
     return escape(f"{head}: {masked(incident.signal.name)} on {incident.subject}")
 
 
-def render(inventory: Inventory, incident: Incident, message: Message) -> list[dict[str, Any]]:
-    """Slack's blocks. The first message of an incident says all; later ones what changed."""
+def render(inventory: Inventory, incident: Incident, message: Message, *, old: bool = False) -> list[dict[str, Any]]:
+    """Slack's blocks. The first message of an incident says all; later ones what changed, and old ones since when."""
     state = message.state
     text = [f"*{_HEADS[state]}*: {escape(masked(incident.signal.name))} on *{escape(incident.subject)}*"]
+    if old:
+        text.append(f"So it has been since {message.at:%Y-%m-%d %H:%M} UTC; it could not be told before.")
     text.append(fitting(masked(message.reason), 1200))
     blocks = [_section("\n".join(text))]
     if incident.thread is None or state is State.WAITING:

@@ -13,9 +13,10 @@ from itertools import pairwise
 from typing import Literal
 
 from ops_platform.backup.model import BackupInfo, BackupKind, RecoveryWindow
+from ops_platform.counting import duration, size
 from ops_platform.recovery.model import Scorecard, Step, Verdict
 from ops_platform.reports.standing import age, holes_of, measured, proven_moment, shown, tone_of, verdict_words
-from ops_platform.reports.words import capital, day, duration, long_moment, moment, size, utc
+from ops_platform.reports.words import capital, day, long_moment, moment, utc
 
 _STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400)
 _DAYS = (1, 2, 3, 7, 14, 30, 60, 91, 182, 365)
@@ -55,6 +56,7 @@ class Bar:
     seconds: float
     note: str  # bytes and rate, where the step moved bytes
     longest: bool
+    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,13 @@ class Gantt:
     total: float
 
 
-def gantt(steps: Sequence[Step]) -> Gantt:
+def gantt(steps: Sequence[Step], whole: float = 0.0) -> Gantt:
+    """`whole`: the seconds that are drawn at least."""
     total = max((step.started + step.seconds for step in steps), default=0.0)
+    total = max(total, whole)
     if total <= 0:
         return Gantt([_bar(step, 1.0, longest=False) for step in steps], [], 0.0)
-    longest = max(steps, key=lambda step: step.seconds)
+    longest = max(steps, key=lambda step: step.seconds, default=None)
     every = _nice_step(total, 5)
     ticks = [Tick(100 * n * every / total, duration(n * every)) for n in range(int(total / every) + 1)]
     return Gantt([_bar(step, total, longest=step is longest) for step in steps], ticks, total)
@@ -240,11 +244,15 @@ class _TimeAxis:
         # Whole days are counted from the epoch, which began at midnight UTC.
         first = math.ceil(self.begin.timestamp() / step) * step
         ticks: list[Tick] = []
+        year = self.begin.year if self.begin.year == self.end.year else None
         for n in range(most + 1):
             at = datetime.fromtimestamp(first + n * step, UTC)
             if at > self.end:
                 break
-            ticks.append(Tick(self(at), _tick_label(at, step)))
+            # Where the axis begins in another year than it ends, the first one of each year says which.
+            label = _tick_label(at, step)
+            ticks.append(Tick(self(at), label if at.year == year or step < 86400 else f"{label} {at.year}"))
+            year = at.year
         return ticks
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from ops_platform.counting import count_of
+from ops_platform.counting import count_of, duration
 from ops_platform.drills.forecast import Forecast
-from ops_platform.drills.model import DrillCard, Finding
+from ops_platform.drills.model import ENDED_IN_IT, DrillCard, Ending, Finding, StepCard, StepState
 from ops_platform.drills.overdue import Standing
 from ops_platform.recovery.model import Step, Verdict
 from ops_platform.reports import charts
 from ops_platform.reports.html import render
 from ops_platform.reports.standing import tone_of, verdict_words
-from ops_platform.reports.words import duration, utc
+from ops_platform.reports.words import capital, utc
 
 HISTORY = 60  # points of a trend
 
@@ -40,11 +40,12 @@ class Strip:
 
 @dataclass(frozen=True)
 class Cell:
-    """A target and a scenario. `never`: it was never drilled, and nobody knows."""
+    """A target and a scenario: how its last drill ended, and when. `drill` None: there was none."""
 
     tone: str
     words: str
-    drill: str | None
+    when: str = ""
+    drill: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,26 +61,49 @@ class Outlook:
 
 def drill_report(card: DrillCard, generated_at: datetime) -> str:
     """The page of one drill."""
-    total = (card.ended_at - card.started_at).total_seconds()
+    timeline = timeline_of(card)
     return render(
         "drill.html.j2",
         card=card,
         now=utc(generated_at),
         tone=_tone(card.verdict),
         words=_words(card.verdict),
-        gantt=charts.gantt(steps_of(card)),
-        strips=[_strip(card, number, total) for number in range(len(card.probes))],
-        total=total,
+        gantt=timeline,
+        strips=[_strip(card, number, timeline.total) for number in range(len(card.probes))],
+        stack=_stack(card),
+        total=(card.ended_at - card.started_at).total_seconds(),
+        step_state=_step_state,
     )
 
 
-def steps_of(card: DrillCard) -> list[Step]:
-    """Those that were taken, as a timeline draws them."""
-    return [
-        Step(name=step.title, started=step.started, seconds=step.seconds)
+def timeline_of(card: DrillCard) -> charts.Gantt:
+    """The steps that were taken. Dark are those of the longest way, which decide how long the drill takes."""
+    taken = [
+        (step, Step(name=step.title, started=step.started, seconds=step.seconds))
         for step in card.steps
         if step.started is not None and step.seconds is not None
     ]
+    drawn = charts.gantt([bar for _, bar in taken], (card.ended_at - card.started_at).total_seconds())
+    bars = [
+        replace(bar, longest=step.critical, failed=_step_state(card, step)[0] == "bad")
+        for (step, _), bar in zip(taken, drawn.bars, strict=True)
+    ]
+    return replace(drawn, bars=bars)
+
+
+def _step_state(card: DrillCard, step: StepCard) -> tuple[str, str]:
+    """A step in a word. One in which the drill was broken off has not failed."""
+    if step.state == StepState.FAILED and step.said == ENDED_IN_IT and card.ending in (Ending.ABORTED, Ending.LOST):
+        return "warn", "Broken off"
+    return ("bad" if step.state == StepState.FAILED else "none"), capital(step.state)
+
+
+def _stack(card: DrillCard) -> charts.Gantt:
+    """What was restored, each as early as all that it needs served."""
+    steps = [Step(name=part.target, started=part.starts, seconds=part.seconds or 0.0) for part in card.stack]
+    drawn = charts.gantt(steps)
+    bars = [replace(bar, longest=part.critical) for part, bar in zip(card.stack, drawn.bars, strict=True)]
+    return replace(drawn, bars=bars)
 
 
 def _tone(verdict: str) -> str:
@@ -122,7 +146,6 @@ def drills_report(
         scenarios=(scenarios := sorted({s.scenario for s in standings} | {c.scenario for c in cards})),
         targets=(targets := sorted({s.target for s in standings} | {c.target for c in cards})),
         cells=_cells(standings, cards, targets, scenarios, now),
-        standings=standings,
         overdue=sum(s.overdue for s in standings),
         plots=_plots(cards),
         findings=findings,
@@ -150,14 +173,13 @@ def _cells(
             key = (target, scenario)
             standing, last = declared.get(key), held.get(key)
             if last is None:
-                tone, words = ("warn", "never drilled") if standing else ("none", "not planned")
-                found[key] = Cell(tone, words, None)
-            elif standing is not None and standing.overdue and last.verdict == Verdict.PASS:
-                found[key] = Cell("warn", f"proven {duration(now - last.ended_at)} ago, overdue", last.drill)
-            else:
-                found[key] = Cell(
-                    _tone(last.verdict), f"{_words(last.verdict)}, {duration(now - last.ended_at)} ago", last.drill
-                )
+                found[key] = Cell("warn", "never drilled") if standing else Cell("none", "not planned")
+                continue
+            ago, overdue = f"{duration(now - last.ended_at)} ago", standing is not None and standing.overdue
+            tone, words = _tone(last.verdict), _words(last.verdict)
+            if overdue and last.verdict == Verdict.PASS:
+                tone, words = "warn", "proven once"
+            found[key] = Cell(tone, words, f"{ago}, overdue" if overdue else ago, last.drill)
     return found
 
 

@@ -10,8 +10,12 @@ from ops_platform.reports.html import render
 
 # What a body says of itself in a word or two, in the order in which it is read.
 _TELLING = (
+    "title",
     "action",
     "rule",
+    "runbook",
+    "drill",
+    "step",
     "playbook",
     "object",
     "backup_id",
@@ -26,7 +30,11 @@ _TELLING = (
     "state",
     "ending",
     "reason",
+    "said",
     "summary",
+    "owner",
+    "due",
+    "closed_by",
 )
 _MOST = 220
 

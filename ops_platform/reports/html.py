@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import quote
 
 from ops_platform.backup.model import BackupInfo, RecoveryWindow
-from ops_platform.counting import count_of
+from ops_platform.counting import count_of, duration, size
 from ops_platform.errors import OpsError, UsageError
 from ops_platform.inventory.model import Backed
 from ops_platform.recovery.model import Gate, GateStatus, Objective, Scorecard, Verdict
@@ -42,7 +42,7 @@ from ops_platform.reports.standing import (
     tone_of,
     verdict_words,
 )
-from ops_platform.reports.words import capital, duration, moment, plain, shortened, size, utc, who
+from ops_platform.reports.words import capital, moment, plain, shortened, utc, who
 
 if TYPE_CHECKING:
     import jinja2
@@ -214,7 +214,7 @@ def _figure(card: Scorecard | None, name: str, title: str, abbreviation: str, pr
     promised = promise.total_seconds() if found is None else found.objective_seconds
     if found is None or found.measured_seconds is None:
         how = found.how if found else ("" if card else "No verification is on record.")
-        return Figure(title, abbreviation, "not measured", duration(promised), "warn", "not measured", None, how)
+        return Figure(title, abbreviation, "not measured", duration(promised), "warn", "not judged", None, how)
     tone, state = _kept(found)
     share = 100 * found.measured_seconds / promised if promised else None
     return Figure(

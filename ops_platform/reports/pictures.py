@@ -6,14 +6,15 @@ import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ops_platform.counting import duration
 from ops_platform.drills.model import DrillCard
 from ops_platform.inventory.model import Backed
 from ops_platform.recovery.model import Scorecard
 from ops_platform.reports import charts
-from ops_platform.reports.drills import steps_of
+from ops_platform.reports.drills import timeline_of
 from ops_platform.reports.html import figures_of, plots_of, render
 from ops_platform.reports.standing import in_order
-from ops_platform.reports.words import duration, shortened
+from ops_platform.reports.words import shortened
 
 WIDTH = 660
 LOOKED_BACK = 60  # verifications: a picture this small shows no more, and it is stored with each run
@@ -44,14 +45,14 @@ def proof_picture(target: Backed, card: Scorecard) -> str:
     below = _MARGIN * 2 + len(rows) * _ROW
     for n, figure in enumerate(figures_of(target, card)):
         share = None if figure.share is None else min(figure.share, 100.0)
-        said = f"{figure.value} of {figure.promise}, {figure.state}" if figure.share is not None else figure.state
+        said = f"{figure.value} of {figure.promise}, {figure.state}" if figure.share is not None else figure.value
         rows.append(_Row(below + n * _ROW, _SHORT[n], 0.0, share, said, tone=figure.tone))
     return _drawn(f"Restore of {target.id}, step by step, against its promises", rows[-1].y + _ROW + _MARGIN, rows=rows)
 
 
 def drill_picture(card: DrillCard) -> str:
     """How a drill went, step by step, and how much of each promise it used up. SVG."""
-    timeline = charts.gantt(steps_of(card))
+    timeline = timeline_of(card)
     rows = [
         _Row(
             _MARGIN + n * _ROW,

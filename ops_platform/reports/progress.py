@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, TextIO
 
 from ops_platform.backup.model import Progress
 from ops_platform.clock import SYSTEM_CLOCK, Clock
-from ops_platform.reports.words import duration, plain, size
+from ops_platform.counting import duration, size
+from ops_platform.reports.words import plain
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,9 +12,9 @@ from enum import StrEnum
 from itertools import pairwise
 
 from ops_platform.backup.model import RecoveryWindow
-from ops_platform.counting import count_of
+from ops_platform.counting import count_of, duration
 from ops_platform.recovery.model import GateStatus, Objective, Scorecard, Verdict
-from ops_platform.reports.words import duration, long_moment, sentence, shortened, utc
+from ops_platform.reports.words import long_moment, sentence, shortened, utc
 
 # A proof dated this far ahead of the page's clock is a clock that is off, and its age is worth nothing.
 CLOCK_SLACK = timedelta(minutes=5)
@@ -169,7 +169,9 @@ def story(
     if latest is None:
         never = f"No verification of {name} is on record; until one backup was restored and checked, nothing is proven."
         return [can, never] if where is Standing.LOST else [never, can]
-    dated = f"{long_moment(latest.ended_at)} ({age(latest.ended_at, now)} when this page was written)"
+    fresh = timedelta(0) <= now - utc(latest.ended_at) < timedelta(minutes=1)
+    when = "just before this page was written" if fresh else f"{age(latest.ended_at, now)} when this page was written"
+    dated = f"{long_moment(latest.ended_at)} ({when})"
     verdict = shown(latest)
     if verdict is Verdict.FAIL:
         news = [f"The last verification of {name}, of {dated}, failed{_why_failed(latest)}"]

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ops_platform.backup.model import BackupInfo, RecoveryWindow
+from ops_platform.counting import duration, size
 from ops_platform.recovery.model import Gate, GateStatus, Objective, Scorecard, Step, Verdict
 from ops_platform.reports.chains import listed
 from ops_platform.reports.progress import progress_bar
 from ops_platform.reports.standing import contradiction, holes_of, shown, verdict_words
-from ops_platform.reports.words import capital, day, duration, moment, plain, shortened, size, utc
+from ops_platform.reports.words import capital, day, moment, plain, shortened, utc
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -1,12 +1,11 @@
-"""How durations, sizes and moments are written for people, the same in the terminal and on the pages."""
+"""How moments and texts are written for people, the same in the terminal and on the pages."""
 
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 # What a terminal obeys or a reader is misled by: control characters and marks that turn the direction of text.
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -18,37 +17,6 @@ _RUN = re.compile(r"(dagster run [0-9a-f]{8})-[0-9a-f-]{27}")
 def who(actor: str) -> str:
     """Who did it. A run of Dagster by the eight digits by which Dagster's own pages name it."""
     return _RUN.sub(r"\1", actor)
-
-
-def duration(seconds: float | timedelta) -> str:
-    """`4 min 12 s`, `1.8 s`, `14 d 6 h`: the two largest units, rounded first, so that there is never `60 s`."""
-    value = seconds.total_seconds() if isinstance(seconds, timedelta) else float(seconds)
-    sign, value = ("-", -value) if value < 0 else ("", value)
-    if value < 0.9995:
-        milliseconds = round(value * 1000)
-        return f"{sign}{milliseconds} ms" if milliseconds else "0 s"
-    if value < 9.95:
-        return f"{sign}{value:.1f}".removesuffix(".0") + " s"
-    if value < 3599.5:
-        minutes, rest = divmod(round(value), 60)
-        return sign + _two((minutes, "min"), (rest, "s"))
-    if value < 172770:
-        hours, rest = divmod(round(value / 60), 60)
-        return sign + _two((hours, "h"), (rest, "min"))
-    days, rest = divmod(round(value / 3600), 24)
-    return sign + _two((days, "d"), (rest, "h"))
-
-
-def _two(large: tuple[int, str], small: tuple[int, str]) -> str:
-    return " ".join(f"{number} {unit}" for number, unit in (large, small) if number) or f"0 {small[1]}"
-
-
-def size(count: float) -> str:
-    """`512 B`, `3.1 GiB`, `245 MiB`: three digits at most."""
-    value, unit = float(count), 0
-    while value >= 999.5 and unit < len(_UNITS) - 1:
-        value, unit = value / 1024, unit + 1
-    return f"{value:.0f} {_UNITS[unit]}" if unit == 0 or value >= 99.95 else f"{value:.1f} {_UNITS[unit]}"
 
 
 def moment(when: datetime) -> str:

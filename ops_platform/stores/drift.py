@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ops_platform.clients.kubernetes import Resource
+from ops_platform.clients.kubernetes_objects import Resource
 from ops_platform.errors import NotThereError, OpsError, UsageError
 from ops_platform.stores.git import checkout
 from ops_platform.stores.kubernetes import is_made_by_the_server, ordered

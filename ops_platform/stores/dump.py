@@ -8,12 +8,12 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ops_platform.backup.archive import open_target_repository
 from ops_platform.backup.basebackup import compare_with_store
 from ops_platform.backup.blocks import BlockWriter
-from ops_platform.backup.expiry import claim_of
 from ops_platform.backup.model import BackupKind, Progress, StoredStream, StoreManifest, no_progress
+from ops_platform.backup.opening import open_target_repository
 from ops_platform.backup.repository import Repository, new_backup_id
+from ops_platform.backup.running import claim_of
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import ConflictError
 from ops_platform.stores.kind import Dumped, Kind, open_kind

@@ -259,7 +259,7 @@ class SnapshotsAction:
 
     def _named(self) -> set[str]:
         """By every finished backup. Raises where one of them cannot be read: then nobody knows what it names."""
-        from ops_platform.backup.archive import open_target_repository
+        from ops_platform.backup.opening import open_target_repository
 
         catalog = open_target_repository(self._access, self._target)
         manifests = (catalog.store_manifest(backup_id) for backup_id in catalog.finished())

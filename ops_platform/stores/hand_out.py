@@ -11,9 +11,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ops_platform.backup.archive import open_target_repository
 from ops_platform.backup.model import Progress, StoreManifest, no_progress
+from ops_platform.backup.opening import open_target_repository
 from ops_platform.backup.repository import Repository
+from ops_platform.counting import no_room
 from ops_platform.errors import CorruptionError, CouldNotVerifyError, OpsError, UsageError
 from ops_platform.recovery.restore import occupied
 from ops_platform.stores.fetch import fetch_backup
@@ -89,13 +90,8 @@ def _written(repository: Repository, manifest: StoreManifest, into: Path, progre
     wrong = [part.name for part in manifest.parts if not _NAME.fullmatch(part.name) or part.name == FACTS]
     if wrong:
         raise CorruptionError(f"the part {wrong[0]!r} has no name for a file", where=manifest.backup_id)
-    free = shutil.disk_usage(into).free
-    if free < manifest.raw:
-        raise CouldNotVerifyError(
-            f"{manifest.raw} bytes are needed and {free} are free",
-            where=str(into),
-            remedy="free space, or name another disk",
-        )
+    if problem := no_room(manifest.raw, shutil.disk_usage(into).free):
+        raise CouldNotVerifyError(problem, where=str(into), remedy="free space, or name another disk")
     saved = fetch_backup(repository, manifest, into, progress=progress)
     for name, path in saved.parts.items():
         path.chmod(0o600)

@@ -31,6 +31,8 @@ __all__ = [
     "Dumped",
     "Finding",
     "Kind",
+    "Need",
+    "Needing",
     "Parts",
     "Restored",
     "Saved",
@@ -83,12 +85,17 @@ class Saved:
 
 @dataclass(frozen=True)
 class Check:
-    """One question to what was restored. `id` is stable; `query`: what is asked, for the record; `ask` may raise any OpsError."""
+    """One question to what was dumped or restored. `id` is stable; `query`: what is asked, for the record; `ask` may raise any OpsError.
+
+    `of_backup` false: it is about the source, such as how it keeps its data. It counts for the verdict like any other, and keeps
+    nothing from being restored.
+    """
 
     id: str
     title: str
     query: str
     ask: Callable[[], Finding]
+    of_backup: bool = True
 
 
 class Restored(Protocol):
@@ -146,6 +153,27 @@ class KeptElsewhere(Protocol):
 
     def expire(self, *, enforce: bool, actor: str) -> ActionResult:
         """Remove what no backup names any more; with `enforce` false only say what would be removed. Raises OpsError."""
+        ...
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a proof needs of people. `ask` says that it is there, None where the inventory names none: `remedy` is what to do then.
+
+    `ask` raises UnreachableError where nobody can say, any other OpsError for what is missing, cannot be read, or is of no use.
+    """
+
+    what: str
+    ask: Callable[[], str | None]
+    remedy: str
+
+
+@runtime_checkable
+class Needing(Protocol):
+    """A kind whose proof needs something that people have to write into the store or to keep for it."""
+
+    def needs(self) -> Iterator[Need]:
+        """For `ops doctor`, each asked for by itself."""
         ...
 
 

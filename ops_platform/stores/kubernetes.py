@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ops_platform.clients.kubernetes import Resource
+from ops_platform.clients.kubernetes_objects import Resource
 from ops_platform.errors import CorruptionError, CouldNotVerifyError
 from ops_platform.stores.kind import FAILED, PASSED, Check, Dumped, Finding, Parts, Saved
 from ops_platform.stores.servers import find_program, handed_out, need_own_network, socket_path

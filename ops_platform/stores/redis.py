@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ops_platform.clients.redis import SLOTS, Member, Redis, RedisSession, redis_error, slot_ranges
 from ops_platform.counting import count_of
-from ops_platform.errors import ConflictError, CorruptionError, CouldNotVerifyError, OpsError
+from ops_platform.errors import (
+    AccessDeniedError,
+    ConflictError,
+    CorruptionError,
+    CouldNotVerifyError,
+    OpsError,
+    UnreachableError,
+)
 from ops_platform.stores.kind import FAILED, NOT_APPLICABLE, PASSED, UNCHECKED, Check, Dumped, Finding, Parts, Saved
 from ops_platform.stores.servers import Server, find_program, socket_path
 
@@ -63,16 +70,15 @@ class RedisStore:
         return Dumped(
             source=", ".join(shard.address for shard in before),
             server=f"Redis {shards[0]['version']}",
-            facts={"mode": self.system.mode, "salt": salt, "shards": shards},
+            # A single server is dumped only where it said that it is no node of a cluster; a proof believes no backup that does not say so.
+            facts={"mode": self.system.mode, "alone": self.system.mode != "cluster", "salt": salt, "shards": shards},
         )
 
     def _shards(self, redis: Redis) -> list[Shard]:
-        """The masters with what they hold. Raises ConflictError where a slot is served by nobody, or on its way."""
-        masters = [member for member in redis.members() if member.role == "master"]
+        """The masters with what they hold. Raises ConflictError where a slot is served by nobody, or on its way, and for `_need_whole`'s reasons."""
         if self.system.mode != "cluster":
-            # A single server that follows another one is copied as it is: the inventory says so.
-            found = masters or redis.members()
-            return [self._shard(redis, found[0], ())]
+            return [self._shard(redis, self._one(redis), ())]
+        masters = [member for member in redis.members() if member.role == "master"]
         slots = slot_ranges(str(redis.seen("CLUSTER", "NODES")))
         serving = [member for member in masters if slots.get(member.node_id)]
         held = [range_ for member in serving for range_ in slots[member.node_id]]
@@ -83,6 +89,37 @@ class RedisStore:
                 remedy="redis-cli --cluster check names the node that is away; bring it back first",
             )
         return [self._shard(redis, member, tuple(slots[member.node_id])) for member in serving]
+
+    def _one(self, redis: Redis) -> Member:
+        """The server of a deployment that is no cluster. Of Sentinel's it is the master."""
+        if self.system.mode == "sentinel":
+            master = redis.members()[0]
+            self._need_whole(redis, [master.address])
+            return master
+        self._need_whole(redis, redis.hosts)  # before `members`, whose refusals do not say what is needed
+        members = redis.members()
+        # Where all follow another one, the first is copied as it is: the inventory says so.
+        return next((member for member in members if member.role == "master"), members[0])
+
+    def _need_whole(self, redis: Redis, addresses: Sequence[str]) -> None:
+        """One of these servers is dumped: it has to hold everything. Raises ConflictError where it does not, AccessDeniedError where it does not say."""
+        held: dict[str, list[str]] = {}  # by replication history, which a replica shares with its master
+        for address in addresses:
+            with redis.at(address) as session:
+                if _is_node(session):
+                    raise ConflictError(
+                        "it is a node of a cluster, and the inventory has it as a single server: what the other nodes hold would be in no backup",
+                        where=address,
+                        remedy=f"set `mode: cluster` at the system {self.system.id} in platform.yaml, and name some of the nodes in `hosts`",
+                    )
+                found = session.info("replication")
+            held.setdefault(found["master_replid"], []).append(f"{address} ({found['role']})")
+        if len(held) > 1:
+            raise ConflictError(
+                f"`hosts` names servers of which none has the other's data: {'; '.join(' and '.join(one) for one in held.values())}",
+                where=self.system.id,
+                remedy="declare a system for each master in platform.yaml; if one is a replica that is about to follow, wait until it does",
+            )
 
     def _shard(self, redis: Redis, member: Member, slots: tuple[tuple[int, int], ...]) -> Shard:
         with redis.at(member.address) as session:
@@ -135,27 +172,38 @@ class RedisStore:
             )
             found = Finding(FAILED if missing else PASSED, text)
             yield Check("slots", "Every slot is in a shard", "CLUSTER NODES at the time of the dump", lambda: found)
+        else:
+            yield Check(
+                "alone", "The server is no node of a cluster", "INFO cluster at the time of the dump",
+                lambda: _alone(saved),
+            )  # fmt: skip
         yield Check(
-            "persistence", "The source keeps what it acknowledged", "INFO persistence, CONFIG GET appendfsync",
-            lambda: self._persistence(saved),
+            "persistence", "The source keeps what it acknowledged", "INFO persistence, CONFIG GET appendfsync, save",
+            lambda: self._persistence(saved), of_backup=False,
         )  # fmt: skip
 
     def _persistence(self, saved: Saved) -> Finding:
         wanted = self.system.persistence
+        deciding = [name for name in _KEEPING if _KEEPING[name] in (wanted, None)]
         wrong: list[str] = []
+        unread: list[str] = []
         said: list[str] = []
         for shard in saved.facts["shards"]:
-            found, at = shard["persistence"], shard["address"]
+            at = shard["address"]
+            found = {name: shard["persistence"].get(name, _UNKNOWN) for name in _KEEPING}
+            unread += [f"{at}: {name} could not be read" for name in deciding if found[name] == _UNKNOWN]
             aof = found["aof_enabled"] == "1"
             said.append(f"{at}: {'AOF, fsync ' + found['appendfsync'] if aof else 'no AOF'}")
-            wrong += [f"{at}: {name} is {found[name]}" for name in _STATUSES if found.get(name, "ok") != "ok"]
-            if wanted == "aof" and not aof:
+            wrong += [f"{at}: {name} is {found[name]}" for name in _STATUSES if found[name] not in ("ok", _UNKNOWN)]
+            if wanted == "aof" and found["aof_enabled"] not in ("1", _UNKNOWN):
                 wrong.append(f"{at}: appendonly is no")
             if wanted == "aof" and aof and found["appendfsync"] == "no":
                 wrong.append(f"{at}: appendfsync is no")
             if wanted == "rdb" and not found["save"]:
                 wrong.append(f"{at}: save is empty")
-        return Finding(FAILED if wrong else PASSED, "; ".join(wrong or said))
+        if unread and not wrong:
+            return Finding(UNCHECKED, f"{'; '.join(unread)}; what to do: the user needs +info and +config|get")
+        return Finding(FAILED if wrong else PASSED, "; ".join([*wrong, *unread] or said))
 
     # Level 2
 
@@ -254,7 +302,7 @@ class RestoredRedis:
 
     @property
     def server(self) -> str:
-        return f"Redis {self.sessions[0].info('server')['redis_version']}, {len(self.sessions)} servers"
+        return f"Redis {self.sessions[0].info('server')['redis_version']}, {count_of(len(self.sessions), 'server')}"
 
     def checks(self) -> Iterator[Check]:
         for name, session, shard in zip(self.saved.parts, self.sessions, self.saved.facts["shards"], strict=True):
@@ -372,18 +420,37 @@ def _describe(session: RedisSession, number: int, key: bytes, salt: str) -> dict
     return found
 
 
+def _is_node(session: RedisSession) -> bool:
+    """Whether the server is part of a cluster. Raises AccessDeniedError where it does not say: no answer is no "no"."""
+    why, remedy = "INFO has no cluster_enabled", "let the user ask INFO (+info), by that name, of the server itself"
+    try:
+        said = session.info("cluster").get("cluster_enabled")
+        if said in ("0", "1"):
+            return said == "1"
+    except UnreachableError:
+        raise
+    except OpsError as error:
+        why, remedy = error.what, error.remedy or remedy
+    raise AccessDeniedError(
+        f"nobody can say whether this server is a node of a cluster: {why}", where=session.address, remedy=remedy
+    )
+
+
+_UNKNOWN = "unknown"
 _STATUSES = ("aof_last_write_status", "aof_last_bgrewrite_status", "rdb_last_bgsave_status")
+# To the kind of persistence that it decides on; None: on any.
+_KEEPING = {**dict.fromkeys(("aof_enabled", *_STATUSES)), "appendfsync": "aof", "save": "rdb"}
 
 
 def _persistence(session: RedisSession) -> dict[str, str]:
-    """What the server says of its own persistence; "unknown" where CONFIG is not allowed."""
+    """What the server says of its own persistence; `_UNKNOWN` where CONFIG is not allowed."""
     found = session.info("persistence")
     out = {name: found[name] for name in ("aof_enabled", *_STATUSES) if name in found}
     for setting in ("appendfsync", "save", "databases"):
         try:
             out[setting] = str(session.config(setting))
         except OpsError:
-            out[setting] = "unknown"
+            out[setting] = _UNKNOWN
     return out
 
 
@@ -391,7 +458,17 @@ def _databases(session: Mapping[str, str]) -> int:
     return int(session["databases"]) if session["databases"].isdigit() else 16
 
 
-# Slots
+# Whether it is all there is
+
+
+def _alone(saved: Saved) -> Finding:
+    """Backups from before this was asked do not say, and may be one node's."""
+    if saved.facts.get("alone") is True:
+        return Finding(PASSED, "cluster_enabled is 0")
+    return Finding(
+        UNCHECKED,
+        f"the backup does not say so, and may hold one node's slots; what to do: take another one of {saved.server}",
+    )
 
 
 def missing_slots(held: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

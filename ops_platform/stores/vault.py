@@ -13,7 +13,7 @@ import tarfile
 import time
 import zlib
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -28,14 +28,25 @@ from ops_platform.errors import (
     OpsError,
     UsageError,
 )
-from ops_platform.stores.kind import FAILED, NOT_APPLICABLE, PASSED, UNCHECKED, Check, Dumped, Finding, Parts, Saved
+from ops_platform.stores.kind import (
+    FAILED,
+    NOT_APPLICABLE,
+    PASSED,
+    UNCHECKED,
+    Check,
+    Dumped,
+    Finding,
+    Need,
+    Parts,
+    Saved,
+)
 from ops_platform.stores.servers import Server, find_program, need_own_network, socket_path
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
     from ops_platform.inventory.model import Backed, KeyService
     from ops_platform.inventory.systems import StoreTarget, VaultSystem
-    from ops_platform.inventory.values import Secret
+    from ops_platform.inventory.values import Secret, SecretRef
 
 SNAPSHOT = "snapshot"
 _RAFT = "sys/storage/raft/snapshot"
@@ -58,6 +69,43 @@ class VaultStore:
     access: Access
     target: StoreTarget
     system: VaultSystem
+
+    # What has to be there
+
+    def needs(self) -> Iterator[Need]:
+        """`stores.kind.Needing`: what opens a copy, and the secret that is looked for in it."""
+        restore = self.system.restore
+        opens = "seal" if restore.seal is not None else "key shares"
+        without = "name restore.shares, or restore.seal: nobody can look into a copy without them"
+        yield Need(opens, self._can_be_opened, without)
+        yield Need(
+            "canary", self._can_be_known_again, f"{_write('secret/ops/canary', 'value')}; and name it: restore.canary"
+        )
+
+    def _can_be_opened(self) -> str | None:
+        restore = self.system.restore
+        if restore.seal is not None:
+            _seal_stanza(self.access.secret(restore.seal).reveal(), restore.seal)
+            return "its stanza can be read"
+        for ref in restore.shares:
+            self.access.secret(ref)
+        if not restore.shares:
+            return None
+        needed, named = int(_seal_status(self.access.vault(self.system.vault))["t"]), len(restore.shares)
+        if named < needed:
+            raise CouldNotVerifyError(f"{named} named, and it takes {needed}", remedy="name as many as the threshold")
+        return f"{named} can be read, and it takes {needed}"
+
+    def _can_be_known_again(self) -> str | None:
+        """A dump reads it with the platform's login, a proof with the one for the copy."""
+        ref, other = self.system.restore.canary, self.system.restore.auth
+        if ref is None:
+            return None
+        _need_canary(self.access.vault(self.system.vault), ref, "the platform's policy")
+        if other is not None:
+            with closing(self.access.vault_as(self.system.vault, other)) as session:
+                _need_canary(session, ref, "the policy of restore.auth")
+        return f"{ref} can be read"
 
     # Dump
 
@@ -251,6 +299,33 @@ class RestoredVault:
                 return Finding(FAILED, str(error))
             return Finding(PASSED, f"{backup_id} opens", {"backup": backup_id})
         return Finding(NOT_APPLICABLE, f"there is no backup of {backed.id} yet")
+
+
+# The canary
+
+
+def _need_canary(session: VaultSession, ref: SecretRef, policy: str) -> None:
+    """Raises NotThereError and AccessDeniedError with what to type."""
+    field = ref.field or "value"
+    try:
+        session.read(ref.path, field)
+    except NotThereError as error:
+        # Where the secret is there it may hold more, which is left alone.
+        remedy = _write(ref.path, field, how="patch" if "has no field" in error.what else "put")
+        raise NotThereError(error.what, where=str(ref), remedy=remedy) from None
+    except AccessDeniedError as error:
+        if error.where != f"vault://{ref.path}":  # the login itself was refused
+            raise
+        mount, _, rest = ref.path.partition("/")
+        line = f'path "{mount}/data/{rest}" {{ capabilities = ["read"] }}'
+        raise AccessDeniedError(
+            error.what, where=str(ref), remedy=f"write into {policy}: {line} (KV version 1: without data/)"
+        ) from None
+
+
+def _write(path: str, field: str, *, how: str = "put") -> str:
+    mount, _, rest = path.partition("/")
+    return f"openssl rand -hex 16 | tr -d '\\n' | vault kv {how} -mount={mount} {rest} {field}=-"
 
 
 # The snapshot's own form

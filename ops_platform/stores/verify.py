@@ -14,20 +14,23 @@ import time
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from ops_platform import __version__
-from ops_platform.backup.archive import open_target_repository
 from ops_platform.backup.model import BackupInfo, Progress, StoreManifest, no_progress
+from ops_platform.backup.opening import open_target_repository
 from ops_platform.backup.repository import Repository
 from ops_platform.clock import SYSTEM_CLOCK, Clock
+from ops_platform.counting import count_of
 from ops_platform.errors import CorruptionError, CouldNotVerifyError, OpsError, UsageError
 from ops_platform.recovery import records
+from ops_platform.recovery.choosing import Pick
 from ops_platform.recovery.findings import FAILED, PASSED, UNCHECKED, Finding, Record
-from ops_platform.recovery.model import Objective, Scorecard
+from ops_platform.recovery.model import GateStatus, Objective, Scorecard
+from ops_platform.recovery.room import lacking, reserved
 from ops_platform.recovery.sandbox import temporary_home
 from ops_platform.recovery.steps import Steps
-from ops_platform.recovery.verify import stored, verdict_of
+from ops_platform.recovery.verdict import NOT_RESTORED, stored, verdict_of
 from ops_platform.stores.fetch import fetch_backup
 from ops_platform.stores.kind import NOT_APPLICABLE, Check, Kind, MadeElsewhere, Saved, open_kind
 
@@ -35,12 +38,12 @@ if TYPE_CHECKING:
     from ops_platform.clients.access import Access
     from ops_platform.inventory.systems import StoreTarget
 
-Pick = Literal["newest", "oldest", "chain", "random"]
 LEVELS = {
     0: "level 0: nothing of the backup could be read",
     1: "level 1: the bytes, their sums and their age; the data itself was not looked at",
     2: "level 2: restored, serving, and looked at",
 }
+_ROOM = 2.5  # of the bytes of a backup: the parts themselves, and the store that is made of them
 
 
 class StoreVerification:
@@ -78,7 +81,8 @@ class StoreVerification:
         try:
             self.manifest = self._choose()
             home = self._home(self.manifest)
-            self._prove(self.manifest, home)
+            with reserved([home], self.manifest.raw * _ROOM):
+                self._prove(self.manifest, home)
         except UsageError as error:
             if self.backup_id is not None and self.manifest is None:
                 raise  # what was asked for does not exist: that is no verdict on anything
@@ -136,12 +140,10 @@ class StoreVerification:
     def _home(self, manifest: StoreManifest) -> Path:
         home = temporary_home(self.target, "verify", elsewhere=elsewhere(self.kind))
         home.chmod(0o700)
-        # The parts themselves, and the store that is made of them.
-        free, needed = shutil.disk_usage(home).free, manifest.raw * 2.5
-        if free < needed:
+        if problem := lacking(home, manifest.raw * _ROOM):
             shutil.rmtree(home)
             raise CouldNotVerifyError(
-                f"the sandbox needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
+                f"no room for the sandbox: {problem}",
                 where=str(home.parent),
                 remedy="free space, or set sandbox.directory",
             )
@@ -151,8 +153,7 @@ class StoreVerification:
         began = time.monotonic()
         saved = self._fetch(manifest, home)
         self.record.check("age", "It is as young as the policy asks", "", lambda: self._age(manifest))
-        self._ask(self.kind.files(saved))
-        if any(gate.status is FAILED for gate in self.record.gates if gate.id != "age"):
+        if FAILED in self._ask(self.kind.files(saved)):
             self.notes.append("it was not restored: what stands in the backup is not whole")
             return
         self.level = 1
@@ -162,10 +163,8 @@ class StoreVerification:
             self.rto_seconds = round(time.monotonic() - began, 3)
             self.server = restored.server
             with self.steps.timed("checks"):
-                asked = len(self.record.gates)
-                self._ask(restored.checks())
-            found = self.record.gates[asked:]
-            if any(gate.status is PASSED for gate in found) and all(gate.status is not UNCHECKED for gate in found):
+                found = self._ask(restored.checks())
+            if PASSED in found and UNCHECKED not in found:
                 self.level = 2
 
     def _fetch(self, manifest: StoreManifest, home: Path) -> Saved:
@@ -173,8 +172,9 @@ class StoreVerification:
 
         def ask() -> Finding:
             saved.append(fetch_backup(self.repository, manifest, home / "parts", progress=self.progress))
-            blocks = sum(len(part.blocks) for part in manifest.parts)
-            return Finding(PASSED, f"{len(manifest.parts)} parts, {manifest.raw} bytes in {blocks} blocks")
+            parts = count_of(len(manifest.parts), "part")
+            blocks = count_of(sum(len(part.blocks) for part in manifest.parts), "block")
+            return Finding(PASSED, f"{parts}, {count_of(manifest.raw, 'byte')} in {blocks}")
 
         with self.steps.timed("fetch") as moved:
             moved.bytes = manifest.raw
@@ -194,9 +194,16 @@ class StoreVerification:
             return Finding(NOT_APPLICABLE, f"it is not the newest one; {text}")
         return Finding(PASSED if age <= allowed else FAILED, text)
 
-    def _ask(self, checks: Iterable[Check]) -> None:
+    def _ask(self, checks: Iterable[Check]) -> list[GateStatus]:
+        """What was found of the backup itself. What is the source's own is in the record, and in a note where it does not hold."""
+        found: list[GateStatus] = []
         for check in checks:
-            self.record.check(check.id, check.title, check.query, check.ask)
+            status = self.record.check(check.id, check.title, check.query, check.ask).status
+            if check.of_backup:
+                found.append(status)
+            elif status in (FAILED, UNCHECKED):
+                self.notes.append(f"the check {check.id} is about the source: it keeps the backup from nothing")
+        return found
 
     # The scorecard
 
@@ -239,7 +246,9 @@ class StoreVerification:
         promised = self.target.objectives
         lost = None if newest is None else max(0.0, round((self.started_at - newest).total_seconds(), 3))
         aged = "age of the newest backup: what came after it would be lost"
-        served = "fetch and restore of this backup, until the store served"
+        served = (
+            "fetch and restore of this backup, until the store served" if self.rto_seconds is not None else NOT_RESTORED
+        )
         return [
             Objective.judged("rpo", promised.rpo, lost, aged),
             Objective.judged("rto", promised.rto, self.rto_seconds, served),

@@ -130,7 +130,7 @@ def _reachable(folder: Path, home: Path) -> Path:
     """The folder itself, or a copy where one above it is closed to others."""
     if closed_folder(folder / "inside") is None:
         return folder
-    left_out = shutil.ignore_patterns(".git", ".venv", ".state", "__pycache__")
+    left_out = shutil.ignore_patterns(".git", ".venv", ".state")
     return Path(shutil.copytree(folder, home / "copies" / folder.name, symlinks=True, ignore=left_out))
 
 
@@ -161,7 +161,7 @@ def check(out: str, state: Path) -> None:
     back = re.findall(r"all (\d+) payments are back, to the cent: [\d.]+", out)
     assert [int(count) for count in back] == [payments_before(out)]
     assert payments_before(out) > 40000
-    assert re.search(r"\d+ objects \(.+\) copied, under another key", out)
+    assert re.search(r"\d+ objects? \(.+\) copied, under another key", out)
     assert re.search(r"^PASS  Restore the database from its copy at a second site$", out, re.MULTILINE)
     assert re.search(r"^RTO .+ kept .+\nRPO .+ kept ", out, re.MULTILINE)
     for page in ("report", "drill"):
@@ -262,6 +262,7 @@ def test_the_demo_twice_in_a_row_for_an_ordinary_user_and_interrupted_between(ne
     assert ready[:7] == ["vault", "s3", "platform-db", "app-db", "wal-receiver", "metrics", "kafka"]
     interrupt_in_the_proof(newcomer)
     lost = damage(newcomer)
+    newcomer.run("local", "down")  # with the broker end the topics that the cursor knows
 
     again = newcomer.run("demo")
     check(again, newcomer.state)
@@ -289,7 +290,8 @@ def test_the_demo_twice_in_a_row_for_an_ordinary_user_and_interrupted_between(ne
     assert all(item["ready"] or item["skipped"] for item in json.loads(newcomer.run("local", "status", "--json")))
     newcomer.run("local", "down")
     eventually(lambda: not newcomer.processes(), why=newcomer.processes)
-    assert list((newcomer.home / "tmp").iterdir()) == [], "a sandbox or a dump was left"
+    left = [path.name for path in (newcomer.home / "tmp").iterdir() if not path.name.startswith("ops-room-")]
+    assert left == [], "a sandbox or a dump was left"
 
 
 def test_make_demo_in_a_fresh_clone_in_roots_own_home() -> None:
@@ -298,7 +300,7 @@ def test_make_demo_in_a_fresh_clone_in_roots_own_home() -> None:
         missing("a closed home of root", "run the tests as root")
     if subprocess.run(["git", "rev-parse"], cwd=ROOT, check=False, capture_output=True).returncode:
         missing("a git checkout", "run the tests in a clone")
-    home = scratch("ops-root-home-")
+    home = scratch("ops-root-home-", disk=True)
     home.chmod(0o700)
     clone = home / "ops_platform"
     env = {key: value for key, value in os.environ.items() if not key.startswith(("OPS_", "DAGSTER_", "PYTEST_"))}

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ops_platform.backup.archive import archive_status, open_target_repository, read_archive
+from ops_platform.backup.archive import archive_status, read_archive
+from ops_platform.backup.opening import open_target_repository
 from ops_platform.clients.postgres_binaries import free_port
 from ops_platform.recovery import records
 from ops_platform.recovery.model import Scorecard, Verdict

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.comparisons import inventory_of
+from benchmarks.startup import inventory_of
 from tests.dagster_rig import Web
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]

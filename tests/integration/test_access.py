@@ -153,8 +153,12 @@ def test_a_vault_reference_is_resolved(
     name = f"test-{secrets.token_hex(6)}"
     _root(ground).secrets.kv.v2.create_or_update_secret(path=name, secret={"password": VALUE})
     assert platform.access.secret(SecretRef.parse(f"vault://secret/{name}#password")).reveal() == VALUE
-    with pytest.raises(NotThereError, match="it has password"):
+    with pytest.raises(NotThereError, match="it has password") as caught:
         platform.access.secret(SecretRef.parse(f"vault://secret/{name}#user"))
+    assert caught.value.remedy
+    _root(ground).secrets.kv.v2.create_or_update_secret(path=name, secret={"password": ""})
+    with pytest.raises(NotThereError, match=f"{name}#password: this secret is empty"):  # anybody could sign with it
+        platform.access.secret(SecretRef.parse(f"vault://secret/{name}#password"))
     assert platform.access.vault("v") is platform.access.vault("v")
 
 
@@ -572,7 +576,7 @@ def test_a_server_that_refuses_every_question_is_an_error_that_a_round_over_all_
     from assets.postgres import _see_database
     from ops_platform.backup.archive import archive_status, slot_state
     from ops_platform.backup.basebackup import run_backup
-    from ops_platform.backup.expiry import backup_running
+    from ops_platform.backup.running import backup_running
 
     cluster = new_cluster(18)
     platform = new_platform({"app-db": [cluster]})

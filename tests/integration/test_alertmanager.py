@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -93,6 +94,7 @@ def test_the_same_alert_from_two_alertmanagers_is_one_signal_with_the_earliest_s
     labels, ends = {"alertname": "Twice"}, (datetime.now(UTC) + timedelta(hours=1)).isoformat()
     later, earlier = "2026-11-01T10:00:00Z", "2026-11-01T09:00:00Z"
     cluster[0].post([{"labels": labels, "startsAt": earlier, "endsAt": ends, "annotations": {"text": "old"}}])
+    time.sleep(0.05)  # an update's time has milliseconds, and two of the same one have no order
     cluster[1].post([{"labels": labels, "startsAt": later, "endsAt": ends, "annotations": {"text": "new"}}])
     for order in (cluster, cluster[::-1]):
         (signal,) = named(client(*order).poll(), "Twice")

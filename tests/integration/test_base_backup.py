@@ -35,9 +35,8 @@ from ops_platform.errors import (
 )
 from ops_platform.recovery.model import Verdict
 from ops_platform.recovery.verify import verify
-from tests.integration.memory import in_memory
 from tests.integration.wal_rig import eventually
-from tests.rig import HBA, PASSWORD, Cluster, Platform, missing
+from tests.rig import HBA, PASSWORD, Cluster, Platform, missing, scratch
 
 NewCluster = Callable[..., Cluster]
 NewPlatform = Callable[..., Platform]
@@ -48,7 +47,7 @@ DIGEST = "select count(*) || ' ' || coalesce(md5(string_agg(r::text, chr(10) ord
 @pytest.fixture
 def place() -> Iterator[Path]:
     """Where restores go: a folder that the servers' user can pass through."""
-    path = in_memory("ops-restore-", need=6 << 30)
+    path = scratch("ops-restore-")
     yield path
     shutil.rmtree(path, ignore_errors=True)
 

@@ -454,7 +454,7 @@ def test_a_single_file_comes_from_its_own_blocks(rig: Rig) -> None:
 
 def test_too_little_space_is_said_before_anything_is_written(rig: Rig) -> None:
     with small_disk("12m") as disk:
-        with pytest.raises(OpsError, match=r"GiB are needed, .* GiB are free"):
+        with pytest.raises(OpsError, match=r"MiB are needed and .* MiB are free: .* MiB too few"):
             rig.restore(rig.full, disk / "data")
         assert [p.name for p in (disk / "data").iterdir()] == [".ops_restore"]
 

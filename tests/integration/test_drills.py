@@ -21,10 +21,11 @@ from ops_platform.clients.postgres_binaries import free_port, run_as
 from ops_platform.clients.processes import Process, spawn, stop
 from ops_platform.drills.begin import Beginner, planned
 from ops_platform.drills.engine import Engine
-from ops_platform.drills.model import DrillState, Ending, Sample, StepState
+from ops_platform.drills.model import Done, DrillState, Ending, Sample, StepState
+from ops_platform.drills.registry import Context, NothingGiven, does
 from ops_platform.drills.scorecard import card_of
 from ops_platform.drills.steps import injection
-from ops_platform.errors import ConflictError, UsageError
+from ops_platform.errors import ConflictError, CouldNotVerifyError, UsageError
 from ops_platform.remediation import store as incidents
 from ops_platform.remediation.model import Ending as IncidentEnding
 from ops_platform.remediation.model import Opening
@@ -212,6 +213,11 @@ def test_a_check_that_does_not_hold_fails_the_drill_and_the_rest_goes_on(bench: 
     ])  # fmt: skip
     drill = bench.drill("toys")
     assert (drill.verdict, TRIED["after"]) == ("FAIL", 1)
+    ended = bench.engine.store.ledger.entries(kind="drill.ended")[-1].body
+    card = card_of(drill)
+    assert card is not None
+    assert (ended["verdict"], ended["reason"]) == ("FAIL", card.reason), "which check, beside the verdict"
+    assert drill.reason.startswith(card.checks[0].title)
     assert [finding.title for finding in bench.engine.store.findings()] == ["it is so: does not hold"]
 
 
@@ -234,6 +240,45 @@ def test_a_step_that_takes_too_long_has_failed(bench: Bench) -> None:
     drill = bench.drill("toys")
     assert drill.verdict == "FAIL"
     assert "not within 1 s" in drill.reason
+
+
+@does("toy.looks_long", "wait_until")
+def looks_long(context: Context, _given: NothingGiven) -> Done:
+    """One look that takes longer than the step may, and sees something."""
+    over = context.deadline + 1
+    eventually(lambda: context.clock.monotonic() > over, why="time stands still")
+    raise CouldNotVerifyError("not within 1 s: nobody leads")
+
+
+def test_a_step_that_takes_too_long_says_what_it_saw_at_last_whoever_notices_first(bench: Bench) -> None:
+    bench.both("toys", [
+        {"id": "look", "kind": "wait_until", "title": "Another one leads", "does": "toy.looks_long", "within": "1s"},
+        {"id": "time", "kind": "measure", "title": "The time", "is": "rto", "does": "toy.number", "needs": ["look"]},
+    ])  # fmt: skip
+    drill = bench.drill("toys")
+    assert (drill.verdict, drill.reason) == ("FAIL", "Another one leads: not within 1 s: nobody leads")
+    card = card_of(drill)
+    assert card is not None
+    assert [objective.how for objective in card.objectives] == ["The time: the drill had ended before"]
+
+
+def test_a_record_speaks_of_steps_by_their_names_and_of_time_as_people_do(bench: Bench) -> None:
+    bench.both("toys", [
+        {"id": "bad", "kind": "act", "title": "It breaks", "does": "toy.say", "with": {"error": "broken"}, "on_failure": "go_on"},
+        {"id": "after", "kind": "act", "does": "toy.say", "needs": ["bad"]},
+        {"id": "time", "kind": "measure", "is": "rto", "does": "toy.number", "with": {"seconds": 17203.0}},
+        {"id": "decision", "kind": "measure", "title": "A decision", "is": "decision", "does": "clock.between",
+         "with": {"since": "time", "until": "time"}, "needs": ["time"]},
+    ], objectives={"rto": "4h"})  # fmt: skip
+    drill = bench.drill("toys")
+    card = card_of(drill)
+    assert card is not None
+    assert card.reason == "RTO of 4 h 47 min, 4 h at most were promised"
+    assert next(step.said for step in card.steps if step.id == "after") == 'not tried: it needs "It breaks"'
+    assert "RTO is missed: 4 h 47 min, 4 h at most were promised; by a toy" in [
+        f"{f.title}: {f.detail}" for f in card.findings
+    ]
+    assert next(m.how for m in card.measured if m.name == "decision") == 'from "time" to the end of "time"'
 
 
 def test_an_abort_puts_back_what_was_broken(bench: Bench) -> None:

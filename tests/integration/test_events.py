@@ -279,6 +279,26 @@ def test_a_topic_made_anew_fails_closed_by_its_id_even_where_offsets_would_fit(k
         assert anew.signals[0].fingerprint != first.signals[0].fingerprint
 
 
+def test_where_the_inventory_says_so_a_topic_made_anew_begins_and_is_named(kafka: kafka_rig.Kafka) -> None:
+    topic = kafka.create_topic()
+    kafka.produce(topic, event(1), headers=STRUCTURED)
+    with reading(kafka, topic, made_anew="begin") as reader:
+        first = reader.read(None)
+        assert reader.read(first.cursor).problems == ()
+        kafka.recreate_topic(topic)
+        kafka.produce(topic, *(event(n) for n in range(5)), headers=STRUCTURED)
+        anew = eventually(lambda: _if_reached(lambda: reader.read(first.cursor)))
+        assert ids(anew) == ["0", "1", "2", "3", "4"]
+        (said,) = anew.problems
+        assert said.startswith(f"{topic}: the topic was deleted and made anew")
+        assert said.endswith("it begins at its earliest offset")
+        assert reader.read(anew.cursor).problems == ()
+        # By the end alone, where a broker gives topics no id.
+        cut = reader.read(anew.cursor.at(topic, {0: 9}))
+        assert ids(cut) == ["0", "1", "2", "3", "4"]
+        assert "we have read up to offset 9, and it ends at 5" in cut.problems[0]
+
+
 def test_a_cursor_behind_the_end_fails_closed(kafka: kafka_rig.Kafka) -> None:
     topic = kafka.create_topic()
     kafka.produce(topic, event(1), headers=STRUCTURED)

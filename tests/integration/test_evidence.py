@@ -395,6 +395,13 @@ def test_from_the_first_entry_to_an_auditor_by_the_command_line(platform: Platfo
     assert key["fingerprint"] in cover
     assert "7 entries are evidence" in cover
     assert "<script>alert" not in cover
+    pack = path.read_bytes()
+    refused = ops(platform, "evidence", "export", *words).exception
+    assert isinstance(refused, UsageError)
+    assert refused.where == str(path)
+    assert "this file exists" in str(refused)
+    assert "--output" in str(refused)
+    assert path.read_bytes() == pack
 
     # Away from everything: no inventory, no network. In a process of its own, so that nothing is held open.
     def offline(*more: str) -> subprocess.CompletedProcess[str]:

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 
 from ops_platform.actions import ActionResult, Applied, Change, Outcome, Plan, Status
-from ops_platform.backup.archive import GapNote, put_gap
-from ops_platform.backup.basebackup import _lock
-from ops_platform.backup.expiry import ExpiryAction, backup_running, expire
+from ops_platform.backup.expiry import ExpiryAction, expire
+from ops_platform.backup.gapnotes import GapNote, put_gap
 from ops_platform.backup.model import Archive, BackupKind, Block, Lsn, Manifest, Proof, segment_name
 from ops_platform.backup.repository import Repository
+from ops_platform.backup.running import backup_lock, backup_running
 from ops_platform.backup.sealed import seal
 from ops_platform.clients.s3 import Lock, S3Store
 from ops_platform.errors import RefusedError, UnreachableError, UsageError
@@ -445,7 +445,7 @@ def test_what_dead_runs_left_goes_unless_a_backup_is_running(
     platform = shop.platform
 
     member = platform.access.member(platform.target)
-    with _lock(platform.access, platform.target, member):
+    with backup_lock(platform.access, platform.target, member):
         assert backup_running(platform.access, platform.target)
         held = shop.expire()
         assert (held.status, shop.objects("F3")) == (Status.NOTHING, 4)

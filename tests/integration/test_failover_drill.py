@@ -12,7 +12,8 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from datetime import datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ import psycopg
 import pytest
 import yaml
 
-from ops_platform.backup.archive import holds
 from ops_platform.backup.basebackup import run_backup
+from ops_platform.backup.durable import holds
 from ops_platform.backup.model import Lsn, RecoveryTarget
 from ops_platform.backup.receiver import Receiver
 from ops_platform.clients.postgres_binaries import PostgresServer, find_postgres
@@ -29,9 +30,12 @@ from ops_platform.clients.processes import identify
 from ops_platform.drills.askers import TABLE
 from ops_platform.drills.begin import Beginner, planned
 from ops_platform.drills.loader import shipped
-from ops_platform.drills.model import Done, DrillCard
+from ops_platform.drills.model import Done, DrillCard, ProbeCard
+from ops_platform.drills.probing import command, word_of
 from ops_platform.drills.registry import Context, NothingGiven, does
 from ops_platform.drills.scorecard import card_of
+from ops_platform.drills.steps import probes
+from ops_platform.drills.steps.basics import processes_with
 from ops_platform.recovery.restore import restore
 from tests import patroni_rig
 from tests.drill_rig import Held, held_on, ledger_database, measured, passed
@@ -87,6 +91,15 @@ REWIND = "The old primary came back without a copy of everything"
 TWO = "One leads at a time"
 
 
+BESIDE = "Writes acknowledged beside the old primary are there"
+NOT_WAITED_FOR = "committed, and whether a replica has it was not waited for"
+CANCELLED = 20  # waits of the old primary for a replica, at most
+
+
+def beside(card: DrillCard) -> ProbeCard:
+    return next(probe for probe in card.probes if probe.step == "wrong-side")
+
+
 def result(card: DrillCard, title: str) -> str:
     return next(check.result for check in card.checks if check.title == title)
 
@@ -102,6 +115,8 @@ def test_a_killed_primary_costs_seconds_and_no_acknowledged_write(held: Held, pa
         first = run_backup(platform.access, platform.target)
         with old.connect() as connection:
             connection.execute("create table mark as select 'before'::text as name")
+        # The backup ended a WAL file: to Patroni the replicas are that much behind until its next turn.
+        eventually(lambda: not preflight(held), why=lambda: preflight(held))
         card = passed(held.drill("failover-drill", seconds_before=2))
         assert patroni.leader is not old
         at = across(patroni)
@@ -259,14 +274,21 @@ def test_a_primary_that_is_cut_off_gives_up_and_what_it_wrote_alone_is_gone(
     found = measured(card)
     assert found["unknown"] > 0
     assert (found["lost"], found["rpo"], found["two_leaders"]) == (0, 0, 0)
+    # Commits wait for a replica, and an answer that one that was cancelled does not is no acknowledgement.
+    assert (found["wrong_side_lost"], found["wrong_side"]) == (0, 0)
+    errors = beside(card).errors
+    assert 0 < errors.pop(NOT_WAITED_FOR) <= CANCELLED
+    assert errors  # the one that hung until the old primary gave up
+    assert "0 of " in result(card, BESIDE)
     assert [resource.gone for resource in card.teardown if resource.kind == "cut off"] == [True]
     assert all(node.place is not None and node.place.plugged for node in patroni.nodes)
 
 
 def split(old: patroni_rig.Node, wire: Wire) -> int:
     """Lose the answers of the primary from some write on; once it is cut off, write to it for as long as it lets us. How many it took."""
-    there, written = f"select to_regclass('{TABLE}') is not null", f"select count(*) from {TABLE}"
-    eventually(lambda: told(old, there) and told(old, written) > 20, why="nobody writes")
+    there = f"select to_regclass('{TABLE}') is not null"
+    written = f"select count(*) from {TABLE} where drill like '%/wrong-side'"  # the last that begins
+    eventually(lambda: told(old, there) and told(old, written) > 10, why="nobody writes")
     wire.mute = True  # seconds before it is cut off: the next write on each connection is done, and nobody hears of it
     assert old.place is not None
     eventually(lambda: not old.place.plugged, why="it is not cut off")  # type: ignore[union-attr]
@@ -277,8 +299,114 @@ def split(old: patroni_rig.Node, wire: Wire) -> int:
         while not old.place.plugged:
             connection.execute("insert into ops_canary.alone values (%s)", [number])
             number += 1
+            if number <= CANCELLED:
+                connection.execute(
+                    "select pg_cancel_backend(pid) from pg_stat_activity where wait_event = 'SyncRep'"
+                    " and application_name = 'ops drill probe'"
+                )
             time.sleep(0.05)
     return number
+
+
+def test_what_an_asynchronous_primary_acknowledges_once_it_is_cut_off_is_lost_counted_and_named(
+    held: Held, patroni: patroni_rig.Patroni
+) -> None:
+    """What it had when nobody reached it any more, by its own socket, against what its successor has."""
+    old = patroni.leader
+    if old.place is None:
+        missing("a network of its own for each node", "making one takes root, iproute2 and nsenter")
+    patroni.configure(synchronous_mode=False)
+    try:
+        eventually(lambda: told(old, "show synchronous_standby_names") == "", why="it waits for replicas still")
+        with ThreadPoolExecutor(1) as pool:
+            look = pool.submit(taken_alone, patroni, old)
+            allowed = {"most_lost": 10_000, "most_wrong_side": 10_000}
+            card = passed(held.drill("cut-drill", seconds_before=2, **allowed))
+            had, kept = look.result(60)
+    finally:
+        patroni.configure(synchronous_mode=True)
+    patroni.whole()
+    eventually(lambda: told(patroni.leader, "show synchronous_standby_names") != "", why="it waits for no replica")
+    (check,) = [check for check in card.checks if check.title == BESIDE]
+    lost = {n for first, last in check.detail["lost"] for n in range(first, last + 1)}
+    samples = held.store.samples(card.drill, "wrong-side")
+    acknowledged = {s.n for s in samples if s.ok}
+    one_at_a_time = [a.at + timedelta(milliseconds=a.ms - 5) <= b.at for a, b in pairwise(samples)]
+    assert all(one_at_a_time)
+    assert len(had - kept) > 10
+    assert lost == acknowledged - kept
+    assert {n for n in lost if n <= max(had)} == (had & acknowledged) - kept
+    assert f"{len(lost)} of {len(acknowledged)} writes" in check.result
+    assert f"{min(lost)}-{max(lost)}" in check.result
+    found = measured(card)
+    assert found["wrong_side_lost"] == len(lost)
+    (at,) = [datetime.fromisoformat(held.store.steps(card.drill)["loss"].facts["at"])]
+    last = max(s.at + timedelta(milliseconds=s.ms) for s in samples if s.n in lost)
+    assert found["wrong_side"] == pytest.approx((last - at).total_seconds(), abs=0.01)
+    assert rows_left(patroni) == 0
+
+
+def taken_alone(patroni: patroni_rig.Patroni, old: patroni_rig.Node) -> tuple[set[int], set[int]]:
+    """Rows of the client beside it: what it had when it was looked at last before it gave up, and what its successor has."""
+    query = f"select n from {TABLE} where drill like '%/wrong-side'"
+    place, had = old.place, set[int]()
+    assert place is not None
+    eventually(lambda: not place.plugged, seconds=120, why="it is not cut off")
+    with contextlib.suppress(psycopg.Error), old.connect_beside() as connection:
+        while not place.plugged:
+            had |= {row[0] for row in connection.execute(query).fetchall()}
+            time.sleep(0.02)
+    others = [node for node in patroni.nodes if node is not old]
+    new = eventually(lambda: next((node for node in others if leads(node)), None), seconds=90, why="nobody takes over")
+    with new.connect() as connection:
+        return had, {row[0] for row in connection.execute(query).fetchall()}
+
+
+def test_a_client_that_may_not_stand_beside_the_primary_leaves_the_drill_unproven(
+    held: Held, patroni: patroni_rig.Patroni, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process may do all but join a network; the drill itself goes on, and is no pass."""
+    if patroni.leader.place is None:
+        missing("a network of its own for each node", "making one takes root, iproute2 and nsenter")
+
+    def confined(word: str) -> list[str]:
+        limits = ["setpriv", "--bounding-set=-sys_admin", "--"] if word.endswith("/wrong-side") else []
+        return [*limits, *command(word)]
+
+    monkeypatch.setattr(probes, "command", confined)
+    monkeypatch.setattr(probes, "_STARTS_WITHIN", 10.0)
+    card = card_of(held.drill("cut-drill", seconds_before=1))
+    assert card is not None
+    assert card.verdict == "COULD_NOT_VERIFY", card.reason
+    (check,) = [check for check in card.checks if check.title == BESIDE]
+    assert check.holds is None
+    assert "its network may not be joined: Operation not permitted" in check.result
+    assert "wrong_side_lost" not in measured(card)
+
+
+def test_a_client_beside_the_primary_ends_with_a_drill_that_was_killed(
+    held: Held, patroni: patroni_rig.Patroni
+) -> None:
+    old = patroni.leader
+    if old.place is None:
+        missing("a network of its own for each node", "making one takes root, iproute2 and nsenter")
+    held.ledger.close()
+    assert held.killed_when("patroni.cut_primary", "ended", "cut-drill")
+    held = held.elsewhere()
+    (lost,) = held.store.list()
+    word = word_of(lost.id, "wrong-side")
+    assert not old.place.plugged
+    assert [*processes_with(word)]
+    rows = f"select count(*) from {TABLE} where drill = '{word}'"
+    with old.connect_beside() as connection:
+        assert (connection.execute(rows).fetchone() or [0])[0] > 0
+    held.nothing_left()
+    assert old.place.plugged
+    assert not [*processes_with(word)]
+    patroni.whole()
+    assert rows_left(patroni) == 0
+    talks = "select count(*) from pg_stat_activity where application_name = 'ops drill probe'"
+    assert [told(node, talks) for node in patroni.nodes] == [0, 0, 0]
 
 
 def test_a_switchover_there_and_back_loses_nothing(held: Held, patroni: patroni_rig.Patroni) -> None:
@@ -292,19 +420,31 @@ def test_a_switchover_there_and_back_loses_nothing(held: Held, patroni: patroni_
 
 
 def test_no_drill_begins_where_no_replica_is_fit(held: Held, patroni: patroni_rig.Patroni) -> None:
-    others = [node for node in patroni.nodes if node is not patroni.leader]
-    for node in others:
-        node.tag(nofailover=True)
-    try:
-        # What a member says of itself comes to the others with its next turn.
-        why = eventually(lambda: preflight(held), why="it is not refused")
-    finally:
-        for node in others:
-            node.tag(nofailover=False)
-        eventually(lambda: not preflight(held), why="it stays refused")
+    why = refused_while_replicas_have(held, patroni, "nofailover")
     assert "0 of 2" in why
     assert "nofailover" in why
     assert held.store.list() == []
+
+
+def test_no_drill_begins_while_no_replica_is_synchronous(held: Held, patroni: patroni_rig.Patroni) -> None:
+    """Where commits wait for one: Patroni lets no other take over, however near it is."""
+    why = refused_while_replicas_have(held, patroni, "nosync")
+    assert "0 of 2" in why
+    assert "it is not synchronous, and Patroni lets no other take over" in why
+
+
+def refused_while_replicas_have(held: Held, patroni: patroni_rig.Patroni, tag: str) -> str:
+    """Why the drill is refused while every replica has the tag; without it, it is not."""
+    others = [node for node in patroni.nodes if node is not patroni.leader]
+    for node in others:
+        node.tag(**{tag: True})
+    try:
+        # What a member says of itself comes to the others with its next turn.
+        return eventually(lambda: preflight(held), why="it is not refused")
+    finally:
+        for node in others:
+            node.tag(**{tag: False})
+        eventually(lambda: not preflight(held), why="it stays refused")
 
 
 def preflight(held: Held) -> str:

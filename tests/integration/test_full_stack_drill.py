@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ops_platform.clients.access import Access
 from ops_platform.drilling import write_reports
 from ops_platform.drills.begin import Beginner, planned
 from ops_platform.drills.model import Ending
+from ops_platform.drills.scorecard import card_of
 from ops_platform.inventory import load
 from ops_platform.stores.redis import RestoredRedis
 from tests import kube_rig
@@ -34,6 +36,16 @@ def repository(at: Path) -> str:
         env = {**os.environ, **who, "GIT_CONFIG_GLOBAL": "/dev/null"}
         subprocess.run(["git", "-C", str(at), *words], check=True, env=env)
     return f"file://{at}"
+
+
+@contextlib.contextmanager
+def spoilt(platform: Platform, key: str) -> Iterator[None]:
+    """One byte of an object is another one."""
+    store = platform.repository.store
+    whole = store.get(key)
+    store.put(key, bytes([whole[0] ^ 1]) + whole[1:])
+    yield
+    store.put(key, whole)
 
 
 def test_everything_comes_back_in_order_and_the_critical_path_is_told(
@@ -60,7 +72,7 @@ def test_everything_comes_back_in_order_and_the_critical_path_is_told(
     platform.body["drills"]["plan"] = [{**plan, "mode": "enforce"}]
     platform.reload()
     cluster.sql("create table t as select generate_series(1, 1000) n")
-    run_backup(platform.access, platform.target)
+    taken = run_backup(platform.access, platform.target)
     dump(platform, manifests)
 
     held = Held(cluster, platform)
@@ -87,6 +99,16 @@ def test_everything_comes_back_in_order_and_the_critical_path_is_told(
     said = CliRunner().invoke(cli, ["drill", "show", drill.id], catch_exceptions=False).output
     assert "gain at most" in said
     assert "manifests" in said
+
+    held = Held(cluster, platform)
+    with spoilt(platform, taken.archives[0].blocks[0].key):
+        bad = card_of(held.drill("stack"))
+    assert bad is not None
+    assert bad.verdict == "FAIL"
+    assert "the verification broke off: app-db/backup/" in bad.reason
+    assert "it never served" in bad.reason
+    assert [o.how for o in bad.objectives] == ["it never served, so there is no time of the whole: app-db"]
+    assert [(part.critical, part.gain) for part in bad.stack] == [(False, None)] * 3, "nobody knows the longest way"
 
     without = passed(held.drill("stack", without="cache, app-db"))
     assert {part.target: part.verdict for part in without.stack} == {

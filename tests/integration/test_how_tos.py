@@ -11,30 +11,35 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import psycopg
 import pytest
 import yaml
 
 from ops_platform.backup.basebackup import run_backup
 from ops_platform.clients.s3 import Lock
 from ops_platform.clock import SYSTEM_CLOCK
-from ops_platform.doctor import examine
-from ops_platform.errors import CouldNotVerifyError
+from ops_platform.doctor import Found, examine
+from ops_platform.errors import AccessDeniedError, CouldNotVerifyError
 from ops_platform.inventory import load
 from ops_platform.recovery import canary
 from tests.integration.http_faults import FaultyProxy, Request
-from tests.rig import PASSWORD, Cluster, Ground, Platform
+from tests.rig import PASSWORD, Cluster, Ground, Platform, typed
 
 HOW_TO = Path(__file__).parents[2] / "docs" / "how-to"
 
 
 def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of that language ("" for those that name none), without the indentation of the list that they stand in."""
     text = (HOW_TO / page).read_text()
-    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^( *)```(\w*)\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
+    found = [re.sub(rf"^{indent}", "", block, flags=re.MULTILINE) for indent, name, block in fenced if name == language]
     assert found, f"{page} has no block in {language}"
-    return [re.sub(rf"^{indent}", "", block, flags=re.MULTILINE) for indent, block in found]
+    return found
 
 
-ROLE, SCHEMA, FUNCTIONS, GROUP = blocks("least-privilege-role.md", "sql")
+ROLE, SCHEMA, FUNCTIONS, GROUP, HANDED_OVER = blocks("least-privilege-role.md", "sql")
+HBA_LINES, GROUP_HBA_LINES, VAULT_CONNECTION, VAULT_ROLE = blocks("least-privilege-role.md", "")
+ENDING = yaml.safe_load(blocks("least-privilege-role.md", "yaml")[0])["connection"]
 
 
 def bare(new_cluster: Callable[..., Cluster], major: int = 18) -> Cluster:
@@ -137,56 +142,206 @@ def test_another_tools_archive_asks_for_one_more_right(
 
 
 @pytest.fixture
-def database_engine(ground: Ground) -> Iterator[Any]:
-    """Root at the Vault of the tests, with the engine at the path that the platform's policy names."""
+def vault_root(ground: Ground) -> Iterator[Any]:
+    """Root at the Vault of the tests, which has no engine for databases yet."""
     import hvac
 
     ground.component("vault")
     token = (ground.place.directory / "secrets" / "vault.root_token").read_text()
     root = hvac.Client(url=f"http://127.0.0.1:{ground.place.port('vault')}", token=token, timeout=20)
-    root.sys.enable_secrets_engine("database")
     yield root
-    root.sys.revoke_prefix("database")
+    root.sys.revoke_force("database")  # also what a test has made impossible to revoke
     root.sys.disable_secrets_engine("database")
 
 
-def test_roles_that_vault_makes_share_the_canary_and_leave_nothing(
-    database_engine: Any, new_cluster: Callable[..., Cluster], new_platform: Callable[..., Platform]
-) -> None:
-    cluster = bare(new_cluster)
-    cluster.sql(GROUP)
-    cluster.sql("alter role vault_ops password 'vault'")
-    page = (HOW_TO / "least-privilege-role.md").read_text()
-    creating, revoking = (
-        [statement.replace('\\"', '"') for statement in re.findall(rf'{kind}_statements="(.*?;)"', page)]
-        for kind in ("creation", "revocation")
-    )
-    assert (len(creating), len(revoking)) == (2, 1)
-    database_engine.secrets.database.configure(
-        name="app-db", plugin_name="postgresql-database-plugin", allowed_roles=["ops-backup"], username="vault_ops", password="vault",
-        connection_url=f"postgresql://{{{{username}}}}:{{{{password}}}}@127.0.0.1:{cluster.port}/postgres?sslmode=disable",
-    )  # fmt: skip
-    database_engine.secrets.database.create_role(
-        name="ops-backup", db_name="app-db", default_ttl="1h", max_ttl="24h",
-        creation_statements=creating, revocation_statements=revoking,
-    )  # fmt: skip
-    platform = new_platform({"app-db": [cluster]})
-    login = platform.body["targets"][0]["connection"]
-    (credentials,) = re.findall(r"credentials: (vault://\S+)\n", page)
-    platform.body["targets"][0]["connection"] = {
-        **{key: value for key, value in login.items() if key not in ("user", "password")},
-        "credentials": credentials,
-    }
-    platform.reload()
-    run_backup(platform.access, platform.target)
-    made = "select count(*) from pg_roles where rolname like 'v-%'"
+@pytest.fixture
+def database_engine(vault_root: Any) -> Any:
+    """The same with the engine, at the path that the platform's policy names."""
+    vault_root.sys.enable_secrets_engine("database")
+    return vault_root
+
+
+class Ending:
+    """A target whose roles Vault makes, set up word for word as the page says but for addresses and TLS, which the tests have not."""
+
+    def __init__(self, root: Any, cluster: Cluster, new_platform: Callable[..., Platform], path: Path) -> None:
+        self.root, self.cluster = root, cluster
+        self.path = path
+        cluster.sql("create database shop")
+        connection = {**ENDING, "hosts": [{"host": "127.0.0.1", "port": cluster.port}], "tls": {"mode": "disable"}}
+        self.platform = new_platform({"app-db": [cluster]})
+        self.platform.body["targets"][0]["connection"] = connection
+        self.platform.reload()
+
+    def set_up(self, *statements: str) -> None:
+        """Steps 1 to 4. `statements`: what is typed in the database, the page's own for a new cluster unless others are given."""
+        for statement in statements or (GROUP,):
+            self.cluster.sql(statement, "shop")
+        if self.cluster.server.install.major < 16:
+            (superuser,) = re.findall(r"`(ALTER ROLE vault_ops .*?)`", (HOW_TO / "least-privilege-role.md").read_text())
+            self.cluster.sql(superuser)
+        self.cluster.sql("alter role vault_ops password 'typed'")
+        lines = GROUP_HBA_LINES.replace("hostssl", "host").replace("10.0.0.0/8", "127.0.0.1/32")
+        (self.cluster.server.directory / "pg_hba.conf").write_text("local all all trust\n" + lines)
+        self.cluster.sql("select pg_reload_conf()")
+        here = VAULT_CONNECTION.replace("verify-full", "disable").replace("db-0.example.com:5432", "127.0.0.1:1")
+        self.type(here.replace("db-1.example.com:5432", f"127.0.0.1:{self.cluster.port}"))
+        self.type(VAULT_ROLE)
+
+    def type(self, command: str) -> None:
+        typed(command, self.root, self.path)
+
+    def look(self) -> dict[str, Found]:
+        """What the doctor says of a session of its own."""
+        self.platform.access.close()
+        return {found.what: found for found in examine(self.platform.access, self.platform.target).findings}
+
+
+@pytest.fixture
+def ending(
+    vault_root: Any, new_cluster: Callable[..., Cluster], new_platform: Callable[..., Platform], tmp_path: Path
+) -> Callable[..., Ending]:
+    return lambda major=18: Ending(vault_root, bare(new_cluster, major), new_platform, tmp_path)
+
+
+RIGHTS = ("REPLICATION", "pg_monitor", "pg_read_all_data", "schema ops_canary", "replication login")
+
+
+@pytest.mark.majors
+@pytest.mark.parametrize("major", [14, 18])
+def test_roles_that_vault_makes_share_the_canary_and_leave_nothing(major: int, ending: Callable[..., Ending]) -> None:
+    """And the doctor says so: what a login replicates with is its own, everything else its group's."""
+    at = ending(major)
+    at.set_up()
+    platform, cluster = at.platform, at.cluster
     for session in ("v1", "v2"):
+        found = at.look()
+        assert {name: found[name].state for name in RIGHTS} == dict.fromkeys(RIGHTS, "good")
+        run_backup(platform.access, platform.target)
         assert canary.take(platform.access, platform.target, session, SYSTEM_CLOCK).canary is not None
-        assert findings(platform)["schema ops_canary"] == "good"
-        assert cluster.sql(made) == 1
+        assert cluster.sql(MADE) == 1
         platform.access.close()  # the next one is another role, and writes into the same table
-        assert cluster.sql(made) == 0
-    assert cluster.sql("select count(distinct verification) from ops_canary.canary") == 2
+        assert cluster.sql(MADE) == 0
+    assert cluster.sql("select count(distinct verification) from ops_canary.canary", "shop") == 2
+    assert cluster.sql("select rolreplication from pg_roles where rolname = 'ops_backup_rights'") is False
+    with pytest.raises(psycopg.OperationalError):  # what was typed is no password any more
+        psycopg.connect(f"host=127.0.0.1 port={cluster.port} dbname=shop user=vault_ops password=typed")
+
+
+MADE = "select count(*) from pg_roles where rolname like 'v-%'"
+
+
+def test_a_login_that_vault_makes_without_replication_is_mended_in_vault(ending: Callable[..., Ending]) -> None:
+    """Not at the role, which is gone with the session, nor at the group, which hands it on to nobody."""
+    at = ending()
+    at.set_up()
+    at.type(VAULT_ROLE.replace(" REPLICATION", "", 1))
+    found = at.look()
+    for name in ("REPLICATION", "replication login"):
+        assert found[name].state == "bad"
+        remedy = str(found[name].remedy)
+        assert "REPLICATION into the creation_statements of database/roles/ops-backup" in remedy
+        assert "ALTER ROLE" not in remedy
+    with pytest.raises(AccessDeniedError, match="may not replicate") as caught:
+        run_backup(at.platform.access, at.platform.target)
+    assert caught.value.remedy == found["replication login"].remedy
+
+
+def test_what_belongs_to_a_role_of_one_session_is_noticed(ending: Callable[..., Ending]) -> None:
+    """Without SET role the first proof would pass, its role could not be dropped, and the second one could not write."""
+    at = ending()
+    at.set_up()
+    alone = re.sub(r"^ *creation_statements=\"ALTER ROLE.*\n", "", VAULT_ROLE, flags=re.MULTILINE)
+    assert alone != VAULT_ROLE
+    at.type(alone)
+    found = at.look()["schema ops_canary"]
+    assert (found.state, found.found) == ("bad", "what we write would belong to a role of one session")
+    assert """creation_statements of database/roles/ops-backup with ALTER ROLE "{{name}}" SET role =""" in str(
+        found.remedy
+    )
+    run_backup(at.platform.access, at.platform.target)
+    canary.take(at.platform.access, at.platform.target, "v1", SYSTEM_CLOCK)
+    found = at.look()["schema ops_canary"]
+    assert (found.state, found.found) == ("bad", "exists, but not ours")
+    assert "ALTER TABLE ops_canary.canary OWNER TO THE_GROUP" in str(found.remedy)
+    with pytest.raises(CouldNotVerifyError, match="permission denied for table canary") as caught:
+        canary.take(at.platform.access, at.platform.target, "v2", SYSTEM_CLOCK)
+    assert "ops doctor app-db names the statement" in str(caught.value.remedy)
+    # Rights are given to the group then, and not to the role that ends.
+    at.cluster.sql("revoke pg_monitor from ops_backup_rights")
+    assert "GRANT pg_monitor TO THE_GROUP (" in str(at.look()["pg_monitor"].remedy)
+    # Once the table is the group's, a session may write into it as a member.
+    at.cluster.sql(HANDED_OVER, "shop")
+    assert at.look()["schema ops_canary"].state == "good"
+    canary.take(at.platform.access, at.platform.target, "v3", SYSTEM_CLOCK)
+
+
+def test_the_canary_of_the_role_before_changes_hands(ending: Callable[..., Ending]) -> None:
+    at = ending()
+    at.cluster.sql(ROLE + SCHEMA, "shop")
+    at.cluster.sql("set role ops_backup; create table ops_canary.canary (i int)", "shop")
+    (schema,) = re.findall(r"^CREATE SCHEMA .*\n", GROUP, re.MULTILINE)
+    at.set_up(GROUP.replace(schema, ""))
+    found = at.look()["schema ops_canary"]
+    assert (found.state, found.found) == ("bad", "exists, but not ours")
+    assert found.remedy.startswith(
+        f"in shop: {HANDED_OVER.replace(chr(10), ' ').replace(' IF EXISTS', '').rstrip('; ')}"
+    )  # type: ignore[union-attr]
+    at.cluster.sql(HANDED_OVER, "shop")
+    assert at.look()["schema ops_canary"].state == "good"
+
+
+@pytest.mark.parametrize("lacks", ["alter role vault_ops noreplication", "revoke ops_backup_rights from vault_ops"])
+def test_vaults_own_role_is_blamed_for_what_it_may_not(lacks: str, ending: Callable[..., Ending]) -> None:
+    at = ending()
+    at.set_up()
+    # Over the socket, where pg_hba.conf asks no group: the second one takes away what lets it in.
+    at.cluster.sql(lacks)
+    if "revoke" in lacks:
+        (at.cluster.server.directory / "pg_hba.conf").write_text(
+            "local all all trust\nhost all all 127.0.0.1/32 scram-sha-256\n"
+        )
+        at.cluster.sql("select pg_reload_conf()")
+    found = at.look()["servers"]
+    assert found.state == "bad"
+    assert "Vault's own role in the database may not make ours" in found.found
+    assert "WITH ADMIN OPTION" in str(found.remedy)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says", "remedy"),
+    [
+        ("alter schema ops_canary owner to postgres", "exists, but not ours", "ALTER SCHEMA ops_canary OWNER TO ops_backup;"),
+        ("alter schema ops_canary owner to postgres; grant usage on schema ops_canary to ops_backup", "exists, but not ours",
+         "ALTER SCHEMA ops_canary OWNER TO ops_backup;"),
+        ("alter schema ops_canary owner to postgres; grant create on schema ops_canary to ops_backup;"
+         " revoke pg_read_all_data from ops_backup", "exists, but not ours", "ALTER SCHEMA ops_canary OWNER TO ops_backup;"),
+        ("create table ops_canary.canary (i int)", "exists, but not ours", "ALTER TABLE ops_canary.canary OWNER TO ops_backup;"),
+        ("create table ops_canary.canary (i int); grant select, insert on ops_canary.canary to ops_backup", "exists, but not ours",
+         "ALTER TABLE ops_canary.canary OWNER TO ops_backup;"),
+        ("drop schema ops_canary", "missing", "CREATE SCHEMA ops_canary AUTHORIZATION ops_backup;"),
+    ],
+    ids=["nothing", "usage alone", "create alone", "table", "no delete", "no schema"],
+)  # fmt: skip
+def test_the_doctor_says_of_the_canary_what_a_proof_meets(
+    spoil: str, says: str, remedy: str, new_cluster: Callable[..., Cluster], new_platform: Callable[..., Platform]
+) -> None:
+    """One right of several is not enough, and what is there already is not made: each advice mends it."""
+    cluster = new_cluster(18)
+    cluster.sql(spoil)
+    platform = new_platform({"app-db": [cluster]})
+
+    def look() -> Found:
+        found = examine(platform.access, platform.target).findings
+        return next(one for one in found if one.what == "schema ops_canary")
+
+    assert (look().state, look().found) == ("bad", says)
+    advice = str(look().remedy)
+    assert remedy in advice
+    with pytest.raises(CouldNotVerifyError, match="the canary cannot be written"):
+        canary.take(platform.access, platform.target, "v1", SYSTEM_CLOCK)
+    cluster.sql(advice.removeprefix("in postgres: ").partition("; or verification")[0])
+    assert look().state == "good"
 
 
 # The store and the key service

@@ -117,6 +117,24 @@ def test_what_was_meant_for_a_time_is_undone_when_it_is_over(new_engine: NewEngi
     assert [to for _, _, to in engine.lamps.switched] == ["off", "on"]
 
 
+def test_a_change_that_is_not_allowed_says_what_a_person_needs(new_engine: Callable[..., Engine]) -> None:
+    engine = new_engine([a_rule(mode="observe")])
+    incident = engine.fire()
+    closed = engine.store.close(incident, Ending.BY_HAND, "ann saw to it", actor="ann")
+    with pytest.raises(ConflictError) as refused:
+        engine.store.close(closed, Ending.BY_HAND, "again", actor="ann")
+    assert refused.value.what == "this incident is already closed"
+    assert refused.value.remedy == f"nothing is to be done: ops incidents show {closed.id} says how it ended"
+    applying = engine.store.move(
+        engine.fire(a_signal("f2", at=engine.clock.now())), State.APPLYING, "admitted", actor="run 1"
+    )
+    with pytest.raises(ConflictError) as refused:
+        engine.store.close(applying, Ending.BY_HAND, "enough", actor="ann")
+    assert refused.value.what == "this incident is applying, and cannot be closed from there"
+    assert "ops incidents pause-all stops it" in str(refused.value.remedy)
+    assert engine.store.get(applying.id).state is State.APPLYING
+
+
 def test_an_undo_that_was_asked_for_undoes_what_every_attempt_applied(new_engine: NewEngine) -> None:
     """The newest first, each once, also where whoever undid it was killed in between."""
     engine = new_engine([a_rule(undo="ask", parameters={"lamps": ["a", "b"]})])

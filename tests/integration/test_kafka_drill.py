@@ -9,7 +9,7 @@ import pytest
 
 from ops_platform.drills.engine import Engine
 from ops_platform.drills.model import Ending
-from tests.drill_rig import Bench, measured, passed, preflight, supervised
+from tests.drill_rig import Bench, measured, passed, preflight, preflight_elsewhere, supervised
 from tests.kafka_rig import Kafka
 from tests.rig import Cluster, eventually
 
@@ -33,6 +33,9 @@ def test_a_killed_broker_costs_seconds_and_no_acknowledged_record(bench: Bench, 
     lonely = kafka_cluster.create_topic(replicas=1)
     assert lonely in preflight(bench, "broker")
     eventually(lambda: preflight(bench, "broker", fragile=True) == "", why="Kafka's own topics are not in sync again")
+    why = preflight_elsewhere(bench, "broker", kafka_cluster.brokers[1].port, fragile=True)
+    assert why.startswith("here: ")
+    assert "127.0.0.1 is another machine's address" in why
     kafka_cluster.delete_topic(lonely)
 
     away: list[int] = []

@@ -18,18 +18,9 @@ import pytest
 import yaml
 
 from ops_platform.clients import kubernetes as client_module
-from ops_platform.clients.kubernetes import (
-    DEPLOYMENTS,
-    NODES,
-    PODS,
-    SECRETS,
-    DisruptionBudgetError,
-    Json,
-    Kubernetes,
-    QuotaError,
-    Resource,
-    open_kubernetes,
-)
+from ops_platform.clients.kubernetes import Kubernetes, open_kubernetes
+from ops_platform.clients.kubernetes_errors import DisruptionBudgetError, QuotaError
+from ops_platform.clients.kubernetes_objects import DEPLOYMENTS, NODES, PODS, SECRETS, Json, Resource
 from ops_platform.errors import (
     AccessDeniedError,
     ConflictError,

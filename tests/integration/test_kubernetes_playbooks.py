@@ -22,7 +22,7 @@ from cryptography.x509.oid import NameOID
 
 from ops_platform.actions import Action, ActionResult, ModeGuard, Outcome, Status, run_action
 from ops_platform.clients.access import Access
-from ops_platform.clients.kubernetes import Right
+from ops_platform.clients.kubernetes_objects import Right
 from ops_platform.errors import AccessDeniedError, OpsError, RefusedError, UnreachableError
 from ops_platform.inventory import LoadedInventory
 from ops_platform.inventory.base import Mode

@@ -17,7 +17,7 @@ from ops_platform.errors import AccessDeniedError, ConflictError, OpsError, Unre
 from ops_platform.inventory.values import Secret
 from ops_platform.ledger import GENESIS, Draft, Entry, Ledger
 from tests.ledger_rig import BEGIN, Database
-from tests.rig import Cluster
+from tests.rig import Cluster, eventually
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +257,21 @@ def test_what_is_published_is_decided_in_the_entrys_own_transaction(filled: Data
         assert published(ledger.outbox(2000)) == list(range(8, 1208))
 
 
+def test_who_ends_publishing_waits_for_those_who_are_about_to_fill_the_outbox(filled: Database) -> None:
+    gone: list[int] = []
+    with filled.ledger() as writer, filled.ledger() as other, filled.ledger() as third:
+        third.publish(["test."])
+        ending = threading.Thread(target=lambda: gone.append(other.publish_nothing(actor="tester")))
+        with writer.transaction() as transaction:
+            transaction.append("test.entry", "db-0", {}, actor="tester")
+            ending.start()
+            with closing(filled.connect()) as watching:
+                waits = "select from pg_locks where locktype = 'advisory' and not granted"
+                eventually(lambda: watching.execute(waits).fetchone() is not None)
+        ending.join(60)
+        assert (gone, third.outbox()) == ([1], [])
+
+
 # Older ledgers
 
 
@@ -311,10 +326,12 @@ def test_a_role_that_may_not_change_an_older_ledger_uses_it_as_it_is(database: D
             assert ledger.verify().ok
             with pytest.raises(OpsError):
                 ledger.outbox()
+            assert ledger.publish_nothing(actor="tester") == 0
         with database.ledger() as owner:  # and the owner brings it up to date
             owner.publish(["test."])
         with Ledger(lambda: database.cluster.server.connect(database.name, writer)) as ledger:
             ledger.append("test.entry", "db-0", {}, actor="tester")
+            assert ledger.publish_nothing(actor="tester") == 0, "and it empties none"
         with database.ledger() as owner:
             assert published(owner.outbox()) == [2], "a writer needs no rights on the outbox"
     finally:

@@ -592,6 +592,17 @@ def test_an_entry_is_proven_by_its_path_to_the_signed_root(signed: Checkpoints) 
     assert signed.anchored().prove(13).holds
 
 
+def test_an_entry_that_does_not_exist_is_no_reason_to_write_a_checkpoint(rig: Checkpoints) -> None:
+    with pytest.raises(NotThereError, match="there is no entry 1: the ledger is empty"):
+        rig.anchored().prove(1)
+    rig.fill(2)
+    rig.anchored().write()
+    for seq in (3, 10**30):
+        with pytest.raises(NotThereError, match=f"there is no entry {seq}: the last is 2") as refused:
+            rig.anchored().prove(seq)
+        assert refused.value.remedy == "ops ledger list shows them"
+
+
 def test_a_ledger_that_was_written_anew_proves_nothing(signed: Checkpoints) -> None:
     signed.database.rewrite([put(entry, actor="nobody") for entry in signed.ledger.entries()])
     with pytest.raises(CouldNotVerifyError):

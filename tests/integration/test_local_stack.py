@@ -396,7 +396,7 @@ def test_down_leaves_no_process_and_up_finds_the_data_at_another_place_and_at_ot
         for port in ports.values():
             taken.enter_context(socket.create_server(("127.0.0.1", port)))
         # Longer than a socket's path may be, too.
-        local.directory = local.directory.rename(local.directory.parent / f"moved-{'far-' * 15}away")
+        local.directory = local.directory.rename(local.directory.parent / f"moved-{'far-' * 20}away")
         local.ops("up")
     assert all(item["ready"] for item in local.status().values())
     assert not set(ports.values()) & set(local.place.ports.values())
@@ -405,7 +405,32 @@ def test_down_leaves_no_process_and_up_finds_the_data_at_another_place_and_at_ot
     assert shared_cluster.sql("select 1") == 1
 
 
+def test_down_ends_the_web_ui_first_which_says_so_in_one_line(local: Local, tmp_path: Path) -> None:
+    local.ops("up")
+    out = tmp_path / "ui.log"
+    command = [sys.executable, "-m", "ops_platform.cli.main", "ui"]
+    env = {name: value for name, value in local.env.items() if not name.startswith("PG")}
+    with out.open("wb") as log, subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log) as ui:
+        try:
+            # The daemon's heartbeats are in the stack's database by then, and the web server serves.
+            eventually(lambda: {"Serving dagster-webserver", "Instance is configured"} <= said(out), seconds=120)
+            assert "web UI" in local.ops("down").stderr
+            assert ui.wait(10) == 0
+        finally:
+            ui.terminate()
+    text = out.read_text()
+    assert text.count("the web UI ends") == 1
+    assert "Traceback" not in text
+    assert "Error" not in text
+    assert not (local.directory / "ui.json").exists()
+
+
+def said(log: Path) -> set[str]:
+    return {each for each in ("Serving dagster-webserver", "Instance is configured") if each in log.read_text()}
+
+
 def test_reset_stops_and_removes_everything_even_with_a_broken_state(local: Local) -> None:
+    local.ops("up")
     state = local.directory / "stack.json"
     sockets = Path(re.findall(r"unix_socket_directories=(\S+)", " ".join(processes_of(local.directory).values()))[0])
     assert sockets.exists()

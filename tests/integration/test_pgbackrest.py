@@ -33,9 +33,8 @@ from ops_platform.inventory import Target
 from ops_platform.recovery import records
 from ops_platform.recovery.restore import restore
 from ops_platform.recovery.verify import verify
-from tests.integration.memory import in_memory
 from tests.integration.wal_rig import eventually
-from tests.rig import Cluster, Ground, Platform, missing
+from tests.rig import Cluster, Ground, Platform, missing, scratch
 
 # The company is made once; other workers have other tests.
 pytestmark = pytest.mark.xdist_group("pgbackrest")
@@ -131,7 +130,7 @@ def written(path: Path, text: str) -> Path:
 def company(ground: Ground) -> Iterator[Company]:
     if shutil.which("pgbackrest") is None:
         missing("pgBackRest", "make services installs it")
-    home = in_memory("ops-pgbackrest-")
+    home = scratch("ops-pgbackrest-")
     for name in ("pg", "repo", "space"):
         (home / name).mkdir(mode=0o750)
         run_as().own(home / name)
@@ -225,7 +224,7 @@ def flip(path: Path, at: int) -> None:
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    path = in_memory("ops-restore-")
+    path = scratch("ops-restore-")
     run_as().own(path)
     yield path
     shutil.rmtree(path, ignore_errors=True)

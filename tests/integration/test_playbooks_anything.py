@@ -24,7 +24,7 @@ import pytest
 from ops_platform.actions import Outcome, Status
 from ops_platform.clients.http import BadAnswerError
 from ops_platform.clients.postgres_binaries import free_port
-from ops_platform.errors import ConflictError, NotThereError, OpsError, UnreachableError, UsageError
+from ops_platform.errors import AccessDeniedError, ConflictError, NotThereError, OpsError, UnreachableError, UsageError
 from ops_platform.remediation.playbook import playbook
 from ops_platform.remediation.playbooks.anything.webhook import sign
 from tests.integration.incident_rig import solved
@@ -275,6 +275,53 @@ def test_the_receiver_refuses_what_was_changed_replayed_or_signed_by_somebody_el
     assert not IS_OURS({}, body, SECRET)
     old = now - 301
     assert not IS_OURS({"ops-timestamp": str(old), "ops-signature": sign(SECRET, old, body)}, body, SECRET)
+
+
+def test_what_is_no_signature_is_refused_and_does_not_break_the_receiver() -> None:
+    now, body = int(time.time()), b'{"a": 1}'
+    good = {"ops-timestamp": str(now), "ops-signature": sign(SECRET, now, body)}
+    assert not IS_OURS({**good, "ops-signature": "v1=\xe9"}, body, SECRET)
+    assert not IS_OURS({**good, "ops-timestamp": "9" * 5000}, body, SECRET)
+    assert not IS_OURS({**good, "ops-timestamp": "\u0661"}, body, SECRET)
+    forged = {**good, "ops-signature": sign("", now, body)}
+    with pytest.raises(ValueError, match="empty"):
+        IS_OURS(forged, body, "")
+
+
+def test_a_request_that_is_signed_by_hand_as_the_how_to_says_is_accepted(receiver: Receiver) -> None:
+    """Nothing of ours signs it: what the page defines is what the playbook sends and the receiver verifies."""
+    text = (ROOT / "docs" / "how-to" / "receive-a-webhook.md").read_text()
+    found = re.findall(r"^   ```sh\n(.*?)^   ```$", text, re.MULTILINE | re.DOTALL)
+    (block,) = [re.sub("^   ", "", one, flags=re.MULTILINE) for one in found if "curl" in one]
+    command = block.replace("https://queues.example.com", receiver.url)
+    for secret, code in ((SECRET, "202"), (SECRET + "x", "401")):
+        told = command.replace("$(bao kv get -mount=secret -field=secret queues/webhook)", f"'{secret}'")
+        assert told != command
+        done = subprocess.run(["bash", "-euc", told], capture_output=True, text=True, check=True, timeout=60)
+        assert f" {code} " in done.stdout.splitlines()[0]
+    assert receiver.done == {"by-hand"}
+
+
+@pytest.mark.parametrize("answer", [401, 403])
+def test_a_receiver_with_another_secret_makes_the_refusal_name_ours(answer: int, at: Bench, receiver: Receiver) -> None:
+    (at.home / "webhook").write_text("another secret")
+    receiver.answers = [answer] if answer == 403 else []
+    try:
+        result = at.run(HOOK, **hook(at, receiver.url))
+    finally:
+        (at.home / "webhook").write_text(SECRET)
+    assert result.status is Status.FAILED
+    reason = result.outcomes[0][1].reason
+    assert f"compare its secret with file://{at.home}/webhook" in reason
+    assert "another secret" not in reason
+    assert "`auth`" not in reason
+
+
+def test_a_status_that_wants_a_login_is_no_matter_of_the_secret(at: Bench, receiver: Receiver) -> None:
+    receiver.done.add(INCIDENT)
+    receiver.status_code = 401
+    with pytest.raises(AccessDeniedError, match="without login and signature"):
+        at.run(HOOK, **hook(at, receiver.url, status=status(receiver)))
 
 
 def certificate(directory: Path) -> tuple[Path, Path]:

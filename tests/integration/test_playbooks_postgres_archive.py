@@ -184,6 +184,20 @@ def test_a_logical_slot_of_that_name_is_somebody_elses(site: Callable[..., Site]
         at.run()
 
 
+def test_a_login_that_acts_as_its_group_makes_the_slot_with_the_replication_of_its_own(
+    site: Callable[..., Site],
+) -> None:
+    """As docs/how-to/least-privilege-role.md sets up roles that Vault makes: the group has no REPLICATION, and needs none."""
+    at = site(rights="")
+    at.cluster.sql("create role ops_group nologin; grant pg_monitor to ops_group")
+    at.cluster.sql(f"grant ops_group to {at.role}; alter role {at.role} set role = 'ops_group'")
+    run_backup(at.access, at.target)
+    at.lose()
+    result = at.run()
+    assert (result.status, result.counts) == (Status.DONE, {"applied": 2}), result.as_json()
+    assert at.slot_status() == "reserved"
+
+
 def test_without_a_right_it_says_which(site: Callable[..., Site]) -> None:
     at = site(rights="", attributes="replication")
     with pytest.raises(AccessDeniedError, match="pg_monitor"):

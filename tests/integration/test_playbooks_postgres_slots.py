@@ -222,6 +222,18 @@ def test_without_a_right_it_says_which(server: Cluster) -> None:
     assert there(server)
 
 
+def test_a_login_that_acts_as_its_group_drops_with_the_replication_of_its_own(server: Cluster) -> None:
+    """As docs/how-to/least-privilege-role.md sets up roles that Vault makes: the group has no REPLICATION, and needs none."""
+    slot(server)
+    waited(server)
+    server.sql("create role ops_group nologin; grant pg_monitor to ops_group")
+    rights = "grant ops_group to {role}; alter role {role} set role = 'ops_group'"
+    with bench(server, rights=rights, attributes="replication") as grouped:
+        result = grouped.run(DROP, **LOW)
+        assert (result.status, result.counts) == (Status.DONE, {"applied": 1}), result.as_json()
+    assert not there(server)
+
+
 class Standby:
     """A member of the inventory that streams from the primary by a slot of its own, or is down."""
 

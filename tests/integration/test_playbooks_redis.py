@@ -16,6 +16,7 @@ from ops_platform.clients.postgres_binaries import free_port
 from ops_platform.errors import AccessDeniedError, NotThereError, OpsError, RefusedError, UnreachableError, UsageError
 from ops_platform.inventory.model import Mode
 from ops_platform.remediation.playbook import Playbook, playbook
+from ops_platform.remediation.playbooks.redis import Failover
 from tests.authority import Authority
 from tests.integration.incident_rig import solved
 from tests.integration.systems_rig import Bench, Between, KilledError, bench, killed, outcomes
@@ -572,6 +573,41 @@ def test_sentinel_makes_a_replica_master_and_back(new_redis: Callable[..., Repli
     assert it.run(FAILOVER, master=at(old)).status is Status.NOTHING
     back = it.undo(FAILOVER, result.plan.changes, master=at(old))
     assert back.status is Status.DONE, back.as_json()
+    assert redis.master is old
+
+
+def test_a_sentinel_that_has_not_heard_yet_that_the_replica_is_fit_is_asked_again(
+    new_redis: Callable[..., Replicated], sites: Sites
+) -> None:
+    redis = new_redis(replicas=1, sentinels=1)
+    it = under_sentinel(redis, sites)
+    (replica,), (sentinel,), old = redis.replicas, redis.sentinels, redis.master
+
+    def heard() -> set[str]:
+        return {each["slave-priority"] for each in sentinel.json("SENTINEL", "REPLICAS", Replicated.NAME)}
+
+    replica.run("CONFIG", "SET", "replica-priority", 0)
+    eventually(lambda: heard() == {"0"})
+    replica.run("CONFIG", "SET", "replica-priority", 100)
+    assert heard() == {"0"}
+    result = it.run(FAILOVER, master=at(old))
+    assert result.status is Status.DONE, result.as_json()
+    assert redis.master is replica
+
+
+def test_a_sentinel_that_goes_on_to_find_nobody_fit_is_a_failure(
+    new_redis: Callable[..., Replicated], sites: Sites, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    redis = new_redis(replicas=1, sentinels=1)
+    it = under_sentinel(redis, sites)
+    (replica,), (sentinel,), old = redis.replicas, redis.sentinels, redis.master
+    replica.run("CONFIG", "SET", "replica-priority", 0)
+    eventually(lambda: sentinel.json("SENTINEL", "REPLICAS", Replicated.NAME)[0]["slave-priority"] == "0")
+    # As if the server did not say so itself.
+    monkeypatch.setattr(Failover, "_offset", lambda self, address: 1 << 60)
+    result = it.run(FAILOVER, master=at(old), within="1s")
+    assert result.status is Status.FAILED
+    assert "NOGOODSLAVE" in str(result.as_json())
     assert redis.master is old
 
 

@@ -12,6 +12,7 @@ import pytest
 from ops_platform.clients.access import Access
 from ops_platform.errors import ConflictError
 from ops_platform.inventory import LoadedInventory
+from ops_platform.ledger import Draft
 from ops_platform.remediation.sources import publish_events
 from tests.kafka_rig import Kafka
 from tests.remediation_rig import Engine, a_rule, inventory, new_engine
@@ -58,6 +59,28 @@ def test_what_was_rolled_back_is_never_published(new_engine: Callable[..., Engin
         t.append("incident.open", "hall", {}, actor="test")
         raise ZeroDivisionError
     assert publish_events(engine.access, engine.store, budget=20).sent == 0
+
+
+def test_once_nothing_is_published_any_more_nothing_waits_for_it(
+    new_engine: Callable[..., Engine], kafka: Kafka
+) -> None:
+    engine, topic = new_engine(), kafka.create_topic()
+    without = engine.access
+    assert publish_events(without, engine.store, budget=20).dropped == 0
+    assert engine.kinds() == [], "nothing was to be published: nothing is said"
+    with_kafka(engine, kafka, topic)
+    publish_events(engine.access, engine.store, budget=20)
+    engine.ledger.append_all([Draft("incident.open", "hall", {})] * 3, actor="test")
+    assert publish_events(without, engine.store, budget=20).dropped == 3
+    engine.ledger.append("incident.open", "hall", {}, actor="test")
+    assert engine.ledger.outbox() == []
+    said = engine.ledger.entries(kind="events.not_published")
+    assert [entry.body for entry in said] == [{"entries": 3, "first": 1, "last": 3}]
+    assert publish_events(without, engine.store, budget=20).dropped == 0
+    assert len(engine.ledger.entries(kind="events.not_published")) == 1, "said once"
+    publish_events(engine.access, engine.store, budget=20)
+    engine.ledger.append("incident.open", "hall", {}, actor="test")
+    assert publish_events(engine.access, engine.store, budget=20).sent == 1, "published again once it is declared again"
 
 
 def test_two_processes_do_not_publish_at_once(new_engine: Callable[..., Engine], kafka: Kafka) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from ops_platform.drills.engine import Engine
 from ops_platform.drills.model import Ending
-from tests.drill_rig import Bench, measured, passed, preflight, supervised
+from tests.drill_rig import Bench, measured, passed, preflight, preflight_elsewhere, supervised
 from tests.redis_rig import Redis, RedisCluster, Replicated
 from tests.rig import Cluster, eventually
 
@@ -66,6 +66,9 @@ def test_under_sentinel_another_one_takes_over_and_the_old_master_follows(
     assert bench.remains() == []
 
     eventually(lambda: preflight(bench, "master") == "", why=lambda: preflight(bench, "master"))
+    why = preflight_elsewhere(bench, "master", rig.master.port)
+    assert why.startswith("here: ")
+    assert "127.0.0.1 is another machine's address" in why
     behind(bench, rig)
     for replica in rig.replicas:
         replica.run("CONFIG", "SET", "replica-priority", 0)

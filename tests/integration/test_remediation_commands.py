@@ -184,9 +184,22 @@ def test_rules_are_checked_and_a_wrong_playbook_is_named(new_desk: NewDesk) -> N
     assert problem.startswith("rule dark: ")
 
 
+def test_a_misspelt_parameter_is_named_although_another_one_comes_from_the_signal(new_desk: NewDesk) -> None:
+    right = {**HOOK["parameters"], "body": {"lamp": {"label": "lamp"}}}  # type: ignore[dict-item]
+    desk = new_desk([a_rule(playbook="http.webhook", parameters={**right, "secrett": {"label": "lamp"}})])
+    (problem,) = answer(list[str], desk, "rules", "check", code=2)
+    assert "parameter 'secrett': there is no such parameter" in problem
+    del right["secret"]
+    desk = new_desk([a_rule(playbook="http.webhook", parameters={**right, "url": {"label": "url"}})])
+    (problem,) = answer(list[str], desk, "rules", "check", code=2)
+    assert "parameter 'secret': it is missing" in problem
+    desk = new_desk([a_rule(playbook="http.webhook", parameters={**right, "secret": {"label": "secret"}})])
+    assert answer(list[str], desk, "rules", "check") == []
+
+
 def test_rules_that_are_good_are_counted(new_desk: NewDesk) -> None:
     desk = new_desk([a_rule(**HOOK)])
-    assert ops(desk, "rules", "check").stdout == "1 rules, all good\n"
+    assert ops(desk, "rules", "check").stdout == "1 rule, all good\n"
     assert answer(list[str], desk, "rules", "check") == []
 
 

@@ -270,7 +270,7 @@ def test_the_run_of_a_conflict_that_is_none_of_turns_fails(new_desk: NewDesk, mo
     (incident,) = desk.fire("a")
 
     def conflict(*_: object) -> None:
-        raise ConflictError("an incident that is open cannot become undoing")
+        raise ConflictError("this incident is open, and cannot be undoing from there")
 
     monkeypatch.setattr(Worker, "work", conflict)
     done = build_jobs()["remediate"].execute_in_process(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,17 @@ from pydantic import TypeAdapter
 
 from ops_platform.actions import Outcome
 from ops_platform.backup import replicate as room
-from ops_platform.backup.archive import open_target_repository, read_archive
+from ops_platform.backup.archive import read_archive
 from ops_platform.backup.basebackup import run_backup
 from ops_platform.backup.copykeys import CopyKeys
 from ops_platform.backup.expiry import ExpiryAction
 from ops_platform.backup.model import Lsn, Proof, no_progress
+from ops_platform.backup.opening import open_target_repository
 from ops_platform.backup.receiver import receive_range
 from ops_platform.backup.replicate import Inspected, Replicated, inspect, replicate, standing
 from ops_platform.backup.repository import Repository
+from ops_platform.backup.sealed import read_header, seal
+from ops_platform.clients.keys import DataKey
 from ops_platform.clients.vault import FileKeys
 from ops_platform.clock import SystemClock
 from ops_platform.definitions import build_defs
@@ -413,27 +417,169 @@ def test_expiring_a_copy_goes_by_the_same_promises(sites: Sites) -> None:
     assert plan["status"] == "nothing to do"
 
 
-def test_a_backups_data_key_goes_from_the_copy_with_the_backup_and_no_other_does(sites: Sites) -> None:
+def held(sites: Sites) -> set[str]:
+    """The data keys that the copy keeps, as the first site wraps them."""
+    store = sites.copy.store
+    return {json.loads(store.get(info.key))["wrapped"] for info in store.list("app-db/keys/")}
+
+
+def sealed_with(sites: Sites) -> dict[str, str]:
+    """Of each WAL file of the copy the key that it needs."""
+    store = sites.copy.store
+    keys = [item.info.key for item in sites.copy.wal_listing()]
+    return {key: read_header(store.get(key), place=key).key for key in keys}
+
+
+@dataclass
+class Aged:
+    """The copy a year later, when another full backup has made the first ones useless."""
+
+    sites: Sites
+    days: int = 400
+
+    def action(self, repository: Repository | None = None) -> ExpiryAction:
+        policy = self.sites.target.backup.model_copy(update={"minimum_redundancy": 1})
+        target = at_copy(self.sites.target, SITE).model_copy(update={"backup": policy})
+        return ExpiryAction(repository or self.sites.copy, target, clock=MovedClock(timedelta(days=self.days)))
+
+    def expire(self, repository: Repository | None = None) -> dict[str, Outcome]:
+        action = self.action(repository)
+        return {
+            change.object: (action.check(change) or action.apply(change)).outcome for change in action.plan().changes
+        }
+
+
+@pytest.fixture
+def aged(sites: Sites) -> Iterator[Aged]:
+    sites.cluster.sql("select pg_switch_wal()")
+    sites.archive_more()
     newer = run_backup(sites.platform.access, sites.target, kind="full")
     sites.replicate()
-
-    def held() -> dict[str, str]:
-        store = sites.copy.store
-        return {json.loads(store.get(info.key))["wrapped"]: info.key for info in store.list("app-db/keys/")}
-
-    gone = {sites.copy.any_manifest(one.backup_id).key for one in (sites.full, sites.incremental)}
-    before = held()
-    assert gone < before.keys()
-    policy = sites.target.backup.model_copy(update={"minimum_redundancy": 1})
-    target = at_copy(sites.target, SITE).model_copy(update={"backup": policy})
-    action = ExpiryAction(sites.copy, target, clock=MovedClock(timedelta(days=400)))
-    changes = action.plan().of_kind("backup")
-    assert {change.object for change in changes} == {sites.full.backup_id, sites.incremental.backup_id}
-    assert [action.check(change) or action.apply(change).outcome for change in changes] == [Outcome.APPLIED] * 2
-    assert held().keys() == before.keys() - gone
-    assert sites.inspect().whole
+    yield Aged(sites)
     for info in list(sites.source.objects_of(newer.backup_id)):
         sites.source.store.delete(info.key)
+
+
+def test_data_keys_go_from_the_copy_with_the_last_that_needs_them_and_no_other_does(aged: Aged) -> None:
+    sites = aged.sites
+    before, needs = held(sites), sealed_with(sites)
+    backups = {sites.copy.any_manifest(one.backup_id).key for one in (sites.full, sites.incremental)}
+    done = aged.expire()
+    assert set(done.values()) == {Outcome.APPLIED}
+    assert {sites.full.backup_id, sites.incremental.backup_id, "keys"} < done.keys()
+    left = sealed_with(sites)
+    of_wal = {needs[key] for key in needs.keys() - left.keys()} - set(left.values())
+    assert of_wal
+    assert held(sites) == before - backups - of_wal
+    assert sites.inspect().whole
+    assert sites.replicate().objects == 0
+    assert aged.expire() == {}
+
+
+def test_a_data_key_stays_while_what_was_sealed_with_it_stays(aged: Aged) -> None:
+    sites = aged.sites
+    listed = [item.info.key for item in sites.copy.wal_listing()]
+    old, young = sites.source.store.get(listed[0]), sites.source.store.get(listed[-1])
+    # The newest file of the archive, sealed with the key of the oldest.
+    plain, header = sites.source.opened_wal(listed[0], old), read_header(young, place=listed[-1])
+    key = DataKey(sites.source.keys.unwrap(plain.header.key), plain.header.key)
+    opened = sites.source.opened_wal(listed[-1], young).plain
+    sites.copy.store.put(listed[-1], seal(opened, place=listed[-1], data_key=key, meta=header.meta))
+    aged.expire()
+    assert sites.copy.store.head(listed[0]) is None
+    assert key.wrapped in held(sites)
+    assert sites.inspect().whole
+
+
+def test_no_data_key_goes_while_nobody_knows_what_needs_it(aged: Aged) -> None:
+    sites = aged.sites
+    newest = sites.copy.wal_listing()[-1].info.key
+    good = sites.copy.store.get(newest)
+    action = aged.action()
+    plan = action.plan()
+    sites.copy.store.put(newest, b"something else" * 1000)
+    before = held(sites)
+    (change,) = plan.of_kind("data-keys")
+    with pytest.raises(CorruptionError, match="not a readable sealed object"):
+        action.apply(change)
+    assert held(sites) == before
+    block = sites.full.archives[0].blocks[0].key
+    sites.copy.store.put(newest, good)
+    unfinished = block.replace(sites.full.backup_id, "20200101T000000Z-F-00000000")
+    sites.copy.store.put(unfinished, sites.copy.store.get(block))  # it says that it belongs elsewhere
+    plan = aged.action().plan()
+    assert not plan.of_kind("data-keys")
+    assert any("no data key is removed" in note and unfinished in note for note in plan.facts["notes"])
+
+
+def test_a_young_data_key_may_be_there_for_what_is_on_its_way(aged: Aged) -> None:
+    keys = aged.sites.copy.keys
+    assert isinstance(keys, CopyKeys)
+    keys.hold("on its way", os.urandom(32))
+    assert [change.object for change in Aged(aged.sites, days=0).action().plan().of_kind("data-keys")] == []
+    aged.expire()
+    assert "on its way" not in held(aged.sites)
+
+
+class Crossing:
+    """The copy's store, into which something comes while its keys are deleted."""
+
+    def __init__(self, store: Any, key: str, body: bytes) -> None:
+        self._store, self._key, self._body = store, key, body
+
+    def delete(self, key: str) -> Any:
+        if "/keys/" in key:
+            self._store.put(self._key, self._body)
+        return self._store.delete(key)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def test_a_data_key_that_is_needed_again_while_it_goes_is_put_back(aged: Aged) -> None:
+    sites = aged.sites
+    oldest = sites.copy.wal_listing()[0].info.key
+    body = sites.copy.store.get(oldest)
+    store: Any = Crossing(sites.copy.store, oldest, body)
+    aged.expire(Repository(store, CopyKeys(sites.platform.access.keys("c"), store, "app-db"), "app-db"))
+    assert read_header(body, place=oldest).key in held(sites)
+    assert sites.inspect().whole
+
+
+class Away(Crossing):
+    """It is unreachable, for one look, when the keys are gone."""
+
+    gone = False
+
+    def delete(self, key: str) -> Any:
+        self.gone = self.gone or "/keys/" in key
+        return super().delete(key)
+
+    def list_folders(self, prefix: str) -> Any:
+        if self.gone:
+            raise UnreachableError("it does not answer")
+        return self._store.list_folders(prefix)
+
+
+def test_data_keys_come_back_where_what_needs_them_cannot_be_seen_once_they_are_gone(aged: Aged) -> None:
+    sites = aged.sites
+    before, oldest = held(sites), sites.copy.wal_listing()[0].info.key
+    store: Any = Away(sites.copy.store, oldest, sites.copy.store.get(oldest))
+    with pytest.raises(UnreachableError):
+        aged.expire(Repository(store, CopyKeys(sites.platform.access.keys("c"), store, "app-db"), "app-db"))
+    assert store.gone
+    assert held(sites) == before
+
+
+def test_a_copy_in_progress_puts_back_the_keys_that_an_expiry_took(sites: Sites) -> None:
+    work = copying(sites, 1000)
+    work._wal()
+    store = sites.copy.store
+    for info in list(store.list("app-db/keys/")):
+        store.delete(info.key)
+    work._wal()
+    assert held(sites) == set(sealed_with(sites).values())
+    assert sites.inspect().whole
 
 
 # Commands

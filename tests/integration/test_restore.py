@@ -18,14 +18,15 @@ import pytest
 
 from ops_platform.backup.archive import read_archive
 from ops_platform.backup.basebackup import run_backup
-from ops_platform.backup.engine import open_engine
-from ops_platform.backup.model import Lsn, RecoveryTarget
+from ops_platform.backup.engine import NativeEngine, open_engine
+from ops_platform.backup.model import BackupInfo, Lsn, RecoveryTarget
 from ops_platform.backup.receiver import receive_range
 from ops_platform.backup.wal import parse_history
 from ops_platform.clients.postgres_binaries import PostgresServer, find_postgres, find_tool, free_port, run_as, run_tool
 from ops_platform.errors import ConflictError, CouldNotVerifyError, OpsError, UsageError
 from ops_platform.recovery import restore as room
 from ops_platform.recovery.restore import Restored, dump_tables, plan, restore, work_directory
+from ops_platform.recovery.room import lacking, reserved
 from tests.integration.wal_rig import eventually
 from tests.rig import SETTINGS, Cluster, Ground, Platform, scratch
 
@@ -121,12 +122,13 @@ def story(ground: Ground) -> Iterator[Story]:
 
 @pytest.fixture
 def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder for restores. Whatever a restore makes in the system's folder for temporary files is gone when it ends."""
-    home, temporary = scratch("ops-restore-"), scratch("ops-tmp-")
+    """A folder for restores, on a real file system. Whatever a restore makes in the system's folder for temporary files is gone when it ends."""
+    home, temporary = scratch("ops-restore-", disk=True), scratch("ops-tmp-")
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     yield home
     shutil.rmtree(home)
-    left = list(temporary.iterdir())
+    left = [path for path in temporary.iterdir() if not path.name.startswith("ops-room-")]
+    left += [note for note in temporary.glob("ops-room-*/*") if note.name != "lock"]
     shutil.rmtree(temporary)
     assert not left, "left in the folder for temporary files"
 
@@ -183,6 +185,33 @@ def test_a_position_is_a_commit_that_exclusive_leaves_out(story: Story, place: P
     outside = story.restore(RecoveryTarget("lsn", before, inclusive=False), place / "out")
     assert rows(inside) == [*BASE, "one", "two"]
     assert rows(outside) == [*BASE, "one"]
+
+
+@pytest.mark.parametrize("kind", ["time", "lsn"])
+def test_what_no_commit_follows_is_reached_at_the_end_of_the_stored_wal(
+    story: Story, place: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    """PostgreSQL itself stops only once it reads what comes after: of an idle database that may never come."""
+    last = story.marks["five"]
+    behind = str(Lsn(Lsn.parse(last.lsn) + 0x100))  # where the switch to the next segment has left nothing but zeros
+    wanted = RecoveryTarget(kind, {"time": last.at, "lsn": behind}[kind])
+    done = story.restore(wanted, place / "data")
+    assert rows(done) == [*BASE, "one", "two", "three", "four", "five"]
+    assert "the last record of the stored WAL" in (done.stopped_because or "")
+    assert done.timeline == 2
+
+    # WAL that ends before its last segment is no such end, whatever PostgreSQL makes of it.
+    known = NativeEngine.last_segment
+    later = 16 << 20
+
+    def one_more(engine: NativeEngine, backup: BackupInfo, target: RecoveryTarget) -> Lsn:
+        found = known(engine, backup, target)
+        assert found is not None
+        return Lsn(found + later)
+
+    monkeypatch.setattr(NativeEngine, "last_segment", one_more)
+    with pytest.raises(OpsError, match="recovery ended before"):
+        story.restore(wanted, place / "more")
 
 
 def commit_of(story: Story, name: str) -> str:
@@ -268,6 +297,29 @@ def test_too_little_room_is_refused_before_anything_is_fetched(
     assert plan(story.platform.access, story.platform.target, wanted, place / "data").problems
 
 
+def test_restores_side_by_side_do_not_take_each_others_room(
+    story: Story, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access, target = story.platform.access, story.platform.target
+    wanted = RecoveryTarget("time", story.marks["one"].at)
+    needed = plan(access, target, wanted, place / "data").needed_bytes * 1.05
+    enough = shutil.disk_usage("/")._replace(free=int(needed) + 4096)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: enough)
+    with reserved([place / "another"], 1 << 20):
+        with pytest.raises(OpsError, match="for restores that are under way"):
+            story.restore(wanted, place / "data")
+        assert not (place / "data").exists()
+    seen: list[str | None] = []
+
+    def look(step: str, _done: int, _total: int | None) -> None:
+        if not seen:
+            seen.append(lacking(place, needed))
+
+    restore(access, target, wanted, place / "data", progress=look)
+    assert "for restores that are under way" in str(seen[0]), "while it fetches, it counts for others"
+    assert lacking(place, needed) is None
+
+
 def test_without_a_server_of_its_major_nothing_is_made(
     story: Story, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,13 +357,13 @@ def wait():
 def progress(step, done, total):
     if stop == "fetch" and done > 4 << 20:
         wait()
-replayed = room.replayed
-def stopped(*args):
-    found = replayed(*args)
+replayed = room.replay
+def stopped(*args, **more):
+    found = replayed(*args, **more)
     if stop == "replay":
         wait()
     return found
-room.replayed = stopped
+room.replay = stopped
 promote = Sandbox.promote
 def promoted(sandbox):
     timeline = promote(sandbox)

@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 
-from ops_platform.backup.archive import wait_durable
 from ops_platform.backup.basebackup import run_backup
+from ops_platform.backup.durable import wait_durable
 from ops_platform.backup.model import Archive, BackupKind, Block, Manifest, Proof, StoredPart
 from ops_platform.backup.receiver import Receiver
 from ops_platform.backup.repository import canonical

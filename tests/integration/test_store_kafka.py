@@ -15,14 +15,15 @@ from confluent_kafka.admin import AclOperation
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ops_platform.backup.archive import open_target_repository
+from ops_platform.backup.opening import open_target_repository
 from ops_platform.clients.kafka import Kafka
 from ops_platform.clients.kafka_quotas import Quota, describe_quotas, set_quotas
 from ops_platform.errors import AccessDeniedError, ConflictError, CorruptionError, NotThereError, UnreachableError
 from ops_platform.recovery.model import Verdict
 from ops_platform.stores.dump import run_backup
 from ops_platform.stores.fetch import fetch_backup
-from ops_platform.stores.kafka import KafkaStore, Record, RestoredKafka, packed, read_records, read_subjects
+from ops_platform.stores.kafka import KafkaStore, RestoredKafka, read_subjects
+from ops_platform.stores.kafka_records import Record, packed, read_records
 from ops_platform.stores.kind import Check, Saved
 from tests import drill_rig, kafka_rig, stores_rig
 from tests.registry_rig import Registry

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ops_platform.clients.kubernetes import Resource
+from ops_platform.clients.kubernetes_objects import Resource
 from ops_platform.errors import UnreachableError
 from ops_platform.recovery.model import Verdict
 from ops_platform.stores.fetch import fetch_backup

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import shutil
 import socket
 import threading
@@ -17,14 +18,14 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ops_platform.backup.archive import open_target_repository
+from ops_platform.backup.opening import open_target_repository
 from ops_platform.cli.main import cli
 from ops_platform.clients.postgres_binaries import free_port
-from ops_platform.clients.redis import SLOTS, RdbStream, slot_ranges
+from ops_platform.clients.redis import SLOTS, RdbStream, RedisSession, slot_ranges
 from ops_platform.definitions import build_defs
 from ops_platform.doctor import examine_store
 from ops_platform.errors import AccessDeniedError, ConflictError, UnreachableError
-from ops_platform.recovery.model import Verdict
+from ops_platform.recovery.model import Scorecard, Verdict
 from ops_platform.resources import PlatformResource
 from ops_platform.stores import redis as stores_redis
 from ops_platform.stores.kind import Check, Saved
@@ -83,8 +84,8 @@ def test_a_single_server_is_dumped_and_restored_key_by_key(
     card = prove(platform, entry(single.port, platform))
     assert card.verdict is Verdict.PASS, card.reason
     assert gates(card) == {
-        "whole": "passed", "age": "passed", "rdb-shard-0": "passed", "persistence": "passed", "keys-shard-0": "passed",
-        "sample-shard-0": "passed", "teardown": "passed",
+        "whole": "passed", "age": "passed", "rdb-shard-0": "passed", "alone": "passed", "persistence": "passed",
+        "keys-shard-0": "passed", "sample-shard-0": "passed", "teardown": "passed",
     }  # fmt: skip
     assert card.strength.startswith("level 2")
     assert PASSWORD not in card.model_dump_json()
@@ -147,6 +148,19 @@ def test_restored_data_that_is_not_the_sources_fails(
     card = prove(platform, entry(single.port, platform), kind=kind)
     assert card.verdict is Verdict.FAIL
     assert [name for name, status in gates(card).items() if status == "failed"] == [failing]
+
+
+def test_a_sample_of_which_nothing_is_left_to_compare_reaches_no_level_2(
+    platform: Platform, single: redis_rig.Redis
+) -> None:
+    repository_has_one(platform, single)
+    target = with_store(platform, entry(single.port, platform))
+    members = {"change": staticmethod(lambda facts: facts["shards"][0]["sample"].clear())}
+    kind = type("Emptied", (Altered,), members)(platform.access, target, target.system)
+    card = prove(platform, entry(single.port, platform), kind=kind)
+    assert card.verdict is Verdict.COULD_NOT_VERIFY, card.reason
+    assert gate(card, "sample-shard-0").status.value == "could_not_check"
+    assert card.strength.startswith("level 1")
 
 
 class Broken(stores_redis.RedisStore):
@@ -233,11 +247,80 @@ def repository_has_one(platform: Platform, single: redis_rig.Redis) -> None:
         dump(platform, entry(single.port, platform))
 
 
-def test_a_source_that_keeps_nothing_fails_where_it_should(platform: Platform, single: redis_rig.Redis) -> None:
+@pytest.mark.parametrize(("wanted", "said"), [("aof", "appendonly is no"), ("rdb", "save is empty")])
+def test_a_source_that_keeps_nothing_fails_and_its_backup_is_restored_all_the_same(
+    platform: Platform, single: redis_rig.Redis, wanted: str, said: str
+) -> None:
     repository_has_one(platform, single)
-    card = prove(platform, entry(single.port, platform, persistence="aof"))
+    card = prove(platform, entry(single.port, platform, persistence=wanted))
+    assert card.verdict is Verdict.FAIL
+    assert said in gate(card, "persistence").result
+    assert restored_whole(card)
+    assert "the check persistence is about the source: it keeps the backup from nothing" in card.notes
+
+
+def restored_whole(card: Scorecard) -> bool:
+    """Restored, and every check of its data passed."""
+    found = gates(card)
+    return card.strength.startswith("level 2") and found["keys-shard-0"] == found["sample-shard-0"] == "passed"
+
+
+def documented_rights() -> list[str]:
+    """What the page says that the user needs of a server that is alone."""
+    page = Path(__file__).parents[2] / "docs/how-to/back-up-other-stores.md"
+    found = re.search(r"The user needs `(\+psync [^`]*)` on all keys", page.read_text())
+    assert found is not None
+    return found[1].split()
+
+
+RIGHTS = documented_rights()
+
+
+def with_rights(server: redis_rig.Redis, *rights: str) -> dict[str, str]:
+    """A user that may do this alone: what an entry says of it."""
+    server.run("ACL", "SETUSER", "backup", "reset", "on", f">{PASSWORD}", "~*", *rights)
+    return {"user": "backup"}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "decides", "not_asked"), [("aof", "appendfsync", "save"), ("rdb", "save", "appendfsync")]
+)
+def test_settings_that_nobody_may_read_are_no_pass_and_the_backup_is_restored_all_the_same(
+    platform: Platform, wanted: str, decides: str, not_asked: str
+) -> None:
+    settings = {"appendonly": "yes", "save": "3600 1"}
+    with redis_rig.replicated(replicas=0, password=PASSWORD, settings=settings) as made:
+        fill(made.master, many=50)
+        system = entry(made.master.port, platform, id=f"no-config-{wanted}", persistence=wanted)
+        system |= with_rights(made.master, *RIGHTS)
+        dump(platform, system)
+        card = prove(platform, system)
+        assert card.verdict is Verdict.COULD_NOT_VERIFY, card.reason
+        assert [name for name, status in gates(card).items() if status != "passed"] == ["persistence"]
+        found = gate(card, "persistence")
+        assert found.status.value == "could_not_check"
+        for words in (f"{decides} could not be read", "the user needs +info and +config|get"):
+            assert words in found.result
+        assert not_asked not in found.result
+        assert restored_whole(card)
+        system["persistence"] = "any"
+        assert prove(platform, system).verdict is Verdict.PASS, "where nothing is asked of them they decide nothing"
+        system["persistence"] = wanted
+
+        with_rights(made.master, *RIGHTS, "+config|get")
+        dump(platform, system)
+        assert prove(platform, system).verdict is Verdict.PASS
+
+
+def test_what_is_known_to_be_wrong_is_a_failure_beside_settings_that_nobody_may_read(
+    platform: Platform, single: redis_rig.Redis
+) -> None:
+    system = entry(single.port, platform, id="no-aof", persistence="aof", **with_rights(single, *RIGHTS))
+    dump(platform, system)
+    card = prove(platform, system)
     assert card.verdict is Verdict.FAIL
     assert "appendonly is no" in gate(card, "persistence").result
+    assert restored_whole(card)
 
 
 def test_a_wrong_password_says_so_and_shows_nothing(platform: Platform, single: redis_rig.Redis) -> None:
@@ -334,11 +417,106 @@ def test_a_cluster_is_dumped_shard_by_shard_and_one_without_all_slots_is_refused
     assert card.verdict is Verdict.PASS, card.reason
     assert gates(card)["slots"] == "passed"
 
+    # A node of it that the inventory has as a single server: two thirds of the keys would be in no backup.
+    for node in (made.nodes[0], made.nodes[redis_rig.SHARDS]):
+        refused_as_a_node(platform, entry(node.port, platform, id="node"))
+
     made.nodes[0].run("CLUSTER", "DELSLOTS", 0)
     for node in made.nodes[1:]:
         node.run("CLUSTER", "DELSLOTS", 0)
     with pytest.raises(ConflictError, match="nobody serves 0-0 of the 16384 slots"):
         dump(platform, system)
+
+
+def refused_as_a_node(platform: Platform, system: dict[str, Any]) -> None:
+    """No backup begins, the doctor says so, and what to do is a key of the inventory."""
+    wanted = f"set `mode: cluster` at the system {system['id']} in platform.yaml"
+    with pytest.raises(ConflictError, match="it is a node of a cluster") as caught:
+        dump(platform, system)
+    assert wanted in str(caught.value)
+    target = with_store(platform, system)
+    assert open_target_repository(platform.access, target).infos() == []
+    found = next(one for one in examine_store(platform.access, target).findings if one.what == "server")
+    assert (found.state, wanted in str(found.remedy)) == ("bad", True)
+
+
+def test_a_node_of_a_cluster_under_sentinel_is_refused(platform: Platform) -> None:
+    settings = {"cluster-enabled": "yes", "cluster-port": str(free_port()), "cluster-config-file": "nodes.conf"}
+    with redis_rig.replicated(replicas=0, sentinels=1, password=PASSWORD, settings=settings) as made:
+        hosts = [{"host": "127.0.0.1", "port": one.port} for one in made.sentinels]
+        refused_as_a_node(platform, entry(0, platform, id="sentinel-node", mode="sentinel", master="main", hosts=hosts))
+
+
+def test_servers_of_which_none_has_the_others_data_are_refused_and_a_replica_of_the_same_is_not(
+    platform: Platform,
+) -> None:
+    with (
+        redis_rig.replicated(replicas=1, password=PASSWORD) as one,
+        redis_rig.replicated(replicas=1, password=PASSWORD) as other,
+    ):
+        fill(one.master, many=50)
+        fill(other.master, many=60)
+
+        def named(*servers: redis_rig.Redis) -> dict[str, Any]:
+            return entry(0, platform, id="several", hosts=[{"host": "127.0.0.1", "port": s.port} for s in servers])
+
+        for servers in (
+            (one.master, other.master),
+            (one.replicas[0], other.replicas[0]),
+            (one.master, other.replicas[0]),
+        ):
+            with pytest.raises(ConflictError, match="none has the other's data") as caught:
+                dump(platform, named(*servers))
+            assert all(f"127.0.0.1:{server.port}" in caught.value.what for server in servers)
+            assert "declare a system for each master" in str(caught.value)
+        manifest = dump(platform, named(one.replicas[0], one.master))
+        assert manifest.source == f"127.0.0.1:{one.master.port}"
+        assert prove(platform, named(one.replicas[0], one.master)).verdict is Verdict.PASS
+
+
+def test_a_server_that_may_not_be_asked_whether_it_is_a_node_is_not_dumped(
+    platform: Platform, single: redis_rig.Redis
+) -> None:
+    """All that a dump reads of INFO is allowed but this one section; then INFO goes by another name."""
+    sections = [f"+info|{name}" for name in ("replication", "server", "keyspace", "persistence")]
+    rights = [*(right for right in RIGHTS if right != "+info"), *sections]
+    system = entry(single.port, platform, id="unasked", **with_rights(single, *rights))
+    with pytest.raises(AccessDeniedError, match="nobody can say whether this server is a node of a cluster") as caught:
+        dump(platform, system)
+    assert caught.value.remedy == "ACL SETUSER backup +info"
+    with_rights(single, *rights, "+info|cluster")
+    dump(platform, system)
+
+    with redis_rig.replicated(replicas=0, password=PASSWORD, settings={"rename-command": "INFO HIDDEN"}) as made:
+        renamed = entry(made.servers[0].port, platform, id="renamed")
+        with pytest.raises(AccessDeniedError, match=r"nobody can say .* unknown command 'INFO'") as caught:
+            dump(platform, renamed)
+        assert "let the user ask INFO (+info), by that name" in str(caught.value)
+
+
+def test_no_answer_to_whether_it_is_a_node_is_no_no() -> None:
+    """As from a proxy that makes up an INFO of its own."""
+
+    class Proxy:
+        def execute_command(self, *_words: Any, **_options: Any) -> dict[str, str]:
+            return {}
+
+    with pytest.raises(AccessDeniedError, match="INFO has no cluster_enabled"):
+        stores_redis._is_node(RedisSession(Proxy(), "here:1", "default"))
+
+
+def test_a_backup_that_does_not_say_whether_its_server_was_a_node_is_restored_and_proves_nothing(
+    platform: Platform, single: redis_rig.Redis
+) -> None:
+    """One that was taken before that was asked."""
+    repository_has_one(platform, single)
+    target = with_store(platform, entry(single.port, platform))
+    members = {"change": staticmethod(lambda facts: facts.pop("alone"))}
+    kind = type("Older", (Altered,), members)(platform.access, target, target.system)
+    card = prove(platform, entry(single.port, platform), kind=kind)
+    assert card.verdict is Verdict.COULD_NOT_VERIFY, card.reason
+    assert "may hold one node's slots" in gate(card, "alone").result
+    assert restored_whole(card)
 
 
 def owner_of(made: redis_rig.RedisCluster, tag: str) -> redis_rig.Redis:

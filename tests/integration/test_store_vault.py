@@ -6,6 +6,7 @@ import base64
 import gzip
 import io
 import json
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,22 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
-from ops_platform.backup.archive import open_target_repository
 from ops_platform.backup.basebackup import run_backup as back_up_database
 from ops_platform.backup.expiry import ExpiryAction
 from ops_platform.backup.model import Proof
+from ops_platform.backup.opening import open_target_repository
 from ops_platform.cli.main import cli
 from ops_platform.clients.postgres_binaries import free_port
 from ops_platform.clients.vault import TransitKeys
-from ops_platform.doctor import examine_store
+from ops_platform.doctor import Found, examine_store
 from ops_platform.drills.begin import Beginner, planned
 from ops_platform.drills.model import Ending
 from ops_platform.drills.runbook import runbook_of
 from ops_platform.drills.steps.basics import moment_of
 from ops_platform.drills.steps.vault import Lost, lost
-from ops_platform.errors import CorruptionError, InventoryError, UsageError
+from ops_platform.errors import AccessDeniedError, CorruptionError, InventoryError, UsageError
 from ops_platform.inventory.systems import StoreTarget
 from ops_platform.local.parts import program
 from ops_platform.promises import judge
@@ -40,7 +42,7 @@ from ops_platform.stores.dump import run_backup
 from ops_platform.stores.kind import Check, Saved
 from ops_platform.stores.verify import verify
 from tests.drill_rig import Held, die, held_on, killed, passed
-from tests.rig import Cluster, Ground, Platform, eventually
+from tests.rig import Cluster, Ground, Platform, eventually, typed
 from tests.servers import Daemon, answers
 from tests.stores_rig import POLICY, MovedClock, dump, gate, gates, prove, store_platform, with_store
 
@@ -399,6 +401,163 @@ def test_the_doctor_says_whether_the_server_answers_and_lets_us_in(ground: Groun
     state, found = looked_at(taken, {**entry(ground), "vault": "stranger"})
     assert state != "good"
     assert "may not take a snapshot" in found
+
+
+# What the doctor says of what a proof needs
+
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "back-up-other-stores.md"
+
+
+def block(language: str) -> str:
+    """The block of the page's part about Vault in that language."""
+    part = PAGE.read_text().partition("\n## Vault\n")[2].partition("\n## ")[0]
+    (found,) = re.findall(rf"^```{language}\n(.*?)^```$", part, re.MULTILINE | re.DOTALL)
+    return found
+
+
+def needs(platform: Platform, system: dict[str, Any]) -> dict[str, Found]:
+    target = with_store(platform, system)
+    return {found.what: found for found in examine_store(platform.access, target).findings}
+
+
+def login(desk: Any, platform: Platform, policy: str) -> dict[str, Any]:
+    """An AppRole with that policy and Vault's own default one."""
+    name = f"test-{secrets.token_hex(4)}"
+    desk.sys.create_or_update_policy(name, policy)
+    desk.auth.approle.create_or_update_approle(name, token_policies=[name], **{"token_ttl": "1h"})
+    halves = {
+        "role_id": desk.auth.approle.read_role_id(name)["data"]["role_id"],
+        "secret_id": desk.auth.approle.generate_secret_id(name)["data"]["secret_id"],
+    }
+    for half, value in halves.items():
+        file = platform.home / f"{name}.{half}"
+        file.touch(mode=0o600)
+        file.write_text(value)
+    return {"method": "approle", **{half: f"file://{platform.home}/{name}.{half}" for half in halves}}
+
+
+def test_the_policy_and_the_canary_of_the_how_to_are_enough_for_a_proof(
+    ground: Ground, desk: Any, new_platform: Callable[..., Platform], tmp_path: Path
+) -> None:
+    desk.secrets.kv.v2.delete_metadata_and_all_versions(path="ops/canary")
+    try:
+        platform = new_platform({})
+        platform.body["vaults"]["v"]["auth"] = login(desk, platform, block("hcl"))
+        system = yaml.safe_load(block("yaml"))["systems"][0]
+        assert system["restore"]["canary"] == CANARY
+        system = {**entry(ground), "restore": entry(ground)["restore"] | {"canary": system["restore"]["canary"]}}
+        found = needs(platform, system)["canary"]
+        assert (found.state, "nothing there" in found.found) == ("bad", True)
+        # What it says is what the page says, and is typed.
+        assert found.remedy == block("sh").strip()
+        typed(str(found.remedy), desk, tmp_path)
+        found = needs(platform, system)
+        assert (found["server"].state, found["canary"].state, found["key shares"].state) == ("good",) * 3
+        dump(platform, system)
+        card = prove(platform, system)
+        assert card.verdict is Verdict.PASS, card.reason
+        assert gates(card)["canary"] == "passed"
+    finally:
+        desk.secrets.kv.v2.create_or_update_secret(path="ops/canary", secret={"value": "a bird"})
+
+
+def test_a_canary_that_a_backup_could_not_read_is_bad_with_what_to_do(
+    ground: Ground, desk: Any, new_platform: Callable[..., Platform], tmp_path: Path
+) -> None:
+    platform = new_platform({})
+    found = needs(platform, entry(ground, canary="vault://secret/ops/canary#name"))["canary"]
+    assert (found.state, "no field 'name'" in found.found) == ("bad", True)
+    typed(str(found.remedy), desk, tmp_path)
+    assert needs(platform, entry(ground, canary="vault://secret/ops/canary#name"))["canary"].state == "good"
+    assert needs(platform, entry(ground))["canary"].state == "good"  # what was there is there
+
+    # The policy that lets it take a snapshot, and read nothing.
+    (line,) = [line for line in block("hcl").splitlines() if "secret/" in line]
+    poor = block("hcl").replace(line, "")
+    platform.body["vaults"]["v"]["auth"] = login(desk, platform, poor)
+    found = needs(platform, entry(ground))
+    assert (found["server"].state, found["canary"].state) == ("good", "bad")
+    assert f"write into the platform's policy: {line} " in str(found["canary"].remedy)
+    with pytest.raises(AccessDeniedError):
+        dump(platform, entry(ground))
+
+    # The login of the copy reads it as well.
+    platform.body["vaults"]["v"]["auth"] = login(desk, platform, block("hcl"))
+    assert needs(platform, entry(ground, auth=login(desk, platform, block("hcl"))))["canary"].state == "good"
+    found = needs(platform, entry(ground, auth=login(desk, platform, poor)))["canary"]
+    assert (found.state, f"the policy of restore.auth: {line} " in str(found.remedy)) == ("bad", True)
+
+
+def test_what_nobody_can_say_of_the_canary_is_not_known(ground: Ground, taken: Platform) -> None:
+    nowhere = {**taken.body["vaults"]["v"], "url": f"http://127.0.0.1:{free_port()}"}
+    taken.body["vaults"]["nowhere"] = nowhere
+    found = needs(taken, {**entry(ground), "vault": "nowhere"})
+    assert {name: found[name].state for name in ("server", "canary", "key shares")} == {
+        "server": "bad", "canary": "unknown", "key shares": "unknown",
+    }  # fmt: skip
+    assert found["canary"].remedy
+    done = CliRunner().invoke(cli, ["--inventory", str(taken.file), "doctor", "vault"])
+    assert "?    canary: " in done.stdout
+
+
+def test_what_the_inventory_does_not_name_is_no_good_either(ground: Ground, taken: Platform) -> None:
+    found = needs(taken, entry(ground, canary=None, shares=[]))
+    assert {name: (found[name].state, found[name].found) for name in ("canary", "key shares")} == dict.fromkeys(
+        ("canary", "key shares"), ("warn", "the inventory names none")
+    )
+    assert "restore.canary" in str(found["canary"].remedy)
+    assert "restore.shares" in str(found["key shares"].remedy)
+    found = needs(taken, entry(ground, shares=["file:///nowhere/share"]))["key shares"]
+    assert (found.state, "file:///nowhere/share" in found.found) == ("bad", True)
+    stanza = taken.home / "no-stanza"
+    stanza.touch(mode=0o600)
+    stanza.write_text("a secret that is no JSON")
+    found = needs(taken, entry(ground, shares=[], seal=f"file://{stanza}"))["seal"]
+    assert (found.state, "is no JSON" in found.found, "a secret" in found.found) == ("bad", True, False)
+
+
+def test_fewer_shares_than_the_threshold_do_not_open_it(
+    ground: Ground, new_platform: Callable[..., Platform], tmp_path: Path
+) -> None:
+    import hvac
+
+    port = free_port()
+    (tmp_path / "raft").mkdir()
+    config = {
+        "storage": {"raft": {"path": str(tmp_path / "raft"), "node_id": "one", "performance_multiplier": "1"}},
+        "listener": [{"tcp": {"address": f"127.0.0.1:{port}", "tls_disable": True}}],
+        "api_addr": f"http://127.0.0.1:{port}", "cluster_addr": f"http://127.0.0.1:{free_port()}",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    url = f"http://127.0.0.1:{port}"
+    command = [str(program("bao", "openbao")), "server", f"-config={tmp_path / 'config.json'}"]
+    daemon = Daemon(
+        "bao", command, lambda: answers(f"{url}/v1/sys/seal-status"), log=tmp_path / "log", env={"HOME": str(tmp_path)}
+    )
+    daemon.start()
+    try:
+        client: Any = hvac.Client(url=url, timeout=20)
+        made = client.sys.initialize(secret_shares=3, secret_threshold=2)
+        client.sys.submit_unseal_keys(made["keys_base64"][:2])
+        platform = new_platform({})
+        for name, content in (
+            ("token", made["root_token"]),
+            ("one", made["keys_base64"][0]),
+            ("two", made["keys_base64"][1]),
+        ):
+            (platform.home / name).touch(mode=0o600)
+            (platform.home / name).write_text(content)
+        platform.body["vaults"]["two"] = {
+            "url": url,
+            "auth": {"method": "token", "token": f"file://{platform.home}/token"},
+        }
+        one, two = (f"file://{platform.home}/{name}" for name in ("one", "two"))
+        found = needs(platform, {**entry(ground, shares=[one]), "vault": "two"})["key shares"]
+        assert (found.state, found.found) == ("bad", "1 named, and it takes 2")
+        found = needs(platform, {**entry(ground, shares=[one, two]), "vault": "two"})["key shares"]
+        assert (found.state, found.found) == ("good", "2 can be read, and it takes 2")
+    finally:
+        daemon.stop()
 
 
 def _written(client: Any) -> bool:

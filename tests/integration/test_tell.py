@@ -13,7 +13,7 @@ from urllib.parse import urlencode
 import pytest
 
 from ops_platform.clients.slack import sign
-from ops_platform.errors import AccessDeniedError, ConflictError, UsageError
+from ops_platform.errors import AccessDeniedError, ConflictError, NotThereError, UsageError
 from ops_platform.inventory.values import Secret
 from ops_platform.remediation.buttons import PATH, serve, take
 from ops_platform.remediation.model import Ending, State
@@ -149,6 +149,41 @@ def test_a_storm_is_told_of_in_one_message(engine_with: Callable[..., Engine], s
     assert "dark: 30 observed" in words(slack.messages[0])
 
 
+def test_without_slack_no_message_waits_for_the_day_that_has_it(
+    engine_with: Callable[..., Engine], slack: SlackApi
+) -> None:
+    engine = engine_with(a_rule(mode="observe"))
+    remediation = engine.inventory.remediation
+    assert remediation is not None
+    chat, remediation.__dict__["slack"] = remediation.slack, None
+    incident = engine.work(engine.fire())
+    assert engine.store.figures().unsent > 0
+    assert tell(engine) == []
+    assert engine.store.figures().unsent == 0
+    assert engine.store.history_of(incident.id), "what happened is shown all the same"
+    remediation.__dict__["slack"] = chat
+    assert tell(engine) == []
+    assert slack.messages == []
+    engine.work(engine.fire(a_signal("later", at=engine.clock.now())))
+    assert tell(engine) == []
+    assert len(slack.messages) == 1
+
+
+def test_what_is_old_is_not_told_as_if_it_were_new_unless_it_still_needs_somebody(
+    engine_with: Callable[..., Engine], slack: SlackApi
+) -> None:
+    engine = engine_with(a_rule(approval="always"), a_rule(id="seen", mode="observe"))
+    engine.work(engine.fire(a_signal("f2", at=engine.clock.now()), rule="seen"))
+    needs = waiting(engine)
+    since = engine.store.history_of(needs.id)[-1][0]
+    engine.clock.at += timedelta(hours=25)
+    assert tell(engine) == []
+    (only,) = slack.messages
+    assert needs.id in words(only)
+    assert f"since {since:%Y-%m-%d %H:%M} UTC; it could not be told before" in words(only)
+    assert engine.store.figures().unsent == 0
+
+
 # Buttons
 
 
@@ -244,7 +279,37 @@ def test_what_is_no_press_is_refused(engine_with: Callable[..., Engine]) -> None
         take(engine.access, engine.store, headers, body)
 
 
-def test_over_http_a_forger_learns_nothing(engine_with: Callable[..., Engine]) -> None:
+def test_without_the_signing_secret_no_press_is_waited_for(
+    engine_with: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_with(a_rule(approval="always"))
+    monkeypatch.delenv("SIGNING")
+    with pytest.raises(NotThereError, match="env://SIGNING") as caught:
+        serve(engine.access, engine.store, "127.0.0.1", 0)
+    assert caught.value.remedy
+
+
+def test_a_signing_secret_that_goes_away_is_told_to_nobody_outside(
+    engine_with: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = engine_with(a_rule(approval="always"))
+    headers, body = press(engine, waiting(engine))
+    server = serve(engine.access, engine.store, "127.0.0.1", 0)
+    monkeypatch.delenv("SIGNING")
+    try:
+        url = f"http://127.0.0.1:{server.server_port}{PATH}"
+        with pytest.raises(HTTPError) as refused:
+            urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=60)
+        assert (refused.value.code, refused.value.read()) == (500, b"")
+        assert "env://SIGNING: this environment variable is not set; what to do: export SIGNING" in caplog.text
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_over_http_a_forger_learns_nothing(
+    engine_with: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+) -> None:
     engine = engine_with(a_rule(approval="always"))
     incident = waiting(engine)
     server = serve(engine.access, engine.store, "127.0.0.1", 0)
@@ -254,8 +319,16 @@ def test_over_http_a_forger_learns_nothing(engine_with: Callable[..., Engine]) -
         engine.clock.at += timedelta(minutes=6)
         with pytest.raises(HTTPError) as late:
             urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=60)
-        assert late.value.code == 403
+        assert (late.value.code, late.value.read()) == (403, b"")
         engine.clock.at -= timedelta(minutes=6)
+        for _ in range(3):
+            with pytest.raises(HTTPError) as forged:
+                urllib.request.urlopen(urllib.request.Request(url, body + b"&x=1", headers), timeout=60)
+            assert (forged.value.code, forged.value.read()) == (403, b"")
+        # Whoever runs it hears where the secret stands, once.
+        (said,) = [one.getMessage() for one in caplog.records if "not signed by Slack" in one.getMessage()]
+        assert "into env://SIGNING" in said
+        assert SIGNING not in caplog.text
         with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=60) as good:
             assert "approved" in json.load(good)["text"]
     finally:

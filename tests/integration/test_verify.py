@@ -16,13 +16,14 @@ import pytest
 
 from ops_platform.backup.archive import read_archive
 from ops_platform.backup.basebackup import run_backup
-from ops_platform.backup.model import RecoveryTarget, no_progress
+from ops_platform.backup.engine import open_engine
+from ops_platform.backup.model import RecoveryTarget, segment_name
 from ops_platform.clients.postgres_binaries import run_as
-from ops_platform.clock import SYSTEM_CLOCK
 from ops_platform.errors import UsageError
 from ops_platform.recovery import canary, records
-from ops_platform.recovery import verify as room
+from ops_platform.recovery.choosing import Choosing
 from ops_platform.recovery.model import GateStatus, Scorecard, Verdict
+from ops_platform.recovery.verdict import verdict_of
 from ops_platform.recovery.verify import verify
 from tests.rig import Cluster, Platform, eventually
 from tests.unit.test_reports import make_card
@@ -161,6 +162,22 @@ def test_libraries_that_act_on_their_own_are_left_out(new_cluster: MakeCluster, 
     assert any("pg_cron" in note for note in card.notes)
 
 
+def test_a_turn_is_noted_where_its_choice_fails(new_platform: MakePlatform, new_cluster: MakeCluster) -> None:
+    """Else the same broken backup would have every turn, and the others none."""
+    platform = new_platform(
+        {"app-db": [new_cluster(18)]}, extra={"backup": {"verification": {"pick": ["oldest", "newest"]}}}
+    )
+    first = run_backup(platform.access, platform.target, kind="full")
+    run_backup(platform.access, platform.target, kind="full")
+    name = segment_name(first.timeline, first.start, first.wal_segment_size)
+    store = platform.repository.store
+    for partial in (True, False):
+        store.delete(platform.repository.wal_key(first.system_identifier, name, partial=partial))
+    card = verify(platform.access, platform.target)
+    assert (card.verdict, card.turn, card.backup_id) == (Verdict.FAIL, 0, None), card.reason
+    assert verify(platform.access, platform.target).turn == 1
+
+
 def test_turns_are_counted_by_proofs_that_were_turns(new_platform: MakePlatform, shared_cluster: Cluster) -> None:
     """The proof that follows each nightly backup picks the newest: counted as a turn it would take every other one, for ever."""
     platform = new_platform(
@@ -169,16 +186,37 @@ def test_turns_are_counted_by_proofs_that_were_turns(new_platform: MakePlatform,
     picked: list[str] = []
     for number in range(7):
         for asked in (True, False):
-            running = room.Verification(
-                platform.access, platform.target, pick=None, at=None, backup_id=None, full=False, alone=False, data_docs=None,
-                progress=no_progress, clock=SYSTEM_CLOCK,
-            )  # fmt: skip
+            choosing = by_turns(platform)
             if not asked:
-                picked.append(running._turn())
+                picked.append(choosing._turn())
             key = f"20260101T0000{number:02}Z-{'a' if asked else 'b'}"
-            card = make_card(verification_id=key, target_id="app-db", turn=running.turn)
+            card = make_card(verification_id=key, target_id="app-db", turn=choosing.turn)
             assert records.keep(platform.repository, card)
     assert picked == ["newest", "chain", "oldest", "newest", "chain", "oldest", "newest"]
+
+
+def by_turns(platform: Platform) -> Choosing:
+    return Choosing(
+        platform.access, platform.target, open_engine(platform.access, platform.target), "v", None,
+        pick=None, at=None, backup_id=None, alone=False, notes=[],
+    )  # fmt: skip
+
+
+def test_a_turn_that_could_not_be_verified_is_taken_again_once(
+    new_platform: MakePlatform, shared_cluster: Cluster
+) -> None:
+    platform = new_platform(
+        {"app-db": [shared_cluster]}, extra={"backup": {"verification": {"pick": ["newest", "chain", "oldest"]}}}
+    )
+    picked: list[str] = []
+    verdicts = ["COULD_NOT_VERIFY", "PASS", "COULD_NOT_VERIFY", "COULD_NOT_VERIFY", "FAIL", "COULD_NOT_VERIFY", "PASS"]
+    for number, verdict in enumerate(verdicts):
+        choosing = by_turns(platform)
+        picked.append(choosing._turn())
+        key = f"20260101T0000{number:02}Z-a"
+        card = make_card(verification_id=key, target_id="app-db", turn=choosing.turn, verdict=Verdict(verdict))
+        assert records.keep(platform.repository, card)
+    assert picked == ["newest", "newest", "chain", "chain", "oldest", "newest", "newest"]
 
 
 # What must not pass
@@ -290,7 +328,7 @@ def test_without_the_right_to_write_canaries_it_could_not_verify(
     run_backup(platform.access, platform.target)
     card = verify(platform.access, platform.target)
     assert card.verdict is Verdict.COULD_NOT_VERIFY
-    assert "CREATE SCHEMA ops_canary" in card.reason
+    assert "ops doctor app-db names the statement that gives us the right" in card.reason
     platform.body["targets"][0]["backup"]["verification"] = {"canary": False}
     platform.reload()
     weaker = verify(platform.access, platform.target)
@@ -402,8 +440,8 @@ def test_the_verdict_is_the_worst_of_the_gates() -> None:
 
     passed, failed = gate(GateStatus.PASSED), gate(GateStatus.FAILED)
     unchecked, skipped = gate(GateStatus.COULD_NOT_CHECK), gate(GateStatus.NOT_APPLICABLE)
-    assert room.verdict_of([passed, skipped])[0] is Verdict.PASS
-    assert room.verdict_of([passed, unchecked])[0] is Verdict.COULD_NOT_VERIFY
-    assert room.verdict_of([passed, unchecked, failed])[0] is Verdict.FAIL
-    assert room.verdict_of([skipped])[0] is Verdict.COULD_NOT_VERIFY
-    assert room.verdict_of([])[0] is Verdict.COULD_NOT_VERIFY
+    assert verdict_of([passed, skipped])[0] is Verdict.PASS
+    assert verdict_of([passed, unchecked])[0] is Verdict.COULD_NOT_VERIFY
+    assert verdict_of([passed, unchecked, failed])[0] is Verdict.FAIL
+    assert verdict_of([skipped])[0] is Verdict.COULD_NOT_VERIFY
+    assert verdict_of([])[0] is Verdict.COULD_NOT_VERIFY

@@ -7,6 +7,7 @@ import functools
 import secrets
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -29,10 +30,11 @@ from ops_platform.clients.vault import VaultSession
 from ops_platform.errors import CouldNotVerifyError, NotThereError, OpsError, UnreachableError, UsageError
 from ops_platform.ledger import Ledger
 from ops_platform.local.components import COMPONENTS
-from ops_platform.recovery import canary, gates, records
+from ops_platform.recovery import canary, choosing, gates, records
 from ops_platform.recovery import verify as room
 from ops_platform.recovery.model import GateStatus, Scorecard, Verdict
 from ops_platform.recovery.restore import dump_tables, restore
+from ops_platform.recovery.room import lacking, reserved
 from ops_platform.recovery.sandbox import Sandbox
 from ops_platform.recovery.verify import verify
 from tests.integration.test_commands import ops
@@ -77,7 +79,8 @@ def test_one_flipped_byte_in_a_block_fails(new_cluster: MakeCluster, new_platfor
     flip(platform, block.key)
     card = verify(platform.access, platform.target)
     assert card.verdict is Verdict.FAIL, card.reason
-    assert block.key in card.reason
+    assert card.reason.startswith(f"the verification broke off: {block.key}: "), card.reason
+    assert [o.how for o in card.objectives[1:]] == ["the restore did not come to its end"] * 2
     (proof,) = platform.repository.proofs(manifest.backup_id)
     assert proof.verdict == "FAIL"
 
@@ -148,6 +151,7 @@ def test_a_store_that_goes_away_during_replay_proves_nothing(
     card = verify(platform.access, platform.target)
     assert card.verdict is Verdict.COULD_NOT_VERIFY, card.reason
     assert words in card.reason
+    assert "is starting up" not in card.reason, "an answer to our own asking"
     assert statuses(card)["teardown"] is GateStatus.PASSED
 
 
@@ -393,8 +397,10 @@ def test_a_moment_that_the_named_backup_cannot_reach_is_refused_and_no_verdict(
 # How far, and how much room
 
 
+@pytest.mark.parametrize("to", ["latest", "a moment after the last commit"])
 @pytest.mark.parametrize(("lost", "verdict"), [(0, Verdict.PASS), (3, Verdict.FAIL)])
 def test_a_recovery_that_ends_a_few_small_segments_early_fails(
+    to: str,
     lost: int,
     verdict: Verdict,
     new_cluster: MakeCluster,
@@ -408,6 +414,7 @@ def test_a_recovery_that_ends_a_few_small_segments_early_fails(
     for _ in range(6):
         cluster.sql("insert into t (body) select md5(i::text) from generate_series(1, 3000) i")
         cluster.sql("select pg_switch_wal()")
+    after = cluster.sql("select clock_timestamp()")
     receive_all(platform, cluster)
     cluster.server.stop("immediate")
     names = sorted(item.name for item in archived(platform).listing if not item.partial and not item.history)
@@ -419,10 +426,10 @@ def test_a_recovery_that_ends_a_few_small_segments_early_fails(
     monkeypatch.setattr(WalFetchAhead, "_segment", short)
     if lost:
         monkeypatch.setattr(WalFetchAhead, "_fetch_ahead", lambda self, name: False)
-    card = verify(platform.access, platform.target)
-    assert card.recovery_target == "latest"
+    card = verify(platform.access, platform.target, at=None if to == "latest" else after)
+    assert card.recovery_target == ("latest" if to == "latest" else f"time {after.isoformat()}")
     assert card.verdict is verdict, card.reason
-    assert (statuses(card)["reached"] is GateStatus.PASSED) is (lost == 0)
+    assert (statuses(card).get("reached") is GateStatus.PASSED) is (lost == 0)
     assert segment_start(names[0], 1 << 20)[1] % (1 << 20) == 0
 
 
@@ -438,8 +445,49 @@ def test_the_room_for_a_whole_chain_is_asked_for_before_anything_is_fetched(
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: small)
     card = verify(platform.access, platform.target, backup_id=increment.backup_id)
     assert card.verdict is Verdict.COULD_NOT_VERIFY
-    assert "the sandbox needs" in card.reason
+    assert "no room for the sandbox" in card.reason
     assert not list(platform.home.glob("ops-verify-*"))
+
+
+def test_a_proof_counts_the_room_that_others_still_need_and_they_count_its(
+    new_cluster: MakeCluster, new_platform: MakePlatform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = filled(new_cluster(18))
+    platform = new_platform({"app-db": [cluster]})
+    full = run_backup(platform.access, platform.target)
+    monkeypatch.setattr(tempfile, "tempdir", str(platform.home))  # where no other test notes what it restores
+    enough = shutil.disk_usage("/")._replace(free=int(full.raw * 1.1) + 4096)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: enough)
+    with reserved([platform.home / "another"], 1 << 20):
+        card = verify(platform.access, platform.target, backup_id=full.backup_id)
+    assert card.verdict is Verdict.COULD_NOT_VERIFY
+    assert "for restores that are under way" in card.reason
+    seen: list[str | None] = []
+
+    def look(_step: str, _done: int, _total: int | None) -> None:
+        if not seen:
+            seen.append(lacking(platform.home, full.raw))
+
+    assert verify(platform.access, platform.target, backup_id=full.backup_id, progress=look).verdict is Verdict.PASS
+    assert "for restores that are under way" in str(seen[0])
+
+
+# Moments
+
+
+@pytest.mark.parametrize("asked", ["a backup", "a moment by chance"])
+def test_a_moment_by_chance_has_a_commit_after_it_however_late_it_falls(
+    asked: str, new_cluster: MakeCluster, new_platform: MakePlatform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The archive reaches a little further than the canary's second row, and there PostgreSQL would never stop."""
+    monkeypatch.setattr(choosing, "_by_chance", lambda begin, end, _seed, _least, most: begin + (end - begin) * most)
+    cluster = filled(new_cluster(18))
+    platform = new_platform({"app-db": [cluster]})
+    full = run_backup(platform.access, platform.target)
+    what: dict[str, Any] = {"backup_id": full.backup_id} if asked == "a backup" else {"pick": "random"}
+    card = verify(platform.access, platform.target, **what)
+    assert (card.verdict, card.recovery_target[:5]) == (Verdict.PASS, "time "), card.reason
+    assert card.reached is not None
 
 
 # Names

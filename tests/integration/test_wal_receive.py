@@ -17,15 +17,19 @@ import pytest
 import urllib3
 from prometheus_client.parser import text_string_to_metric_families
 
-from ops_platform.backup import receiver as receiver_module
-from ops_platform.backup import receiver_http
-from ops_platform.backup.archive import GapNote, archive_status, gap_notes, holds, put_gap, read_archive, wait_durable
+from ops_platform.backup import receiver_http, walsegments
+from ops_platform.backup import reception as reception_module
+from ops_platform.backup.archive import archive_status, read_archive
 from ops_platform.backup.basebackup import run_backup
+from ops_platform.backup.durable import holds, wait_durable
 from ops_platform.backup.engine import open_engine
+from ops_platform.backup.gapnotes import GapNote, gap_notes, put_gap
 from ops_platform.backup.model import Lsn, segment_name, segment_start
-from ops_platform.backup.receiver import IN_FLIGHT, Receiver, TargetState, receive_range
+from ops_platform.backup.receiver import Receiver, receive_range
+from ops_platform.backup.reception import TargetReceiver, TargetState
 from ops_platform.backup.repository import Repository
 from ops_platform.backup.wal import history_name, parse_history
+from ops_platform.backup.walsegments import IN_FLIGHT, Segments
 from ops_platform.backup.walstream import WalRemovedError
 from ops_platform.clients.postgres_binaries import PostgresServer
 from ops_platform.clients.s3 import S3Store
@@ -73,7 +77,7 @@ def new_rig(ground: Ground, servers: None) -> Iterator[Callable[..., Rig]]:
 @pytest.fixture
 def talkative(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server is told all the time what we received and what is durable: a lie would not stay unsaid for ten seconds."""
-    monkeypatch.setattr(receiver_module, "STATUS_EVERY", 0.05)
+    monkeypatch.setattr(reception_module, "STATUS_EVERY", 0.05)
 
 
 def told_received(rig: Rig) -> int:
@@ -420,8 +424,8 @@ def test_a_server_may_shut_down_while_the_store_is_away(
     new_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server waits for its WAL senders: after a while the connection is given back to it."""
-    monkeypatch.setattr(receiver_module, "STALL_AFTER", 0.5)
-    monkeypatch.setattr(receiver_module, "GOODBYE", 0.2)
+    monkeypatch.setattr(walsegments, "STALL_AFTER", 0.5)
+    monkeypatch.setattr(reception_module, "GOODBYE", 0.2)
     rig = new_rig(settings=keep_wal())
     _, state = rig.streaming()
 
@@ -441,7 +445,7 @@ def test_a_late_put_of_an_old_connection_never_replaces_a_newer_one(
     new_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An unfinished segment hangs in the store's hands while its connection ends; the next one stores more of it."""
-    monkeypatch.setattr(receiver_module, "GOODBYE", 0.2)
+    monkeypatch.setattr(reception_module, "GOODBYE", 0.2)
     rig = new_rig(segment_mb=16)
     _, state = rig.streaming()
     rig.await_archived(rig.load(10))
@@ -556,8 +560,8 @@ def test_a_slot_that_lost_its_wal_leaves_a_gap_that_is_named_everywhere(
 def test_a_slot_that_loses_its_wal_while_the_store_is_away_leaves_one_gap(
     new_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(receiver_module, "STALL_AFTER", 1.0)
-    monkeypatch.setattr(receiver_module, "GOODBYE", 0.2)
+    monkeypatch.setattr(walsegments, "STALL_AFTER", 1.0)
+    monkeypatch.setattr(reception_module, "GOODBYE", 0.2)
     rig = new_rig(settings={"max_slot_wal_keep_size": "2MB", "max_wal_size": "4MB", "min_wal_size": "2MB"})
     _, state = rig.streaming()
     rig.await_archived(rig.load(1000))
@@ -921,7 +925,7 @@ def test_while_nothing_is_received_lag_and_slot_do_not_stand_still(
     new_rig: Callable[..., Rig], outside: Callable[[Receiver], Outside], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The key service is sealed when the stream has to be begun anew; the server goes on writing."""
-    monkeypatch.setattr(receiver_module, "SLOT_CHECK_EVERY", 0.05)
+    monkeypatch.setattr(reception_module, "SLOT_CHECK_EVERY", 0.05)
     rig = new_rig()
     receiver, state = rig.streaming(key_lifetime=0.0)
     seen = outside(receiver)
@@ -949,7 +953,7 @@ def test_what_is_not_known_has_no_sample(
     new_rig: Callable[..., Rig], outside: Callable[[Receiver], Outside], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither before a server was reached, nor while it cannot be asked: a distance of 0 would be read as all being well."""
-    monkeypatch.setattr(receiver_module, "SLOT_CHECK_EVERY", 0.05)
+    monkeypatch.setattr(reception_module, "SLOT_CHECK_EVERY", 0.05)
     unknown = {
         "ops_wal_lag_bytes", "ops_wal_slot_lost", "ops_wal_slot_retained_bytes", "ops_wal_timeline", "ops_wal_received_lsn_bytes",
         "ops_wal_durable_lsn_bytes",
@@ -977,7 +981,7 @@ def test_a_target_whose_thread_has_ended_is_not_healthy(
     def end(_self: Any) -> None:
         raise SystemExit
 
-    monkeypatch.setattr(receiver_module.TargetReceiver, "_follow", end)
+    monkeypatch.setattr(TargetReceiver, "_follow", end)
     receiver = new_rig().receiver()
     seen = outside(receiver)
     eventually(lambda: seen.health() == (503, {"app-db": "ended"}), why=seen.health)
@@ -989,11 +993,11 @@ def test_a_target_that_hangs_is_not_healthy(
 ) -> None:
     go_on = threading.Event()
     monkeypatch.setattr(receiver_http, "STUCK_AFTER", 1.5)
-    settle = receiver_module.Segments.settle
+    settle = Segments.settle
     rig = new_rig()
     receiver, _ = rig.streaming()
     seen = outside(receiver)
-    monkeypatch.setattr(receiver_module.Segments, "settle", lambda self: (go_on.wait(60), settle(self))[1])
+    monkeypatch.setattr(Segments, "settle", lambda self: (go_on.wait(60), settle(self))[1])
     try:
         eventually(lambda: seen.health()[0] == 503, why=seen.health)
         assert "no sign of life for" in seen.health()[1]["app-db"]

@@ -22,10 +22,12 @@ from typing import Any, Self
 import psycopg
 from psycopg import pq
 
-from ops_platform.backup.archive import holds, read_archive
-from ops_platform.backup.archive import missing as missing_wal
+from ops_platform.backup.archive import read_archive
+from ops_platform.backup.continuity import missing as missing_wal
+from ops_platform.backup.durable import holds
 from ops_platform.backup.model import Lsn
-from ops_platform.backup.receiver import Receiver, TargetState
+from ops_platform.backup.receiver import Receiver
+from ops_platform.backup.reception import TargetState
 from ops_platform.backup.repository import Repository
 from ops_platform.clients.keys import DataKey
 from ops_platform.clients.objectstore import ObjectStore

@@ -142,8 +142,8 @@ def test_the_parts_of_a_reaction_add_up() -> None:
     assert parts[REACTION] == 30 == sum(parts[name] for name in PARTS)
 
 
-def test_the_sides_of_memory_are_the_last_and_the_first_tenth() -> None:
-    assert memory_sides(10_000) == ("ours, after 10,000 ticks", "after 1,000 ticks")
+def test_the_sides_of_memory_are_the_end_the_half_and_the_first_tenth() -> None:
+    assert memory_sides(10_000) == ("ours, after 10,000 ticks", "after 5,000 ticks", "after 1,000 ticks")
 
 
 def test_each_alert_of_the_benchmark_meets_one_rule_and_every_guard() -> None:

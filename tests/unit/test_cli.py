@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from click.testing import CliRunner
 
 from ops_platform.actions import ActionResult, Plan, Status
 from ops_platform.cli import main
-from ops_platform.cli.common import action_exit_code, address, ago, parse_moment, size, span
+from ops_platform.cli.common import action_exit_code, address, ago, parse_moment
 from ops_platform.cli.inventory import inventory as inventory_group
 from ops_platform.cli.ledger import _anchor
 from ops_platform.cli.restore import _mapping, _names, _recovery
@@ -25,8 +26,10 @@ from ops_platform.errors import CouldNotVerifyError, OpsError, UsageError
 from ops_platform.inventory import load
 from ops_platform.inventory.template import Described, render, target_id_of
 from ops_platform.inventory.values import SecretRef
+from ops_platform.local.demo import check
 from tests.rig import eventually
 
+ROOT = Path(__file__).parents[2]
 OPS = str(Path(sys.executable).with_name("ops"))
 
 
@@ -146,6 +149,11 @@ def test_a_misspelt_word_is_guessed(words: list[str], meant: str) -> None:
         (["ledger", "verify", "--anchor", "12"], "42:"),
         (["completion", "tcsh"], "'tcsh' is not one of"),
         (["init"], "Missing option '--host'"),
+        (["init", "--host", "db.example.com:5433"], "write --host db.example.com --port 5433\n"),
+        (["init", "--host", "db:5433"], "write --host db --port 5433\n"),
+        (["init", "--host", "[2001:db8::1]:5433"], "write --host 2001:db8::1 --port 5433\n"),
+        (["init", "--host", "[::1]"], "write --host ::1\n"),
+        (["init", "--host", "postgres://db/x"], "the port has an option of its own"),
         (["init", "--host", "db", "--out", "/nowhere/p.yaml", "--password", "env://OPS_UNSET"], "export OPS_UNSET="),
         (
             ["init", "--host", "db", "--out", "/nowhere/p.yaml", "--password", "file:///nowhere/pw"],
@@ -223,15 +231,95 @@ def runs(pid: int) -> bool:
         return False
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
-    pipe = subprocess.Popen[bytes]([OPS, "inventory", "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert pipe.stdout is not None
-    assert pipe.stderr is not None
-    pipe.stdout.close()
-    said = pipe.stderr.read()
-    pipe.wait(60)
-    pipe.stderr.close()
-    assert said == b""
+_SAYS = """
+import sys, click
+from ops_platform.cli import common, main
+ways = {
+    "click": lambda: click.echo("a line"),
+    "rich": lambda: common.console().print("a line"),
+    "print": lambda: print("a line", flush=True),
+    "at the end": lambda: sys.stdout.write("a line"),
+    "stderr": lambda: click.echo("a line", err=True),
+    "nothing": lambda: None,
+}
+
+@click.command()
+@click.argument("way")
+def cli(way):
+    ways[way]()
+    click.get_current_context().exit(0)
+
+main.cli = cli
+main.run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("way", "code"),
+    [("click", 141), ("rich", 141), ("print", 141), ("at the end", 141), ("stderr", 141), ("nothing", 0)],
+)
+def test_a_reader_that_goes_away_is_no_verdict(way: str, code: int) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    shown = {"stderr" if way == "stderr" else "stdout": write}
+    other = {"stdout" if way == "stderr" else "stderr": subprocess.PIPE}
+    with subprocess.Popen[bytes]([sys.executable, "-c", _SAYS, way], **shown, **other) as process:  # pyright: ignore[reportArgumentType, reportCallIssue]
+        os.close(write)
+        said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert not any(said), "and nobody is told of a broken pipe"
+
+
+@pytest.mark.parametrize("way", ["click", "rich", "print", "at the end"])
+def test_output_that_has_no_room_is_an_error(way: str) -> None:
+    with open("/dev/full", "wb") as full:  # noqa: PTH123
+        done = subprocess.run(
+            [sys.executable, "-c", _SAYS, way], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr.splitlines()) == (1, [
+        "error: the output could not be written: No space left on device",
+        "  what to do: make room where it goes, and call again",
+    ])  # fmt: skip
+
+
+def test_errors_that_have_no_room_end_as_an_error() -> None:
+    with open("/dev/full", "wb") as full:  # noqa: PTH123
+        both = subprocess.run([sys.executable, "-c", _SAYS, "click"], stdout=full, stderr=full, check=False)
+        errors = subprocess.run([OPS, "nothing"], stdout=subprocess.PIPE, stderr=full, check=False, cwd="/")
+    assert (both.returncode, errors.returncode, errors.stdout) == (1, 1, b"")
+
+
+def test_output_that_was_closed_from_the_beginning_changes_no_exit_code() -> None:
+    for words, code in ((["inventory", "schema"], 0), (["nothing"], 2)):
+        done = subprocess.run(["sh", "-c", '"$0" "$@" >&- 2>&-', OPS, *words], check=False, cwd="/", timeout=60)
+        assert done.returncode == code
+
+
+@pytest.mark.parametrize(
+    ("there", "instead", "said"),
+    [
+        ("app-db", "our-db", "it has no target app-db"),
+        ("host: local://platform-db", "host: db.example.com", "db.example.com is no server of the local stack"),
+        ("{ host: local://app-db }", "{ host: 10.0.0.1 }", "10.0.0.1 is no server of the local stack"),
+        ("endpoint: local://s3", "endpoint: https://s3.example.com", "https://s3.example.com is no server of"),
+        ("- id: site-monthly", "- id: another", "it plans no drill site-monthly"),
+    ],
+)
+def test_a_demo_in_somebody_elses_folder_starts_nothing(tmp_path: Path, there: str, instead: str, said: str) -> None:
+    theirs, state = tmp_path / "platform.yaml", tmp_path / "state"
+    theirs.write_text((ROOT / "platform.yaml").read_text().replace(there, instead))
+    for name in ("app-db.yaml", "our-db.yaml"):
+        (tmp_path / "expectations").mkdir(exist_ok=True)
+        shutil.copy(ROOT / "expectations" / "app-db.yaml", tmp_path / "expectations" / name)
+    done = ops("demo", OPS_INVENTORY=str(theirs), OPS_STATE_DIR=str(state))
+    assert done.returncode == 2, done.stderr
+    assert f"the demo is not held with this inventory: {said}" in done.stderr
+    assert str(theirs) in done.stderr
+    assert not state.exists()
+
+
+def test_the_demos_own_inventory_is_that_of_the_checkout() -> None:
+    check(load(ROOT / "platform.yaml"))
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -285,11 +373,9 @@ def test_addresses_and_anchors() -> None:
             _anchor(text)
 
 
-def test_sizes_and_spans_for_people() -> None:
-    assert [size(value) for value in (0, 1023, 1536, 5 << 30, 1 << 50)] == [
-        "0 B", "1023 B", "1.5 KiB", "5.0 GiB", "1024.0 TiB",
-    ]  # fmt: skip
-    assert [span(value) for value in (0.25, 59, 252, 7200, 90000)] == ["0.2 s", "59 s", "4 min 12 s", "2 h", "1 d 1 h"]
+def test_how_long_ago_for_people() -> None:
+    now = datetime(2026, 1, 2, tzinfo=UTC)
+    assert ago(now - timedelta(minutes=4, seconds=12), now) == "4 min 12 s ago"
     assert ago(None) == "never"
 
 
@@ -336,7 +422,7 @@ def test_what_init_writes_is_a_good_inventory(tmp_path: Path) -> None:
     assert target.connection.tls.ca == "/etc/ssl/my ca: #1.pem"
     done = ops("inventory", "check", "--json", OPS_INVENTORY=str(file))
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"file": str(file), "targets": 1, "suites": 0}
+    assert json.loads(done.stdout) == {"file": str(file), "targets": 1, "suites": 0, "drills": 0}
     shown = ops("-i", str(file), "inventory", "show", "app-db")
     assert json.loads(shown.stdout)["id"] == "app-db"
     listed = json.loads(ops("-i", str(file), "inventory", "show", "--json").stdout)

@@ -27,7 +27,7 @@ from dagster._daemon.monitoring import run_monitoring
 
 from assets.postgres import BASE_BACKUP, COPY, DATABASE, PITR_VERIFICATION, WAL_ARCHIVE
 from jobs.remediation import remediate
-from ops_platform.backup import archive
+from ops_platform.backup import archive, opening
 from ops_platform.backup.model import WalGap
 from ops_platform.definitions import build_defs
 from ops_platform.errors import UnreachableError
@@ -209,6 +209,14 @@ def test_a_thousand_targets_are_a_thousand_partitions_and_no_more_definitions() 
 def test_no_targets_is_an_inventory_too(stored: dg.DagsterInstance) -> None:
     repository = build_defs(an_inventory()).get_repository_def()
     assert isinstance(tick(repository, stored, datetime(2026, 7, 1, 2, tzinfo=UTC)), dg.SkipReason)
+
+
+def test_wherever_there_is_a_ledger_a_sensor_empties_its_outbox() -> None:
+    """Also where nothing is published: who took `remediation.publish` out again left entries there."""
+    database = {"host": "db.invalid", "dbname": "ops", "user": "ops", "password": "env://OPS_TEST_SECRET"}
+    kept = build_defs(an_inventory("a", database=database)).get_repository_def()
+    assert "publish" in {sensor.name for sensor in kept.sensor_defs}
+    assert "publish" not in {sensor.name for sensor in build_defs(an_inventory("a")).get_repository_def().sensor_defs}
 
 
 # Schedules
@@ -427,7 +435,7 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str] | Exception]:
 
         return SimpleNamespace(infos=infos)
 
-    monkeypatch.setattr(archive, "open_target_repository", opened)
+    monkeypatch.setattr(opening, "open_target_repository", opened)
     return answers
 
 

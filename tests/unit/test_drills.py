@@ -6,16 +6,20 @@ from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ops_platform import drilling
 from ops_platform.drills.availability import gaps, probe_card, resolution_ms, unavailable_seconds
 from ops_platform.drills.forecast import Throughput, growth, missed_at, predict
 from ops_platform.drills.loader import read, shipped
 from ops_platform.drills.model import (
+    ENDED_IN_IT,
+    AnswerCard,
+    CheckCard,
     Drill,
     DrillCard,
     DrillState,
@@ -27,17 +31,20 @@ from ops_platform.drills.model import (
     ProbeCard,
     ResourceCard,
     Sample,
+    StackPart,
     StepCard,
 )
-from ops_platform.drills.overdue import NEVER, most_overdue, standings
+from ops_platform.drills.overdue import NEVER, Standing, most_overdue, standings
 from ops_platform.drills.probing import Probing
 from ops_platform.drills.registry import doings
 from ops_platform.drills.runbook import Probe, Runbook
+from ops_platform.drills.steps import redis
 from ops_platform.drills.steps.writes import Attempted, Lost, lost_of
-from ops_platform.errors import InventoryError
+from ops_platform.drills.steps.wrong_side import not_known
+from ops_platform.errors import AccessDeniedError, InventoryError
 from ops_platform.inventory.base import Classification
 from ops_platform.inventory.drills import Drills
-from ops_platform.reports.drills import Outlook, drill_report, drills_report
+from ops_platform.reports.drills import Outlook, drill_report, drills_report, timeline_of
 from ops_platform.reports.pictures import drill_picture
 
 NOW = datetime(2026, 11, 25, 20, 0, tzinfo=UTC)
@@ -137,6 +144,12 @@ def test_writes_are_counted_once_what_was_broken_is_back(runbook: str, back: str
     assert back in book.needs_of(book.step("lost"), "drill")
 
 
+def test_what_was_acknowledged_beside_the_old_primary_is_counted_once_it_follows() -> None:
+    book = shipped()["cut-drill"]
+    assert "rejoined" in book.needs_of(book.step("wrong-side-lost"), "drill")
+    assert "wrong-side" in book.needs_of(book.step("before"), "drill")
+
+
 def test_a_runbook_reads_as_it_was_written_down() -> None:
     for book in shipped().values():
         assert Runbook.model_validate(book.model_dump(mode="json", by_alias=True)) == book
@@ -185,6 +198,33 @@ def test_what_failed_while_the_probe_was_starting_is_no_outage_of_the_target() -
     assert card.unavailable_seconds == 0.055
     nobody_saw_it_well = probe_card(step, starting, NOW)
     assert (nobody_saw_it_well.failed, nobody_saw_it_well.unavailable_seconds) == (2, 0.9)
+
+
+# Beside a primary that is cut off
+
+
+CUT, LATER = NOW + timedelta(seconds=1), NOW + timedelta(seconds=9)
+WENT_ON = [sample(0), sample(900), sample(960, True, 3000), sample(4000, False), sample(9010, False)]
+
+
+@pytest.mark.parametrize(
+    ("facts", "samples", "why"),
+    [
+        ({"member": "n1"}, WENT_ON, None),
+        ({"why": "its network may not be joined"}, WENT_ON, "its network may not be joined"),
+        ({}, WENT_ON, "it was beside nobody"),
+        ({"member": "n2"}, WENT_ON, "it was beside n2"),
+        ({"member": "n1"}, WENT_ON[:-1], "tells nothing any more"),
+        ({"member": "n1"}, [], "tells nothing any more"),
+        ({"member": "n1"}, [sample(0), sample(900, False), *WENT_ON[2:]], "when it was cut off: refused"),
+        ({"member": "n1"}, WENT_ON[2:], "it had not begun"),
+    ],
+)
+def test_nothing_lost_beside_the_old_primary_says_nothing_where_nobody_was_there(
+    facts: dict[str, str], samples: list[Sample], why: str | None
+) -> None:
+    found = not_known(facts, samples, "n1", CUT, LATER)
+    assert found is None if why is None else why in (found or "")
 
 
 # The forecast
@@ -314,6 +354,14 @@ def test_the_page_of_a_drill_shows_the_outage_where_it_was() -> None:
     assert "<script" not in html
 
 
+def test_a_drill_that_ended_before_its_first_step_has_a_page_and_a_picture() -> None:
+    card = a_card(1, "COULD_NOT_VERIFY")
+    never = [step.model_copy(update={"state": "skipped", "started": None, "seconds": None}) for step in card.steps]
+    card = card.model_copy(update={"steps": never, "probes": []})
+    assert "The &lt;primary&gt; hangs" in drill_report(card, NOW)
+    assert "The <primary> hangs" not in drill_picture(card)
+
+
 @pytest.mark.parametrize("answered", [False, True])
 def test_a_probe_breaks_a_drill_off_only_once_it_has_seen_the_target_well(answered: bool) -> None:
     aborted: list[str] = []
@@ -338,6 +386,67 @@ def test_a_probe_breaks_a_drill_off_only_once_it_has_seen_the_target_well(answer
     assert bool(aborted) is answered
 
 
+def test_the_page_shows_which_step_failed_and_which_was_only_broken_off() -> None:
+    card = a_card(1)
+    (loss,) = card.steps
+    ended = loss.model_copy(update={"state": "failed", "said": ENDED_IN_IT})
+    wrong = loss.model_copy(update={"state": "failed", "said": "not within 10 s: nobody leads", "critical": False})
+    aborted = drill_report(
+        card.model_copy(update={"steps": [ended], "ending": "aborted", "verdict": "COULD_NOT_VERIFY"}), NOW
+    )
+    failed = drill_report(card.model_copy(update={"steps": [wrong], "ending": "failed", "verdict": "FAIL"}), NOW)
+    assert "Broken off" in aborted
+    assert 'class="bar failed"' not in aborted
+    assert "proves nothing, neither good nor bad" in aborted
+    assert "ops drill run p app-db" in aborted
+    assert 'class="bar failed"' in failed
+    assert "nobody leads" in failed
+    assert "proves nothing" not in failed
+
+
+def test_the_page_names_the_step_of_a_person_and_reads_a_bound_as_one_sentence() -> None:
+    answer = AnswerCard(step="loss", who="bob", at=NOW, text="done", evidence={})
+    bound = ObjectiveCard(name="rto", objective=60, measured=9, met=True, confidence="bound", how="from the loss on")
+    html = drill_report(a_card(1).model_copy(update={"answers": [answer], "objectives": [bound]}), NOW)
+    assert "<dt>The &lt;primary&gt; hangs</dt><dd>done" in html
+    assert "At most this much: from the loss on" in html
+
+
+def test_dark_bars_are_those_of_the_longest_way_and_not_the_longest_bar() -> None:
+    card = a_card(1)
+    (loss,) = card.steps
+    slow = loss.model_copy(update={"id": "clean", "started": 3.0, "seconds": 50.0, "critical": False})
+    drawn = timeline_of(card.model_copy(update={"steps": [loss, slow]}))
+    assert [bar.longest for bar in drawn.bars] == [True, False]
+    assert drawn.total == 60, "the whole drill, on which the probes are drawn too"
+
+
+def test_what_is_drawn_over_time_has_a_scale() -> None:
+    part = StackPart(
+        target="cache", kind="redis", needs=[], verdict="PASS", seconds=20.0, starts=0.0, critical=True, gain=20.0, said="all is well"
+    )  # fmt: skip
+    never = part.model_copy(
+        update={"target": "app-db", "verdict": "FAIL", "seconds": None, "critical": False, "said": "the bytes differ"}
+    )
+    html = drill_report(a_card(1).model_copy(update={"stack": [part, never]}), NOW)
+    assert html.count('<li class="scale"') == 3, "the steps, what was restored, the probes"
+    assert html.count('class="bar longest"') == 1 + 1 + 1, (
+        "in the key, the step, and what served: what never did has no bar"
+    )
+    assert "app-db: the bytes differ" in html
+
+
+def test_the_page_opens_what_does_not_hold_and_says_how_to_take_away_what_is_left() -> None:
+    sound = CheckCard(step="a", title="It holds", holds=True, query="q", result="yes")
+    bad = sound.model_copy(update={"title": "It does not", "holds": False})
+    left = ResourceCard(kind="process", name="writer", kept=False, gone=False, left="process 7 is alive")
+    card = a_card(1, "FAIL")
+    html = drill_report(card.model_copy(update={"checks": [sound, bad], "teardown": [left]}), NOW)
+    assert html.count('<details class="gate tone-bad" open>') == html.count("<details") - 1 == 1
+    assert "ops drill sweep" in html
+    assert "ops drill sweep" not in drill_report(card, NOW)
+
+
 def test_the_page_of_a_drill_names_a_run_as_dagster_does() -> None:
     held = a_card(1).model_copy(update={"operator": "dagster run be6c3958-250a-4126-b6e8-e4f29f8f08c5"})
     assert "<dd>dagster run be6c3958</dd>" in drill_report(held, NOW)
@@ -349,6 +458,29 @@ def test_the_strip_of_a_probe_is_drawn_for_as_long_as_it_looked() -> None:
     looked = probe.model_copy(update={"began": 2.4, "ended": 30.0})
     assert 'x="4%" width="46%"' in drill_report(card.model_copy(update={"probes": [looked]}), NOW)
     assert 'x="0%" width="100%"' in drill_report(card, NOW)  # a record that does not say it
+
+
+def test_of_a_redis_that_cannot_be_asked_the_remedy_is_said_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = AccessDeniedError("it refuses our password", where="cache-0:6379", remedy="look at systems.cache.password")
+    monkeypatch.setattr(redis, "_said", lambda *_: error)
+    said = "it refuses our password; what to do: look at systems.cache.password"
+    assert redis._word(MagicMock(), MagicMock()) == said
+    assert redis._unfit(error, 0, 0) == said
+
+
+def test_a_promise_of_a_drill_says_its_times_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    at = timedelta(days=30)
+    one = Standing("p", "book", "s", "app-db", at, NOW, "d-1", NOW, "d-1", "FAIL", overdue=False, risk=0)
+    monkeypatch.setattr(drilling, "standing", lambda *_: [one])
+    times = {"rto": (14401.0, 14400.0, False), "rpo": (None, 300.0, None)}
+    objectives = [
+        ObjectiveCard(name=name, objective=most, measured=measured, met=met, confidence="measured", how="x")
+        for name, (measured, most, met) in times.items()
+    ]
+    monkeypatch.setattr(drilling, "card_of", lambda _: SimpleNamespace(objectives=objectives))
+    found = {one.name: one.text for one in drilling.promises(MagicMock(), MagicMock())}
+    assert found["rto_met"] == "4 h, 4 h are allowed: 1 s too long"
+    assert found["rpo_met"] == "never measured, 5 min are allowed"
 
 
 def test_the_picture_of_a_drill_has_its_steps_and_its_promises() -> None:
@@ -373,6 +505,9 @@ def test_the_index_shows_what_was_never_drilled_what_is_late_and_the_outlook() -
     assert "late" in html
     assert "missed from 2027-02-03 on" in html
     assert "RTO of 3 drills" in html
+    assert ">not measured</text>" in html, "the lane of the drill without a figure"
+    failed = a_card(31, "FAIL").model_copy(update={"scenario": "database-gone"})
+    assert "31\u00a0d ago, overdue" in drills_report(found, [failed], [], [], NOW)
     assert drills_report([], [], [], [], NOW).count("empty") >= 5
 
 
@@ -381,6 +516,11 @@ def test_the_index_shows_what_was_never_drilled_what_is_late_and_the_outlook() -
 
 def at(second: float) -> datetime:
     return datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=second)
+
+
+def test_of_writes_without_an_answer_is_spoken_only_where_there_are_some() -> None:
+    done = lost_of(Attempted({1: at(0)}, frozenset()), [1], Lost(injected="loss", writer="writer"), "select n")
+    assert done.checks[0].result == "0 of 1 acknowledged writes are lost"
 
 
 @pytest.mark.parametrize(("most", "holds"), [(0, False), (2, False), (3, True)])

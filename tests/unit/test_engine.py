@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 
 from ops_platform.backup import engine as room
-from ops_platform.backup.archive import Archive, ranges
+from ops_platform.backup.continuity import Archive, ranges
 from ops_platform.backup.engine import NativeEngine
 from ops_platform.backup.model import BackupInfo, Lsn, RecoveryTarget, segment_start
 from ops_platform.backup.wal import Span, parse_history, stock
 from ops_platform.errors import UsageError
-from tests.unit.test_archive import FORKED, LINE, at, backup
+from tests.unit.test_continuity import FORKED, LINE, at, backup
 from tests.unit.test_definitions import an_inventory
 from tests.unit.test_wal import SIZE, Item, history, listing
 

@@ -6,8 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ops_platform.clients.kafka import Topic
 from ops_platform.errors import ConflictError, UsageError
 from ops_platform.events.cursor import Cursor, Gap, Range, TopicCursor, Watermarks, begin, check_topic, share
+from ops_platform.events.reset import GOES_ON, NOT_BEGUN, STANDS, _state
+from ops_platform.inventory.remediation import EventSource
 
 KNOWN = Cursor({"t": TopicCursor({0: 5, 1: 7}, "an id")})
 
@@ -87,3 +90,17 @@ def test_a_tick_shares_its_offsets_evenly_and_wastes_none(lengths: list[int], li
     assert all(most <= min(cut) + 1 for most in taken.values()) if cut else True
     assert shared == share(list(reversed(ranges)), limit)
     assert shared == sorted(shared, key=lambda one: (one.topic, one.partition))
+
+
+@pytest.mark.parametrize(("topic_id", "high", "why"), [("another id", 20, "was deleted"), ("an id", 3, "it ends at 3")])
+def test_what_is_shown_of_a_topic_made_anew_is_what_the_next_tick_does(topic_id: str, high: int, why: str) -> None:
+    topic, marks = Topic("t", topic_id, (0, 1)), {0: Watermarks(0, high), 1: Watermarks(0, high)}
+    stands = EventSource(kafka="bus", topics=["t"], dead_letter="d", start="earliest")
+    begins = stands.model_copy(update={"made_anew": "begin"})
+    assert _state(KNOWN, topic, marks, stands)[0] == STANDS
+    state, said = _state(KNOWN, topic, marks, begins)
+    assert state == NOT_BEGUN
+    assert why in (said or "")
+    assert "it begins at its earliest offset" in (said or "")
+    same = {0: Watermarks(0, 20), 1: Watermarks(0, 20)}
+    assert _state(KNOWN, Topic("t", "an id", (0, 1)), same, begins) == (GOES_ON, None)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ops_platform.backup.archive import Archive, ranges, recovery_window
+from ops_platform.backup.continuity import Archive, ranges, recovery_window
 from ops_platform.backup.expiry_rules import Cut, Decision, Run, dead_runs, plan_expiry, ranges_after
 from ops_platform.backup.model import BackupInfo, BackupKind, Lsn, Proof, segment_name
 from ops_platform.backup.repository import WalObject

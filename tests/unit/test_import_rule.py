@@ -47,7 +47,7 @@ RANK |= {"cli": ABOVE, "resources": ABOVE, "definitions": ABOVE} | dict.fromkeys
 
 # The modules that a domain's `__init__` names as its face; the package itself always is. The nouns (`model`) are plain data.
 FACES = {
-    "backup": {"archive", "basebackup", "engine", "expiry", "model", "receiver"},
+    "backup": {"archive", "basebackup", "durable", "engine", "expiry", "model", "opening", "receiver"},
     "events": {"cloudevents", "cursor", "publisher", "reader", "reset"},
     # A drill restores, serves and looks with the same hands as the nightly proof, and is kept away by incidents, freezes and the pause.
     "drills": {"begin", "engine", "forecast", "loader", "model", "overdue", "registry", "store"},

@@ -189,6 +189,8 @@ ONE = [
                  id="bad port in an address"),
     pytest.param(("host: db.example.com", "host: 'db.example.com:5432,x'"), "hosts: [{ host: 'db",
                  "targets[0].connection.hosts[0].host", "not a host", id="bad host"),
+    pytest.param(("host: db.example.com", "host: 'db:5432'"), "hosts: [{ host: 'db",
+                 "targets[0].connection.hosts[0].host", "not a host", id="a host of hexadecimal digits with its port"),
     pytest.param(("  team: {", "  Team_1: {"), "Team_1", "owners.Team_1", "'Team_1' is not an id", id="bad id of a table"),
 ]  # fmt: skip
 

@@ -9,12 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ops_platform.clients.kubernetes import (
-    NODES,
-    PODS,
-    QuotaError,
-    Right,
-)
+from ops_platform.clients.kubernetes_errors import QuotaError
+from ops_platform.clients.kubernetes_objects import NODES, PODS, Right
 from ops_platform.errors import RefusedError, UsageError
 from ops_platform.inventory.systems import KubernetesSystem
 from ops_platform.remediation.playbook import playbooks

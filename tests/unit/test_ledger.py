@@ -14,7 +14,7 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ops_platform.errors import CorruptionError, InventoryError, UsageError
@@ -212,6 +212,14 @@ NO_JSON = st.sampled_from(
 @given(JSON)
 def test_canonical_json_says_what_it_was_made_of(value: Any) -> None:
     assert json.loads(canonical({"value": value})) == {"value": value}
+
+
+@given(JSON)
+@example({"z": '\x00\x1f\b\f\n\r\t"\\/\x7f'[1:], "a": [2**63, 2**64, -(2**63) - 1], "A": {"": None}})
+@example([1e16, 5e-324, -0.0, 0.1, 1.0])
+@example(["\u2028é😀"])
+def test_canonical_json_is_the_same_to_the_letter_whichever_writer_had_its_turn(value: Any) -> None:
+    assert canonical(value) == json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 @given(JSON, NO_JSON, st.integers(0, 3))

@@ -14,11 +14,12 @@ from typing import Any, cast
 import pytest
 import urllib3
 import yaml
+from click import BadParameter
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ops_platform.backup import receiver_http
-from ops_platform.cli.common import address
+from ops_platform.cli.common import Seconds, address
 from ops_platform.clients.access import Access
 from ops_platform.errors import UnreachableError, UsageError
 from ops_platform.metrics import METRICS, serve
@@ -166,8 +167,21 @@ def _has_ipv6() -> bool:
 
 def test_an_address_is_read_with_brackets_or_refused() -> None:
     assert address("[::1]:9188") == ("::1", 9188)
-    with pytest.raises(UsageError, match="HOST:PORT"):
-        address("9188")
+    for text in ("9188", "localhost", "127.0.0.1:²", "127.0.0.1:-1"):
+        with pytest.raises(UsageError, match="HOST:PORT"):
+            address(text)
+    for port in ("0", "65536", "99999", "9" * 5000):
+        with pytest.raises(UsageError, match="1 to 65535") as refused:
+            address(f"127.0.0.1:{port}")
+        assert "HOST:PORT" not in str(refused.value)
+
+
+def test_how_often_is_seconds_or_refused_in_plain_words() -> None:
+    assert [Seconds().convert(text, None, None) for text in ("1", "1.5", "86400", 60.0)] == [1, 1.5, 86400, 60]
+    for text in ("soon", "", "0.5", "-60", "nan", "inf", "1e300"):
+        with pytest.raises(BadParameter) as refused:
+            Seconds().convert(text, None, None)
+        assert refused.value.message == f"{text!r} is given; seconds are expected, a number from 1 to 86400, such as 60"
 
 
 # What is asked of them

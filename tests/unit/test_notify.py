@@ -13,7 +13,7 @@ import pytest
 
 from ops_platform import notify
 from ops_platform.errors import AccessDeniedError, OpsError, UnreachableError
-from ops_platform.inventory.values import Secret
+from ops_platform.inventory.values import Secret, SecretRef
 from ops_platform.notify import post, run_failed
 
 PATH = "/services/T0000/B0000/secretsecretsecret"
@@ -101,8 +101,11 @@ def text_of(message: dict[str, Any]) -> str:
     return message["blocks"][0]["text"]["text"]
 
 
+REF = SecretRef.parse("vault://secret/ops/slack#webhook")
+
+
 def send(webhook: Secret, waits: Waits, message: dict[str, Any] | None = None) -> None:
-    post(webhook, message or {"text": "hello"}, clock=waits)  # type: ignore[arg-type]
+    post(webhook, message or {"text": "hello"}, clock=waits, ref=REF)  # type: ignore[arg-type]
 
 
 def test_a_message_arrives(slack: SlackFake) -> None:
@@ -120,6 +123,7 @@ def test_a_webhook_that_is_gone_is_said_without_its_address(slack: SlackFake) ->
     gone = Secret(f"http://127.0.0.1:{slack.server.server_port}/services/T0/B0/otherothersecret")
     with pytest.raises(AccessDeniedError, match="404 no_service") as caught:
         send(gone, Waits())
+    assert str(REF) in str(caught.value)
     assert_silent_about(caught.value, "otherothersecret", str(slack.server.server_port))
 
 

@@ -24,6 +24,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from ops_platform.backup.model import BackupInfo, BackupKind, Lsn, Proof, RecoveryWindow, WalGap
+from ops_platform.counting import duration, no_room, size
 from ops_platform.errors import OpsError, UsageError
 from ops_platform.inventory.evidence import Control
 from ops_platform.inventory.model import Target
@@ -34,13 +35,15 @@ from ops_platform.ledger.pack import Cover, Key
 from ops_platform.recovery.model import Gate, GateStatus, Objective, Scorecard, Step, Verdict
 from ops_platform.reports.chains import listed
 from ops_platform.reports.charts import coverage, gantt, history_plot
+from ops_platform.reports.drills import drill_report, drills_report
 from ops_platform.reports.evidence import evidence_cover
 from ops_platform.reports.html import Row, index_report, page_name, target_report, write_report
 from ops_platform.reports.pictures import LOOKED_BACK, as_markdown, history_picture, proof_picture
 from ops_platform.reports.progress import progress_bar
 from ops_platform.reports.standing import Standing, proven_moment, standing, story
 from ops_platform.reports.terminal import backups_table, print_scorecard, window_lines
-from ops_platform.reports.words import duration, moment, plain, size
+from ops_platform.reports.words import moment, plain
+from tests.unit.test_drills import a_card
 
 NOW = datetime(2026, 1, 15, 8, 30, 2, tzinfo=UTC)
 
@@ -389,6 +392,12 @@ def test_a_size_has_three_digits_and_a_binary_unit(count: float, text: str) -> N
     assert size(count) == text
 
 
+def test_what_lacks_is_told_apart_from_what_is_there_on_a_small_disk_too() -> None:
+    assert no_room(40 << 20, 30 << 20) == "40.0 MiB are needed and 30.0 MiB are free: 10.0 MiB too few"
+    assert no_room((5 << 30) + 1, 5 << 30) == "5.0 GiB are needed and 5.0 GiB are free: 1 B too few"
+    assert no_room(5, 5) is None
+
+
 def test_a_time_without_a_zone_is_refused() -> None:
     with pytest.raises(ValueError, match="no zone"):
         moment(datetime(2026, 1, 1))  # noqa: DTZ001
@@ -454,6 +463,8 @@ def test_the_first_sentence_is_the_news() -> None:
         "The last proof, of 15 Jan 2026, 05:36 UTC (2 h 54 min old when this page was written), restored it to "
         "15 Jan 2026, 05:30:00 UTC in 3 min 43 s and found nothing wrong in 15 checks.",
     ]
+    (fresh,) = story("app-db", make_card(ended_at=NOW), [], WINDOW, timedelta(days=2), NOW)[1:]
+    assert "(just before this page was written)" in fresh
     failed = story("app-db", make_failed(), make_history(), WINDOW, timedelta(days=2), NOW)
     assert failed[0].endswith("failed in 1 of 15 checks.")
     assert failed[1].startswith("The last good proof is of 14 Jan 2026")
@@ -553,7 +564,7 @@ def test_the_three_figures_stand_beside_their_promise() -> None:
 
 def test_what_was_not_measured_is_not_kept() -> None:
     texts = [e.text for e in page(make_unverified()).all("div") if "figure" in e.classes()]
-    assert "not measured promised: 4 h at most not measured" in texts[1]
+    assert "not measured promised: 4 h at most not judged" in texts[1]
     never = [e.text for e in page(None).all("div") if "figure" in e.classes()]
     assert all("not measured" in text and "kept" not in text for text in never)
 
@@ -596,6 +607,13 @@ def test_a_zero_and_a_thousand_days_fit_one_plot() -> None:
     ]
     plot = history_plot(cards, "rpo", 3600, lane=True)
     assert all(0 <= mark.y <= plot.floor and 0 <= mark.x <= 100 for mark in plot.marks)
+
+
+def test_an_axis_over_the_turn_of_a_year_says_which_year_it_is() -> None:
+    labels = [tick.label for tick in history_plot(make_history(40), "rpo", 3600, lane=True).ticks]
+    assert [label[-5:] for label in labels if re.search(r" \d{4}$", label)] == [" 2025", " 2026"]
+    within = [tick.label for tick in history_plot(make_history(9), "rpo", 3600, lane=True).ticks]
+    assert not any("2026" in label for label in within)
 
 
 def test_a_verification_is_counted_once_though_it_is_the_latest_too() -> None:
@@ -786,6 +804,8 @@ SAMPLES: dict[str, Callable[[], str]] = {
     "index": lambda: index_report(make_rows(), NOW),
     "evidence": lambda: evidence_cover(make_cover()),
     "no-evidence": lambda: evidence_cover(make_cover(0)),
+    "drill": lambda: drill_report(a_card(1, "FAIL"), NOW),
+    "drills": lambda: drills_report([], [a_card(62), a_card(31, "FAIL", None), a_card(1)], [], [], NOW),
 }
 
 
@@ -853,7 +873,7 @@ def test_a_page_asks_nothing_of_anybody(sample: str) -> None:
     for element in shown.all():
         assert not {"src", "srcset", "action", "data", "xlink:href"} & set(element.attributes)
         link = element.attributes.get("href")
-        assert link is None or re.fullmatch(r"#[\w-]+|data:,|[\w-]+\.html", link), link
+        assert link is None or re.fullmatch(r"#[\w-]+|data:,|(\.\./)?[\w-]+\.html", link), link
     assert not re.search(r"@import|url\((?!#)|https?:|<script", html)
 
 
@@ -916,6 +936,28 @@ def test_the_cover_names_runs_and_copies_as_people_do() -> None:
     assert "dagster run b19aecbf" in main
     assert "b19aecbf-520b" not in main
     assert "incident.*, action.*" in main
+
+
+def test_the_cover_says_of_findings_and_steps_what_a_person_wants_to_know() -> None:
+    bodies = [
+        ("drill.finding", {"closed_by": None, "drill": "d1", "finding": "f1", "owner": "team", "title": "The teardown failed"}),
+        ("drill.step", {"drill": "d1", "measured": [], "said": "it will not go", "state": "failed", "step": "clean"}),
+    ]  # fmt: skip
+    entries = [
+        Entry(n, NOW, kind, "ann", "app-db", json.dumps(body), "0" * 64, "f" * 64)
+        for n, (kind, body) in enumerate(bodies)
+    ]
+    main = read(evidence_cover(replace(make_cover(0), shown=entries))).one("main").text
+    assert "title The teardown failed · drill d1 · owner team" in main
+    assert "drill d1 · step clean · state failed · said it will not go" in main
+    assert "{" not in main
+
+
+def test_the_cover_of_a_whole_pack_foretells_that_it_is_incomplete() -> None:
+    cover = make_cover()
+    assert "its verification calls it incomplete" in evidence_cover(cover)
+    assert "calls it incomplete" not in evidence_cover(replace(cover, whole=False))
+    assert "calls it incomplete" not in evidence_cover(replace(cover, until=cover.end.at))
 
 
 # The index

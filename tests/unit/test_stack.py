@@ -61,9 +61,9 @@ def test_it_says_what_to_make_faster() -> None:
     way = critical_path(needed_by("shop", needs), needs, {"vault": 10, "db": 100, "cache": 60, "shop": 5})
     assert way.path == ("vault", "db", "shop")
     assert dict(way.gains) == {"vault": 10, "db": 50, "shop": 5}
-    assert "it has to be 15.0 s shorter, and db alone could make up for it" in advice(way, 100)
+    assert "it has to be 15 s shorter, and db alone could make up for it" in advice(way, 100)
     assert "no single one of them" in advice(way, 10)
-    assert "85.0 s are left" in advice(way, 200)
+    assert "1 min 25 s are left" in advice(way, 200)
 
 
 def test_a_circle_of_dependencies_is_named(tmp_path: Path) -> None:
@@ -78,6 +78,26 @@ def test_a_circle_of_dependencies_is_named(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(body))
     with pytest.raises(InventoryError, match="there is no target or system 'nobody'"):
         load(file)
+
+
+def test_a_chain_of_thousands_is_followed_and_each_circle_named_once(tmp_path: Path) -> None:
+    file = tmp_path / "platform.yaml"
+    body = inventory_body([])
+    one = body["systems"][0]
+    body["systems"] = [{**one, "id": f"s{n}", "depends_on": [f"s{n + 1}"] if n < 2999 else []} for n in range(3000)]
+    file.write_text(yaml.safe_dump(body))
+    assert len(load(file).inventory.systems) == 3000
+    for last, first in ((1, 0), (2999, 2998)):
+        body["systems"][last]["depends_on"] = [f"s{first}"]
+    file.write_text(yaml.safe_dump(body))
+    with pytest.raises(InventoryError) as refused:
+        load(file)
+    said = str(refused.value)
+    assert (said.count("circle:"), "circle: s0 → s1 → s0" in said, "circle: s2998 → s2999 → s2998" in said) == (
+        2,
+        True,
+        True,
+    )
 
 
 def test_what_needs_nothing_of_another_is_done_side_by_side_and_the_rest_in_turn() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from ops_platform.clients.access import Access
 from ops_platform.errors import UsageError
 from ops_platform.inventory import LoadedInventory
-from ops_platform.local import SHARED, closed_folder, state_dir, told_web_ui, web_ui
+from ops_platform.local import SHARED, STATE_FILE, closed_folder, dagster_home, state_dir, told_web_ui, web_ui
 from tests.remediation_rig import inventory as an_inventory
 
 
@@ -73,3 +74,18 @@ def test_the_web_ui_is_found_while_it_runs_and_by_its_own_inventory_alone(
         assert access.dagster().host == "127.0.0.1:3001"
         assert web_ui(another) is None
     assert web_ui(mine) is None
+
+
+def test_what_points_libpq_elsewhere_does_not_reach_dagster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPS_STATE_DIR", str(tmp_path))
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "platform-db.password").write_text("x")
+    database = {"host": "127.0.0.1", "port": 5433, "url": "postgresql://127.0.0.1:5433"}
+    (tmp_path / STATE_FILE).write_text(json.dumps({"components": {"platform-db": database}}))
+    for name in ("PGHOST", "PGHOSTADDR", "PGPORT", "PGSERVICE", "PGOPTIONS", "PGSSLMODE", "PGPASSFILE"):
+        monkeypatch.setenv(name, "elsewhere")
+    kept = {"PGPASSWORD": "an inventory may name it", "PG_APP_PASSWORD": "and this", "HOME": str(tmp_path)}
+    for name, value in kept.items():
+        monkeypatch.setenv(name, value)
+    found = dagster_home.prepare()
+    assert {name: value for name, value in found.items() if name.startswith("PG") or name == "HOME"} == kept

@@ -14,7 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ops_platform.backup.model import Lsn, segment_name
-from ops_platform.backup.receiver import backoff, gap_pieces
+from ops_platform.backup.reception import gap_pieces
 from ops_platform.backup.wal import (
     Span,
     Start,
@@ -26,6 +26,7 @@ from ops_platform.backup.wal import (
     stock,
     timeline_at,
 )
+from ops_platform.backup.walsegments import backoff
 from ops_platform.backup.walstream import (
     SlotActiveError,
     SlotLostError,

@@ -16,6 +16,7 @@ from pydantic import Field
 from ops_platform.clients.processes import Process, identify, stop
 from ops_platform.drills.model import Confidence, Done, Measured, Resource
 from ops_platform.drills.registry import Context, NothingGiven, Remover, does, removes
+from ops_platform.drills.runbook import runbook_of
 from ops_platform.errors import CouldNotVerifyError
 from ops_platform.inventory.base import Strict
 from ops_platform.inventory.values import Id
@@ -57,11 +58,12 @@ def between(context: Context, given: Between) -> Done:
     """The time from the beginning of one step to the end of another."""
     last = context.results[given.until].ended_at
     if last is None:
-        raise CouldNotVerifyError(f"the step {given.until} has no end", where=f"step {context.step.id}")
+        raise CouldNotVerifyError(f"the step {given.until} has no end")
     begun = context.results[given.since].started_at if given.since in context.results else None
     seconds = (last - (begun or context.held.started_at)).total_seconds()
-    since = given.since if begun else "the drill's beginning"
-    how = f"from {since} to the end of {given.until}"
+    book = runbook_of(context.held)
+    since = book.names([given.since]) if begun else "the drill's beginning"
+    how = f"from {since} to the end of {book.names([given.until])}"
     return Done(f"{seconds:.1f} s", measured=(measure(context, seconds, how),))
 
 
@@ -77,7 +79,7 @@ def measure(
 @does("human.answer", "human")
 def answer(context: Context, given: NothingGiven) -> Done:
     """A person says that it is done, with what shows it: `ops drill answer`."""
-    raise CouldNotVerifyError("a person answers this step", where=f"step {context.step.id}")
+    raise CouldNotVerifyError("a person answers this step")
 
 
 @does("drill.remove_what_was_made", "teardown")
@@ -88,7 +90,7 @@ def remove(context: Context, given: NothingGiven) -> Done:
     left = remove_what_was_made(context.access, context.store, context.held)
     if left:
         said = "; ".join(f"{r.kind} {r.name}: {r.left}" for r in left)
-        raise CouldNotVerifyError(f"still there: {said}", where=f"step {context.step.id}")
+        raise CouldNotVerifyError(f"still there: {said}")
     return Done(f"{len(context.store.resources(context.held.id))} things are gone")
 
 

@@ -19,7 +19,7 @@ def clocks_agree(context: Context, most: timedelta) -> Checked:
     try:
         login = context.access.login(context.target.connection)
     except OpsError as error:
-        return Checked(title=TITLE, holds=None, query=QUERY, result=str(error))
+        return Checked(title=TITLE, holds=None, query=QUERY, result=error.line)
     for place in context.target.connection.hosts:
         host, port = context.access.address(place.host, place.port)
         try:

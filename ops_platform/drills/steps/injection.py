@@ -18,9 +18,9 @@ from pydantic import Field
 from ops_platform.clients.listeners import listens, parent_of
 from ops_platform.clients.processes import Process, identify
 from ops_platform.clients.wires import Wire, is_up, plug, wires_of
-from ops_platform.drills.model import Done, Resource
+from ops_platform.drills.model import Checked, Done, Resource
 from ops_platform.drills.registry import Context, Remover, removes
-from ops_platform.errors import CouldNotVerifyError
+from ops_platform.errors import CouldNotVerifyError, OpsError
 from ops_platform.inventory.base import Strict
 from ops_platform.inventory.values import Id
 
@@ -58,6 +58,17 @@ def at(name: str, address: str, **facts: Any) -> Server:
     """By host:port, [host]:port where the host is an address of version 6."""
     host, _, port = address.rpartition(":")
     return Server(name, host.strip("[]"), int(port), facts)
+
+
+def breakable(title: str, which: Callable[[], Sequence[Server]]) -> Done:
+    """Of preflights: whether each of these runs on this machine, where alone it can be broken."""
+    query = "/proc of this machine"
+    try:
+        found = [f"{server.name}: process {listens(server.host, server.port).pid}" for server in which()]
+    except OpsError as error:
+        return Done(error.what, checks=(Checked(title=title, holds=None, query=query, result=str(error)),))
+    said = ", ".join(found) or "there is none"
+    return Done(said, checks=(Checked(title=title, holds=bool(found), query=query, result=said),))
 
 
 def break_server(context: Context, how: str, which: Callable[[], Server]) -> Done:

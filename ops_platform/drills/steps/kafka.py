@@ -15,7 +15,7 @@ from ops_platform.drills.askers import topic_of
 from ops_platform.drills.model import Checked, Confidence, Done, Measured, Resource
 from ops_platform.drills.registry import Context, NothingGiven, Remover, does, removes
 from ops_platform.drills.steps.basics import moment_of
-from ops_platform.drills.steps.injection import After, Break, Server, break_server, thaw, waited
+from ops_platform.drills.steps.injection import After, Break, Server, break_server, breakable, thaw, waited
 from ops_platform.drills.steps.probes import start_probe
 from ops_platform.drills.steps.writes import Lost, attempted, lost_of
 from ops_platform.errors import CouldNotVerifyError, OpsError
@@ -83,7 +83,7 @@ def fit(context: Context, given: Fit) -> Done:
         metadata = _metadata(kafka)
     except OpsError as error:
         title = "Every replica is in sync"
-        return Done(error.what, checks=(Checked(title=title, holds=None, query="Metadata", result=str(error)),))
+        return Done(error.what, checks=(Checked(title=title, holds=None, query="Metadata", result=error.line),))
     behind, brokers = _behind(metadata), sorted(metadata.brokers)
     left = len(brokers) - 1
     checks = (
@@ -112,7 +112,7 @@ def _robust(kafka: Kafka, metadata: Any, given: Fit) -> Checked:
             fragile = _fragile(kafka, metadata)
             holds, said = not fragile, f"those that would not: {_some(fragile)}"
     except OpsError as error:
-        holds, said = None, str(error)
+        holds, said = None, error.line
     return Checked(
         title="Every topic takes writes without one replica", holds=holds, query="DescribeConfigs", result=said
     )
@@ -234,6 +234,21 @@ removes("consumer group", Remover(_delete_group, _group_left, local=False))
 # Breaking a broker, and what comes after
 
 
+@does("kafka.breakable", "check")
+def brokers_breakable(context: Context, given: NothingGiven) -> Done:
+    """Every broker runs on this machine: which one is going to lead the drill's topic is not known before."""
+
+    def which() -> list[Server]:
+        brokers = sorted(_metadata(_kafka(context.access, context.subject.id)).brokers.items())
+        return [_broker(number, broker) for number, broker in brokers]
+
+    return breakable("A broker can be broken from here", which)
+
+
+def _broker(number: int, broker: Any, topic: str = "") -> Server:
+    return Server(f"broker {number}", broker.host, broker.port, {"broker": number, "topic": topic})
+
+
 @does("kafka.break_broker", "inject", given=Break, changes=lambda given: f"a broker breaks: {given.how}")
 def break_broker(context: Context, given: Break) -> Done:
     """The broker that leads the drill's topic is killed or frozen, on this machine. Whoever supervises it has to start it again."""
@@ -244,8 +259,7 @@ def break_broker(context: Context, given: Break) -> Done:
         leader = metadata.topics[topic].partitions[0].leader
         if leader not in metadata.brokers:
             raise CouldNotVerifyError("nobody leads the drill's topic, so there is no broker to break", where=topic)
-        broker = metadata.brokers[leader]
-        return Server(f"broker {leader}", broker.host, broker.port, {"broker": leader, "topic": topic})
+        return _broker(leader, metadata.brokers[leader], topic)
 
     return break_server(context, given.how, which)
 
@@ -260,7 +274,7 @@ def new_leader(context: Context, given: After) -> Done:
         try:
             metadata = _metadata(kafka, topic, seconds=2.0)
         except OpsError as error:
-            return False, str(error)
+            return False, error.line
         now, leader = context.clock.now().isoformat(), metadata.topics[topic].partitions[0].leader
         if old not in metadata.brokers or leader != old:
             seen.setdefault("missed_at", now)
@@ -327,7 +341,7 @@ def _all_there(kafka: Kafka, broker: int | None) -> tuple[bool, str]:
     try:
         metadata = _metadata(kafka)
     except OpsError as error:
-        return False, str(error)
+        return False, error.line
     behind = _behind(metadata)
     back = broker is None or broker in metadata.brokers
     said = f"brokers {', '.join(map(str, sorted(metadata.brokers)))}; under-replicated partitions: {_some(behind)}"

@@ -44,7 +44,8 @@ from ops_platform.inventory.base import Strict
 from ops_platform.inventory.values import Duration, Id, Size
 
 _LEADS = ("leader", "standby_leader")
-_FOLLOWS = ("replica", "sync_standby", "quorum_standby")
+_SYNCHRONOUS = ("sync_standby", "quorum_standby")
+_FOLLOWS = ("replica", *_SYNCHRONOUS)
 _RUNS = ("running", "streaming")  # Patroni 3 says running of a replica, later ones streaming
 
 
@@ -106,13 +107,13 @@ class Fit(Strict):
 
 @does("patroni.fit", "check", given=Fit)
 def fit(context: Context, given: Fit) -> Done:
-    """One leads, and enough replicas could take over: running, on its timeline, not behind, not kept from it by their tags."""
+    """One leads, and enough replicas could take over: running, on its timeline, not behind, not kept from it by their tags, synchronous where one has to be."""
     try:
-        found = cluster_of(context)
+        found, synchronous = cluster_of(context), _is_synchronous(context)
     except OpsError as error:
-        return Done(error.what, checks=(_check("A replica is fit to take over", None, str(error)),))
+        return Done(error.what, checks=(_check("A replica is fit to take over", None, error.line),))
     leader, words = found.leader, _words(context)
-    unfit = {str(m.get("name")): why for m in found.replicas if (why := _unfit(m, leader, given.most_lag))}
+    unfit = {str(m.get("name")): why for m in found.replicas if (why := _unfit(m, leader, given.most_lag, synchronous))}
     fine = [m for m in found.replicas if str(m.get("name")) not in unfit]
     checks = (
         _check("One member leads", leader is not None, found.said()),
@@ -133,8 +134,8 @@ def _by_itself(words: Words) -> str:
     return f"none does, so what its store says is old: it may have lost its quorum ({words.said})"
 
 
-def _unfit(member: Mapping[str, Any], leader: Mapping[str, Any] | None, most_lag: int) -> str | None:
-    """Why it could not take over. What is not known makes it unfit."""
+def _unfit(member: Mapping[str, Any], leader: Mapping[str, Any] | None, most_lag: int, synchronous: bool) -> str | None:
+    """Why it could not take over. What is not known makes it unfit. After a change of leaders Patroni takes a while to choose who is synchronous."""
     tags, lag = member.get("tags") or {}, member.get("lag")
     if member.get("state") not in _RUNS:
         return f"it is {member.get('state')}"
@@ -144,6 +145,8 @@ def _unfit(member: Mapping[str, Any], leader: Mapping[str, Any] | None, most_lag
         return "its tag nofailover keeps it from it"
     if not isinstance(lag, int) or lag > most_lag:
         return f"it is {lag} bytes behind"
+    if synchronous and member.get("role") not in _SYNCHRONOUS:
+        return "it is not synchronous, and Patroni lets no other take over"
     return None
 
 
@@ -173,7 +176,9 @@ def _where(member: Mapping[str, Any]) -> dict[str, Any]:
     return {"member": member["name"], **place, "url": url, "timeline": member.get("timeline")}
 
 
-def _server(member: Mapping[str, Any]) -> Server:
+def primary(context: Context) -> Server:
+    """Raises CouldNotVerifyError where not one alone leads, and UnreachableError."""
+    member = _led(context)
     return Server(str(member["name"]), str(member["host"]), int(member["port"]), _where(member))
 
 
@@ -196,11 +201,11 @@ def breakable(context: Context, given: Breakable) -> Done:
     """The primary runs on this machine, where it can be killed, frozen with its Patroni, or cut off from the network alone."""
     title, query = "The primary can be broken from here", "/proc of this machine"
     try:
-        server = _server(_led(context))
+        server = primary(context)
         found = list(_processes(server.facts)) if given.how == "freeze" else [listens(server.host, server.port)]
         wires = wires_of(found[-1].pid) if given.how == "cut" else []
     except OpsError as error:
-        return Done(error.what, checks=(_check(title, None, str(error), query),))
+        return Done(error.what, checks=(_check(title, None, error.line, query),))
     said = f"{server.name}: {', '.join(f'process {one.pid}' for one in found)}"
     said += f" behind {', '.join(wire.name for wire in wires)}" if wires else ""
     return Done(said, checks=(_check(title, True, said, query),))
@@ -211,7 +216,7 @@ def kill_primary(context: Context, given: NothingGiven) -> Done:
     """kill -9 of the primary's postmaster, on this machine. Whether it died is looked at; that it follows again is the teardown's."""
 
     def killable() -> Server:
-        server = _server(_led(context))
+        server = primary(context)
         return replace(server, facts={**server.facts, "began": _began(context, server.facts["url"])[1]})
 
     return kill_server(context, killable)
@@ -244,7 +249,7 @@ def freeze_primary(context: Context, given: NothingGiven) -> Done:
 @does("patroni.cut_primary", "inject", changes=lambda _given: "the primary's own network is unplugged")
 def cut_primary(context: Context, given: NothingGiven) -> Done:
     """The network namespace of the primary, on this machine, is unplugged: it goes on, and reaches nobody, and nobody reaches it."""
-    return cut_server(context, lambda: _server(_led(context)))
+    return cut_server(context, lambda: primary(context))
 
 
 # What comes after
@@ -353,7 +358,8 @@ def _how_it_came(context: Context, given: Rejoined) -> Checked:
         made = label.exists() and label.stat().st_mtime >= since
         lines = dict(line.split(": ", 1) for line in label.read_text().splitlines() if ": " in line) if made else {}
     except (OpsError, OSError) as error:
-        return Checked(title=title, holds=None, query=query, result=str(error))
+        result = error.line if isinstance(error, OpsError) else str(error)
+        return Checked(title=title, holds=None, query=query, result=result)
     method, begin = lines.get("BACKUP METHOD"), lines.get("START WAL LOCATION", "").partition(" ")[0]
     match method:
         case None:
@@ -367,9 +373,20 @@ def _how_it_came(context: Context, given: Rejoined) -> Checked:
 
 @does("patroni.whole", "teardown")
 def whole(context: Context, given: NothingGiven) -> Done:
-    """Until one member leads and every other one follows it."""
+    """Until one member leads and every other one follows it, with a synchronous one among them where commits wait for one."""
     thaw(context)
-    return Done(waited(context, lambda: _all_follow(context)))
+    return Done(waited(context, lambda: _is_whole(context)))
+
+
+def _is_whole(context: Context) -> tuple[bool, str]:
+    follow, said = _all_follow(context)
+    try:
+        chosen = any(m.get("role") in _SYNCHRONOUS for m in cluster_of(context).replicas) or not _is_synchronous(
+            context
+        )
+    except OpsError as error:
+        return False, f"{said}; {error}"
+    return follow and chosen, said if chosen else f"{said}; no replica is synchronous yet"
 
 
 @dataclass(frozen=True)
@@ -463,23 +480,23 @@ def switch_over(context: Context, given: Switch) -> Done:
 
 
 def _fittest(context: Context, leader: Mapping[str, Any], wanted: str) -> str:
-    """The one that is wanted, where it may: with synchronous replication Patroni hands over to a synchronous replica alone, and after a
-    change of leaders it takes a while to choose one. Raises what `alive` raises while it has not."""
-    fine = _fine(context, leader)
-    if _is_synchronous(context):
+    """The one that is wanted, where it may. Raises what `alive` raises while Patroni, with synchronous replication, has chosen none."""
+    synchronous = _is_synchronous(context)
+    fine = _fine(context, leader, synchronous)
 
-        def chosen() -> bool:
-            fine[:] = [m for m in _fine(context, leader) if m.get("role") == "sync_standby"]
-            return bool(fine)
+    def chosen() -> bool:
+        fine[:] = _fine(context, leader, synchronous)
+        return bool(fine)
 
+    if synchronous:
         context.wait(chosen, every=0.2)
     if not fine:
         raise CouldNotVerifyError("no replica is fit to lead", where=context.target.id)
     return str(min(fine, key=lambda m: (m["name"] != wanted, m.get("lag", 0)))["name"])
 
 
-def _fine(context: Context, leader: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [m for m in cluster_of(context).replicas if _unfit(m, leader, 1 << 20) is None]
+def _fine(context: Context, leader: Mapping[str, Any], synchronous: bool) -> list[Mapping[str, Any]]:
+    return [m for m in cluster_of(context).replicas if _unfit(m, leader, 1 << 20, synchronous) is None]
 
 
 def _is_synchronous(context: Context) -> bool:

@@ -25,10 +25,7 @@ class Read(Attempts):
 @does("postgres.write", "probe", given=Attempts, changes=lambda given: f"rows in {TABLE}, which go at the end")
 def write(context: Context, given: Attempts) -> Done:
     """A writer: numbered rows, each its own transaction. A number is acknowledged when its commit was answered."""
-    target = context.target
-    context.register("rows", f"{TABLE} of {target.id}", target=target.id)
-    with asking(context.access.postgres(target, role="primary"), target.id) as connection:
-        make_table(connection)
+    begin_rows(context, f"{TABLE} of {context.target.id}")
     return start_probe(context)
 
 
@@ -36,6 +33,14 @@ def write(context: Context, given: Attempts) -> Done:
 def read(context: Context, given: Read) -> Done:
     """A reader: `select 1` on a server of the target."""
     return start_probe(context)
+
+
+def begin_rows(context: Context, name: str, **more: Any) -> None:
+    """Before rows are written: `writer` stands in their first column, the drill where it is not given."""
+    target = context.target
+    context.register("rows", name, target=target.id, **more)
+    with asking(context.access.postgres(target, role="primary"), target.id) as connection:
+        make_table(connection)
 
 
 def make_table(connection: Any) -> None:
@@ -48,12 +53,17 @@ def make_table(connection: Any) -> None:
         )
 
 
+def _writer(resource: Resource) -> str:
+    """As `begin_rows` was told."""
+    return resource.detail.get("writer", resource.drill)
+
+
 def _delete_rows(access: Access, resource: Resource) -> None:
     target = access.inventory.target(resource.detail["target"])
     with asking(access.postgres(target, role="primary"), target.id) as connection:
         if connection.execute(f"select to_regclass('{TABLE}')").fetchone()[0] is None:  # pyright: ignore[reportOptionalSubscript]
             return
-        connection.execute(f"delete from {TABLE} where drill = %s", [resource.drill])  # pyright: ignore[reportArgumentType]
+        connection.execute(f"delete from {TABLE} where drill = %s", [_writer(resource)])  # pyright: ignore[reportArgumentType]
 
 
 def _rows(access: Access, resource: Resource) -> str | None:
@@ -61,7 +71,7 @@ def _rows(access: Access, resource: Resource) -> str | None:
     with asking(access.postgres(target, role="primary"), target.id) as connection:
         if connection.execute(f"select to_regclass('{TABLE}')").fetchone()[0] is None:  # pyright: ignore[reportOptionalSubscript]
             return None
-        row = connection.execute(f"select count(*) from {TABLE} where drill = %s", [resource.drill]).fetchone()  # pyright: ignore[reportArgumentType]
+        row = connection.execute(f"select count(*) from {TABLE} where drill = %s", [_writer(resource)]).fetchone()  # pyright: ignore[reportArgumentType]
     return f"{row[0]} rows" if row and row[0] else None
 
 

@@ -38,9 +38,7 @@ def start_probe(context: Context) -> Done:
     def seen() -> bool:
         if context.clock.monotonic() - began > _STARTS_WITHIN:
             said = _last_error(context) or log.read_text(errors="replace")[-400:].strip() or "it says nothing"
-            raise CouldNotVerifyError(
-                f"the probe has not seen the target well: {said}", where=f"step {context.step.id}"
-            )
+            raise CouldNotVerifyError(f"the probe has not seen the target well: {said}")
         return any(sample.ok for sample in context.samples(context.step.id)[-20:])
 
     context.wait(seen)

@@ -10,7 +10,7 @@ from ops_platform.clients.redis import SLOTS, Member, Redis, pairs
 from ops_platform.drills.askers import key_of
 from ops_platform.drills.model import Checked, Done, Resource
 from ops_platform.drills.registry import Context, NothingGiven, Remover, does, removes
-from ops_platform.drills.steps.injection import After, Break, Server, at, break_server, thaw, waited
+from ops_platform.drills.steps.injection import After, Break, Server, at, break_server, breakable, thaw, waited
 from ops_platform.drills.steps.probes import Attempts, start_probe
 from ops_platform.drills.steps.writes import Lost, attempted, lost_of
 from ops_platform.errors import CouldNotVerifyError, OpsError
@@ -68,7 +68,7 @@ def fit(context: Context, given: Fit) -> Done:
         unfit = {address: why for address, one in said.items() if (why := _unfit(one, now.offset, given.most_lag))}
         decide = _deciders(redis)
     except OpsError as error:
-        return Done(error.what, checks=(Checked(title=title, holds=None, query="INFO replication", result=str(error)),))
+        return Done(error.what, checks=(Checked(title=title, holds=None, query="INFO replication", result=error.line),))
     fine = f"{len(said) - len(unfit)} of {len(said)} replicas of {master.address}"
     why = "; ".join(f"{address}: {one}" for address, one in unfit.items()) or ("all are" if said else "there is none")
     leads = Checked(
@@ -90,10 +90,15 @@ def _said(redis: Redis, member: Member) -> Any:
         return error
 
 
+def _reason(error: OpsError) -> str:
+    """With its remedy, and without the server, which is named before it."""
+    return OpsError(error.what, remedy=error.remedy).line
+
+
 def _unfit(said: Any, offset: int, most_lag: int) -> str | None:
     """Why it could not take over. What is not known makes it unfit."""
     if isinstance(said, OpsError):
-        return said.what
+        return _reason(said)
     if said.role != "replica" or not said.link_up:
         return "it has no link to its master"
     if said.priority == 0:
@@ -108,7 +113,7 @@ def _deciders(redis: Redis) -> Checked:
         try:
             said, holds = str(redis.sentinel("CKQUORUM", redis.master)), True
         except OpsError as error:
-            said, holds = str(error), False
+            said, holds = error.line, False
         return Checked(title="The sentinels can agree", holds=holds, query="SENTINEL CKQUORUM", result=said)
     whole, said = _whole_cluster(redis)
     return Checked(title="The cluster is whole", holds=whole, query="CLUSTER INFO", result=said)
@@ -185,6 +190,17 @@ removes("redis key", Remover(_delete_key, _key_left, local=False))
 # Breaking the master, and what comes after
 
 
+@does("redis.breakable", "check", given=Shard)
+def master_breakable(context: Context, given: Shard) -> Done:
+    """The shard's master runs on this machine, where alone it can be killed or frozen."""
+
+    def which() -> list[Server]:
+        master = _master(_redis(context.access, context.subject.id), given.shard).address
+        return [at(master, master)]
+
+    return breakable("The master can be broken from here", which)
+
+
 @does("redis.break_master", "inject", given=Break, changes=lambda given: f"the shard's master breaks: {given.how}")
 def break_master(context: Context, given: Break) -> Done:
     """The master of the writer's shard is killed or frozen, on this machine. Whoever supervises it has to start it again."""
@@ -259,7 +275,7 @@ def rejoined(context: Context, given: After) -> Done:
             with redis.at(old) as session:
                 said = session.replication()
         except OpsError as error:
-            return False, str(error)
+            return False, error.line
         return said.role == "replica" and said.link_up and said.master == new, f"{old}: {said}"
 
     waited(context, follows)
@@ -280,7 +296,7 @@ def _all_there(redis: Redis) -> tuple[bool, str]:
         words = {member.address: _word(redis, member) for member in members}
         good, said = (True, "") if redis.mode != "cluster" else _whole_cluster(redis)
     except OpsError as error:
-        return False, str(error)
+        return False, error.line
     bad = [f"{address}: {word}" for address, word in words.items() if word]
     return good and not bad, "; ".join([*([said] if said else []), *(bad or [f"{len(members)} servers are there"])])
 
@@ -289,7 +305,7 @@ def _word(redis: Redis, member: Member) -> str:
     """What is wrong with it; empty where nothing is."""
     said = _said(redis, member)
     if isinstance(said, OpsError):
-        return said.what
+        return _reason(said)
     if member.down:
         return "the others do not reach it"
     if said.role != member.role:

@@ -63,7 +63,7 @@ def possible(context: Context, given: To) -> Done:
         backup = engine.choose(given.recovery)
         install = need_postgres(backup.server_version // 10000, target.sandbox.postgres.values())
     except OpsError as error:
-        return Done(error.what, checks=(_check("The repository can be restored from", None, str(error)),))
+        return Done(error.what, checks=(_check("The repository can be restored from", None, error.line),))
     said = f"{backup.backup_id}, ended {backup.ended_at:%Y-%m-%d %H:%M} UTC; PostgreSQL {install.version}"
     facts = {"versions": {"postgresql": install.version}}
     return Done(said, facts, (_check("The repository can be restored from", True, said),))
@@ -152,7 +152,7 @@ def _digest(context: Context, backup_id: str) -> str | None:
     """As proofs name it. None: another engine keeps the backup."""
     if context.target.repository.engine != "native":
         return None
-    from ops_platform.backup.archive import open_target_repository
+    from ops_platform.backup.opening import open_target_repository
 
     return open_target_repository(context.access, context.target).manifest_digest(backup_id)
 

@@ -97,13 +97,13 @@ def order(context: Context, given: Stack) -> Done:
 
 
 def _has_backup(access: Access, name: str) -> Checked:
-    from ops_platform.backup.archive import open_target_repository
+    from ops_platform.backup.opening import open_target_repository
 
     title, query = f"{name} has a backup", f"ops backup list {name}"
     try:
         found = open_target_repository(access, access.inventory.backed(name)).finished()
     except OpsError as error:
-        return Checked(title=title, holds=None, query=query, result=str(error))
+        return Checked(title=title, holds=None, query=query, result=error.line)
     return Checked(title=title, holds=bool(found), query=query, result=found[-1] if found else "none")
 
 
@@ -194,7 +194,9 @@ def part_of(target: Backed, card: Scorecard, needs: list[str], took: float) -> d
 
 
 def look_of(name: str, card: Scorecard, took: float) -> Checked:
-    said = f"{card.reason}; {card.backup_id or 'no backup'}; serving after {_served(card) or 0:.1f} s, looked at after {took:.1f} s"
+    served = _served(card)
+    serving = "it never served" if served is None else f"serving after {served:.1f} s"
+    said = f"{card.reason}; {card.backup_id or 'no backup'}; {serving}, looked at after {took:.1f} s"
     title = f"{name} is restored and looked at"
     return Checked(title=title, holds=_HOLDS[card.verdict], query=f"ops backup verify {name}", result=said)
 
@@ -251,13 +253,14 @@ def path(context: Context, given: Path) -> Done:
     seconds = {part["target"]: part["seconds"] for part in parts if part["seconds"] is not None}
     way = critical_path([part["target"] for part in parts], needs, seconds)
     whole = len(seconds) == len(parts)
-    said = advice(way, context.held.objectives.get("rto"))
-    if not whole:
-        said += f". Not measured: {', '.join(sorted(needs.keys() - seconds.keys()))}"
+    if whole:
+        said = advice(way, context.held.objectives.get("rto"))
+    else:
+        said = f"it never served, so there is no time of the whole: {', '.join(sorted(needs.keys() - seconds.keys()))}"
     skipped: list[dict[str, Any]] = context.results[given.restored].facts.get("skipped", [])
     if skipped:
         said += f". Skipped, and not in it: {', '.join(part['target'] for part in skipped)}"
-    stack = [_shown(part, way.starts, way.gains) for part in parts]
+    stack = [_shown(part, way.starts, way.gains if whole else {}) for part in parts]
     stack += [_shown(part, {part["target"]: 0.0}, {}) for part in skipped]
     found = measure(context, way.seconds if whole else None, said, Confidence.MEASURED)
     return Done(said, {"stack": stack}, measured=(found,))

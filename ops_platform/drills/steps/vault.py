@@ -45,14 +45,14 @@ def _name_of(stored: StoreTarget) -> str:
 @does("vault.possible", "check")
 def possible(context: Context, given: NothingGiven) -> Done:
     """Both have a backup: the database, and the Vault that wraps its data keys."""
-    from ops_platform.backup.archive import open_target_repository
+    from ops_platform.backup.opening import open_target_repository
 
     title = "Database and Vault have a backup"
     try:
         stored = _vault_of(context)
         found = {one.id: open_target_repository(context.access, one).finished() for one in (stored, context.target)}
     except OpsError as error:
-        return Done(error.what, checks=(Checked(title=title, holds=None, query="ops backup list", result=str(error)),))
+        return Done(error.what, checks=(Checked(title=title, holds=None, query="ops backup list", result=error.line),))
     said = "; ".join(f"{name}: {ids[-1] if ids else 'none'}" for name, ids in found.items())
     check = Checked(title=title, holds=all(found.values()), query="ops backup list", result=said)
     return Done(said, checks=(check,))
@@ -113,7 +113,7 @@ def lost(context: Context, given: Lost) -> Done:
 @contextlib.contextmanager
 def _restored(context: Context, stored: StoreTarget) -> Generator[tuple[VaultSession, dict[str, Any]]]:
     """A copy of Vault that is open to us, until the block ends. Raises CouldNotVerifyError where it does not open."""
-    from ops_platform.backup.archive import open_target_repository
+    from ops_platform.backup.opening import open_target_repository
     from ops_platform.stores.fetch import fetch_backup
     from ops_platform.stores.vault import open_store
 

@@ -43,7 +43,7 @@ def outage(context: Context, given: Outage) -> Done:
         _named("first_error", (gap.began - at).total_seconds(), "from the injection to the first attempt that failed")
     )
     found.append(_named("write_gap", gap.seconds, "the outage as the writer had it"))
-    found.append(_count("errors", failed, "attempts that failed"))
+    found.append(count("errors", failed, "attempts that failed"))
     if given.promoted is not None:
         facts = context.results[given.promoted].facts
         for name, key in (("detection", "missed_at"), ("promotion", "promoted_at")):
@@ -108,12 +108,13 @@ def lost_of(tried: Attempted, there: Collection[int], given: Lost, query: str) -
     acknowledged, held = tried.acknowledged, set(there)
     lost, unsure = sorted(acknowledged.keys() - held), sorted(tried.unanswered & held)
     said = f"{len(lost)} of {len(acknowledged)} acknowledged writes are lost{f': {ranges_told(lost)}' if lost else ''}"
-    said += f"; of {len(tried.unanswered)} without an answer {len(unsure)} are there"
+    if tried.unanswered:
+        said += f"; of {len(tried.unanswered)} without an answer {len(unsure)} are there"
     seconds = (max(acknowledged[n] for n in lost) - min(acknowledged[n] for n in lost)).total_seconds() if lost else 0.0
     numbers = (
         Measured(name="rpo", value=round(seconds, 3), how=f"{len(lost)} acknowledged writes were lost"),
-        _count("lost", len(lost), "acknowledged writes that are not there"),
-        _count("unknown", len(unsure), "writes that are there, and whose acknowledgement never came"),
+        count("lost", len(lost), "acknowledged writes that are not there"),
+        count("unknown", len(unsure), "writes that are there, and whose acknowledgement never came"),
     )
     check = Checked(
         title="Acknowledged writes are there", holds=len(lost) <= given.most, query=query, result=said,
@@ -138,5 +139,5 @@ def ranges_told(numbers: Sequence[int]) -> str:
     return ", ".join(said + ([f"and {len(runs) - _TOLD} more runs"] if len(runs) > _TOLD else []))
 
 
-def _count(name: str, value: int, how: str) -> Measured:
+def count(name: str, value: int, how: str) -> Measured:
     return Measured(name=name, value=float(value), unit="", how=how)

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from ops_platform.actions import Action, Applied, Change, Check, Outcome, Plan, Verification
 from ops_platform.clients.redis import SLOTS, Member, Redis
 from ops_platform.clock import wait_until
-from ops_platform.errors import NotThereError, OpsError, RefusedError
+from ops_platform.errors import ConflictError, NotThereError, OpsError, RefusedError
 from ops_platform.inventory.base import Strict
 from ops_platform.inventory.systems import RedisSystem
 from ops_platform.inventory.values import PositiveDuration, Size
@@ -341,7 +341,7 @@ class Failover:
     def apply(self, change: Change) -> Applied:
         to, seconds = change.after["master"], self.context.parameters.within.total_seconds()
         if self._redis.mode == "sentinel":
-            self._redis.sentinel("FAILOVER", self._redis.master)
+            self._tell_sentinel(seconds)
             done = wait_until(lambda: self._now_master(change.object) in to, clock=self.context.clock, seconds=seconds)
         else:
             with self._redis.at(to[0]) as session:
@@ -352,6 +352,23 @@ class Failover:
         # The old one learns of it a moment later, and until then says of itself that it is master still.
         wait_until(lambda: self._now_master(change.object) in to, clock=self.context.clock, seconds=seconds)
         return Applied(Outcome.APPLIED, f"{self._now_master(change.object)} has taken over")
+
+    def _tell_sentinel(self, seconds: float) -> None:
+        """It asks each server every ten seconds: of a replica that has just become fit it may not have heard yet."""
+        refused: list[ConflictError] = []
+
+        def told() -> bool:
+            try:
+                self._redis.sentinel("FAILOVER", self._redis.master)
+            except ConflictError as error:
+                if "NOGOODSLAVE" not in error.what:
+                    raise
+                refused.append(error)
+                return False
+            return True
+
+        if not wait_until(told, clock=self.context.clock, seconds=seconds):
+            raise refused[-1]
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
         """By what the others say: every sentinel, or every node of the cluster that is up; and by what both servers say of themselves."""

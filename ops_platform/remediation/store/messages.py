@@ -20,6 +20,13 @@ class Messages(Tables):
             ).fetchall()
         return [Message(row[0], row[1], row[2], State(row[3]), row[4], row[5]) for row in rows]
 
+    def pass_over_unsent(self) -> None:
+        """Nobody is to hear of them."""
+        with self.transaction() as t:
+            t.connection.execute(
+                "update ops_remediation.messages set sent_at = %s where sent_at is null", [self.clock.now()]
+            )
+
     def sent(self, message: Message, *, thread: str | None = None) -> None:
         """`thread`: of the first message about the incident; later ones are put below it."""
         with self.transaction() as t:

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from ops_platform.actions import Action, Applied, Change, Check, Outcome, Plan, Verification
 from ops_platform.counting import count_of
-from ops_platform.errors import NotThereError, OpsError, UnreachableError
+from ops_platform.errors import AccessDeniedError, NotThereError, OpsError, UnreachableError
 from ops_platform.inventory.base import Strict
 from ops_platform.inventory.values import PositiveDuration, SecretRef, Url
 from ops_platform.remediation.playbook import Context, Playbook
@@ -50,7 +50,9 @@ class StatusCheck(Strict):
 class WebhookParameters(Strict):
     """Of `http.webhook`."""
 
-    url: Url = Field(description="Where the request goes. Redirects are not followed.")
+    url: Url = Field(
+        description="Where the request goes, with its path: https://queues.example.com/drain. Redirects are not followed."
+    )
     secret: SecretRef = Field(description="The secret that receiver and sender share.")
     body: dict[str, Any] = Field(
         default={}, description="Stands in the request as `data`, and in plan and ledger: no secrets, no personal data."
@@ -139,7 +141,14 @@ class WebhookAction:
         }
         api, path = self._api(self.parameters.url)
         good = tuple(range(200, 300))
-        return api.request("POST", path, body=body, headers=headers, good=good, largest=_LARGEST_ANSWER).status
+        try:
+            return api.request("POST", path, body=body, headers=headers, good=good, largest=_LARGEST_ANSWER).status
+        except AccessDeniedError as error:
+            raise AccessDeniedError(
+                error.what,
+                where=error.where,
+                remedy=f"compare its secret with {self.parameters.secret}, to the last byte (an end of line counts), and its clock with ours",
+            ) from None
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
         wanted, clock = self.parameters.status, self.context.clock
@@ -169,6 +178,9 @@ class WebhookAction:
             answer: Any = api.get(path, largest=_LARGEST_ANSWER).json()
         except NotThereError:
             return False, "the receiver does not know of it yet"
+        except AccessDeniedError as error:
+            remedy = "let it answer: the status address is asked without login and signature"
+            raise AccessDeniedError(error.what, where=error.where, remedy=remedy) from None
         found = answer
         for step in wanted.field.split("."):
             found = found.get(step) if isinstance(found, dict) else None

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ops_platform.actions import Action, Applied, Change, Plan, Verification
-from ops_platform.clients.kubernetes import PODS, ROLLOUTS, Json, Kubernetes
+from ops_platform.clients.kubernetes import Kubernetes
+from ops_platform.clients.kubernetes_objects import PODS, ROLLOUTS, Json
 from ops_platform.errors import ConflictError
 from ops_platform.remediation.model import Peers
 from ops_platform.remediation.playbook import Context, Done, Playbook

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from ops_platform.actions import Action, Applied, Change, Check, Outcome, Plan, Verification
-from ops_platform.clients.kubernetes import CERTIFICATES, SECRETS, Json
+from ops_platform.clients.kubernetes_objects import CERTIFICATES, SECRETS, Json
 from ops_platform.errors import ConflictError, NotThereError, OpsError
 from ops_platform.inventory.values import Id, PositiveDuration, format_duration
 from ops_platform.remediation.playbook import Context, Done, Playbook

@@ -8,7 +8,8 @@ from datetime import timedelta
 from pydantic import Field
 
 from ops_platform.actions import Action, Applied, Change, Check, Outcome, Plan, Verification
-from ops_platform.clients.kubernetes import NODES, PODS, DisruptionBudgetError, Json
+from ops_platform.clients.kubernetes_errors import DisruptionBudgetError
+from ops_platform.clients.kubernetes_objects import NODES, PODS, Json
 from ops_platform.errors import ConflictError, NotThereError
 from ops_platform.inventory.values import PositiveDuration
 from ops_platform.remediation.model import Peers

@@ -9,7 +9,8 @@ from datetime import datetime, timedelta
 from pydantic import Field
 
 from ops_platform.actions import Action, Applied, Change, Check, Outcome, Plan, Verification
-from ops_platform.clients.kubernetes import CRON_JOBS, JOBS, NODES, PODS, Json, Kubernetes, Resource
+from ops_platform.clients.kubernetes import Kubernetes
+from ops_platform.clients.kubernetes_objects import CRON_JOBS, JOBS, NODES, PODS, Json, Resource
 from ops_platform.errors import ConflictError, NotThereError
 from ops_platform.inventory.base import Strict
 from ops_platform.inventory.values import PositiveDuration

@@ -8,11 +8,8 @@ from typing import Literal
 from pydantic import Field
 
 from ops_platform.actions import Action, Applied, Change, Check, Plan, Verification
-from ops_platform.clients.kubernetes import (
-    PODS,
-    Json,
-    Kubernetes,
-)
+from ops_platform.clients.kubernetes import Kubernetes
+from ops_platform.clients.kubernetes_objects import PODS, Json
 from ops_platform.errors import ConflictError
 from ops_platform.remediation.model import Peers
 from ops_platform.remediation.playbook import Context, Playbook

@@ -11,13 +11,8 @@ from itertools import pairwise
 from pydantic import Field
 
 from ops_platform.actions import Action, Applied, Change, Check, Plan, Verification
-from ops_platform.clients.kubernetes import (
-    DEPLOYMENTS,
-    PODS,
-    REPLICA_SETS,
-    Json,
-    Kubernetes,
-)
+from ops_platform.clients.kubernetes import Kubernetes
+from ops_platform.clients.kubernetes_objects import DEPLOYMENTS, PODS, REPLICA_SETS, Json
 from ops_platform.errors import ConflictError
 from ops_platform.inventory.values import PositiveDuration
 from ops_platform.ledger import canonical

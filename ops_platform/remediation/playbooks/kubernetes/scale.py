@@ -8,13 +8,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from ops_platform.actions import Action, Applied, Change, Plan, Verification
-from ops_platform.clients.kubernetes import (
-    AUTOSCALERS,
-    PODS,
-    QUOTAS,
-    Json,
-    QuotaError,
-)
+from ops_platform.clients.kubernetes_errors import QuotaError
+from ops_platform.clients.kubernetes_objects import AUTOSCALERS, PODS, QUOTAS, Json
 from ops_platform.errors import ConflictError
 from ops_platform.remediation.model import Peers
 from ops_platform.remediation.playbook import Context, Done, Playbook

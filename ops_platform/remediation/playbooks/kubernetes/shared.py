@@ -18,7 +18,8 @@ from typing import Annotated, Any, Generic, TypeVar
 from pydantic import Field
 
 from ops_platform.actions import Applied, Change, Check, Outcome, Plan, Verification
-from ops_platform.clients.kubernetes import (
+from ops_platform.clients.kubernetes import Kubernetes
+from ops_platform.clients.kubernetes_objects import (
     AUTOSCALERS,
     CERTIFICATES,
     CLAIMS,
@@ -30,7 +31,6 @@ from ops_platform.clients.kubernetes import (
     SECRETS,
     STATEFUL_SETS,
     Json,
-    Kubernetes,
     Resource,
 )
 from ops_platform.errors import ConflictError, NotThereError, OpsError, RefusedError, UsageError

@@ -9,7 +9,8 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from ops_platform.actions import Action, Applied, Change, Check, Plan, Verification
-from ops_platform.clients.kubernetes import CLAIMS, QUOTAS, STORAGE_CLASSES, Json, QuotaError
+from ops_platform.clients.kubernetes_errors import QuotaError
+from ops_platform.clients.kubernetes_objects import CLAIMS, QUOTAS, STORAGE_CLASSES, Json
 from ops_platform.errors import ConflictError
 from ops_platform.inventory.values import Size
 from ops_platform.remediation.playbook import Context, Playbook

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ops_platform.clients.kubernetes import (
-    Json,
-    Kubernetes,
-)
+from ops_platform.clients.kubernetes import Kubernetes
+from ops_platform.clients.kubernetes_objects import Json
 from ops_platform.remediation.model import Peers
 from ops_platform.remediation.playbook import Context
 from ops_platform.remediation.playbooks.kubernetes.shared import (

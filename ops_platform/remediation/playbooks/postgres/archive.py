@@ -13,14 +13,16 @@ from typing import Any
 from pydantic import Field
 
 from ops_platform.actions import Action, Applied, Change, Check, Outcome, Plan, Verification
-from ops_platform.backup.archive import ArchiveStatus, archive_status, holds, open_target_repository, slot_state
+from ops_platform.backup.archive import ArchiveStatus, archive_status, slot_state
+from ops_platform.backup.durable import holds
 from ops_platform.backup.model import BackupKind, Lsn
+from ops_platform.backup.opening import open_target_repository
 from ops_platform.errors import AccessDeniedError, ConflictError, UnreachableError
 from ops_platform.inventory.base import Strict
 from ops_platform.inventory.values import Size
 from ops_platform.remediation.playbook import Context
 from ops_platform.remediation.playbooks.postgres.common import PostgresAction, PostgresPlaybook, need_roles, refused
-from ops_platform.remediation.playbooks.postgres.slots import not_replicating
+from ops_platform.remediation.playbooks.postgres.slots import OURSELVES, not_replicating
 
 BACKUP = "full backup"
 
@@ -114,6 +116,7 @@ class RebuildArchiveAction(PostgresAction[RebuildArchiveParameters]):
             )
             values.append(change.before["restart_lsn"])
         with self.session() as connection:
+            connection.execute(OURSELVES)
             try:
                 row = connection.execute(query.encode(), values).fetchone()
             except (errors.ObjectInUse, errors.DuplicateObject):
@@ -224,7 +227,7 @@ class RebuildArchiveAction(PostgresAction[RebuildArchiveParameters]):
     def _rights(self) -> AccessDeniedError | None:
         with self.session() as connection:
             need_roles(connection, {"pg_monitor": "to see slots and receivers"})
-            return not_replicating(connection)
+            return not_replicating(connection, self.target.connection.made_by)
 
 
 def _text(lsn: Lsn | None) -> str | None:

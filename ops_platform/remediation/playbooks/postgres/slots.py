@@ -18,7 +18,6 @@ from ops_platform.remediation.playbooks.postgres.common import (
     PostgresAction,
     PostgresPlaybook,
     fits,
-    me,
     need_roles,
     one,
     utc,
@@ -79,6 +78,8 @@ from pg_replication_slots s
 """
 
 
+# No group hands REPLICATION on: what needs it is done as the role that logged in, also where that one sets another.
+OURSELVES = "set role none"
 _DROP = """
 select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = %(name)s and active_pid is null
   and restart_lsn is not distinct from %(restart_lsn)s::pg_lsn
@@ -92,7 +93,7 @@ class DropSlotAction(PostgresAction[DropSlotParameters]):
     def plan(self) -> Plan:
         with self.session() as connection:
             need_roles(connection, {"pg_monitor": "to see the age of WAL files and which slots the standbys use"})
-            slots, missing = self._look(connection), not_replicating(connection)
+            slots, missing = self._look(connection), not_replicating(connection, self.target.connection.made_by)
         used, silent = self._used_by_standbys()
         reasons = {slot.name: self._why_not(slot, used, silent) for slot in slots}
         left = sorted((s for s in slots if reasons[s.name] is None), key=lambda s: (-(s.retained or 0), s.name))
@@ -110,7 +111,7 @@ class DropSlotAction(PostgresAction[DropSlotParameters]):
     def check(self, change: Change) -> Applied | None:
         with self.session() as connection:
             need_roles(connection, {"pg_monitor": "to see the age of WAL files and which slots the standbys use"})
-            if (missing := not_replicating(connection)) is not None:
+            if (missing := not_replicating(connection, self.target.connection.made_by)) is not None:
                 raise missing
             slots = [slot for slot in self._look(connection) if slot.name == change.object]
         if not slots:
@@ -129,6 +130,7 @@ class DropSlotAction(PostgresAction[DropSlotParameters]):
         if change.before["inactive_since"] is not None:
             same += " and inactive_since = %(inactive_since)s"
         with self.session() as connection:
+            connection.execute(OURSELVES)
             try:
                 row = connection.execute(same.encode(), values).fetchone()
             except errors.ObjectInUse:
@@ -213,14 +215,16 @@ class DropSlotAction(PostgresAction[DropSlotParameters]):
         return used, silent
 
 
-def not_replicating(connection: psycopg.Connection[Any]) -> AccessDeniedError | None:
-    """What keeps us from making and dropping slots."""
-    if one(connection, "select rolreplication or rolsuper from pg_roles where rolname = current_user"):
+def not_replicating(connection: psycopg.Connection[Any], made_by: str | None) -> AccessDeniedError | None:
+    """What keeps us from making and dropping slots once the session is `OURSELVES`. `made_by` as in `clients.postgres.Login`."""
+    from ops_platform.clients.postgres import give_attribute
+
+    if one(connection, "select rolreplication or rolsuper from pg_roles where rolname = session_user"):
         return None
-    ours = me(connection)
+    ours = one(connection, "select quote_ident(session_user)")
     return AccessDeniedError(
         f"the role {ours} is without REPLICATION, which is needed to make or drop a slot",
-        remedy=f"as a superuser: ALTER ROLE {ours} REPLICATION",
+        remedy=give_attribute("REPLICATION", ours, made_by),
     )
 
 

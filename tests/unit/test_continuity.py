@@ -10,7 +10,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ops_platform.backup.archive import Archive, GapNote, gaps, missing, ranges, recovery_window
+from ops_platform.backup.continuity import Archive, gaps, missing, ranges, recovery_window
+from ops_platform.backup.gapnotes import GapNote
 from ops_platform.backup.model import BackupInfo, BackupKind, Lsn, RecoveryWindow, segment_name, segment_start
 from ops_platform.backup.wal import Span, Stock, parse_history, stock
 from tests.unit.test_wal import SIZE, Item, archives, history, listing, numbers
