@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
 import click
 
 from ops_platform import __version__
+from ops_platform.cli import signals
 from ops_platform.cli.common import Commands
 from ops_platform.errors import OpsError
 
@@ -82,11 +82,6 @@ def cli(inventory: str | None) -> None:
         os.environ["OPS_INVENTORY"] = str(os.path.abspath(inventory))  # noqa: PTH100 - Path would cost an import
 
 
-def _terminated(_number: int, _frame: Any) -> NoReturn:
-    """SIGTERM unwinds as Ctrl-C does, so that every `finally` runs: sandboxes and locks go."""
-    raise SystemExit(143)
-
-
 class _ReaderGoneError(BaseException):
     """Whoever read our output has gone (`ops … | head`): nothing more to say, and nothing to complain about."""
 
@@ -128,7 +123,7 @@ def _guard_output() -> None:
 
 def run() -> NoReturn:
     """The entry point: errors without a traceback, each with its exit code."""
-    signal.signal(signal.SIGTERM, _terminated)
+    signals.watch()
     _guard_output()
     try:
         _run()
@@ -142,6 +137,8 @@ def run() -> NoReturn:
         except (_NotWrittenError, _ReaderGoneError):
             _say_no_more(sys.stderr)
             sys.exit(1)
+    finally:
+        signals.unwound()
 
 
 def _say_no_more(*streams: TextIO) -> None:
