@@ -7,11 +7,14 @@ another user is chosen and every process is started as that one.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import functools
 import importlib.util
 import os
 import pwd
 import random
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -181,16 +184,41 @@ def _version(bindir: Path) -> str | None:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that is free and of `PORTS`: a server that binds it seconds later finds it so. This process never gets it again."""
+    """A port that is free and of `PORTS`: a server that binds it seconds later finds it so.
+
+    This process never gets it again, and no other of this user's as long as this one runs.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for port in (*random.sample(PORTS, 100), 0):  # 0: whatever the system has left
-        if port in _given:
+        if port in _given or not _claimed(port):
             continue
         with socket.socket(family) as probe, contextlib.suppress(OSError):
             probe.bind((host, port))
             _given.add(probe.getsockname()[1])
             return probe.getsockname()[1]
     raise OpsError(f"no free port on {host}", remedy="look at what listens on this machine: ss -ltn")
+
+
+def _claimed(port: int) -> bool:
+    """Between the choice of a port and its use another process must not choose it: a lock on its byte of a file, which the system frees."""
+    try:
+        fcntl.lockf(_claims(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # no such file can be had here: then chance has to do
+    return True
+
+
+@functools.cache
+def _claims() -> int:
+    """One for the machine, as its ports are. Never closed: closing any handle of the file would free all locks of this process."""
+    place = f"/tmp/ops-ports-{os.geteuid()}"  # noqa: S108 - TMPDIR differs between programs that share the ports
+    claims = os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    if os.fstat(claims).st_uid != os.geteuid():
+        os.close(claims)
+        raise OSError(place)
+    return claims
 
 
 def run_tool(
@@ -229,7 +257,7 @@ class PostgresServer:
         self.wrapper = wrapper or []
         self.user = run_as()
         self._made_sockets = sockets is None
-        self.sockets = sockets or _short_directory(self.user)
+        self.sockets = sockets or _short_path()
         self.log = log or directory.parent / f"{directory.name}.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -297,8 +325,7 @@ class PostgresServer:
 
     def start(self, options: Mapping[str, str] | None = None, *, wait: float = 60) -> int:
         """Start as a child and wait until it answers. Returns the pid. Raises OpsError with the log's tail."""
-        if self._made_sockets and not self.sockets.exists():  # removed when it was stopped
-            self.sockets = _short_directory(self.user)
+        self._open_sockets()
         with self.log.open("ab") as log:
             process = subprocess.Popen[bytes](
                 self.command(options), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", **self.user.popen
@@ -309,7 +336,22 @@ class PostgresServer:
 
     def spawn(self, options: Mapping[str, str] | None = None) -> Process:
         """Start detached: it outlives this program. Does not wait."""
+        self._open_sockets()
         return spawn(self.command(options), self.log, **self.user.popen)
+
+    def _open_sockets(self) -> None:
+        """Made no sooner than it starts: whoever only names a server has nothing to remove."""
+        if not self._made_sockets:
+            return
+        with contextlib.suppress(FileExistsError):
+            self.sockets.mkdir(mode=0o700)
+        if self.sockets.is_symlink() or self.sockets.stat().st_uid not in (os.geteuid(), self.user.uid):
+            raise OpsError(
+                "the folder for the server's socket belongs to somebody else",
+                where=str(self.sockets),
+                remedy="remove it, and look at who can write there",
+            )
+        self.user.own(self.sockets)
 
     def _wait_ready(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -392,10 +434,9 @@ class PostgresServer:
             return True
 
 
-def _short_directory(user: RunAs) -> Path:
+def _short_path() -> Path:
+    """Where no file is, and short enough for a socket in it."""
     base = Path(tempfile.gettempdir())
     if len(str(base)) > _MAX_SOCKET_DIRECTORY - 20:
-        base = Path("/tmp")  # noqa: S108 - mkdtemp makes a private directory; a longer path would not fit a socket
-    path = Path(tempfile.mkdtemp(prefix="ops-pg-", dir=base))
-    user.own(path)
-    return path
+        base = Path("/tmp")  # noqa: S108 - the folder is private and its name cannot be guessed; a longer path would not fit a socket
+    return base / f"ops-pg-{secrets.token_hex(6)}"

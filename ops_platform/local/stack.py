@@ -27,6 +27,7 @@ from ops_platform.local.components import COMPONENTS, find_marked, sockets_path
 from ops_platform.local.parts import HOST, Component, Place
 
 READY_SECONDS = 60.0
+_OTHER_PORTS = 3  # times that a server which was crowded out of one is started anew
 _READ = {"vault", "s3", "platform-db", "app-db"}  # what our own servers ask
 _READERS = ("wal-receiver", "metrics")
 _UI_ENDS_WITHIN = 70.0  # its web server and its daemon have half a minute each
@@ -123,18 +124,12 @@ class Stack:
             component.stop(process)
         if self.alive(component.name) is None:
             say("starting")
-            self._free_ports(component)
-            self.save()  # before it starts: whoever finds it must know where it listens
-            try:
-                self.running[component.name] = component.start(self.place)
-            except OSError as error:
-                raise OpsError(
-                    f"{component.name} could not be started: {error.strerror or error}",
-                    where=str(error.filename or self.place.directory),
-                    remedy="look at free disk space and at who owns the state directory",
-                ) from error
-            self.save()
-        self._await(component)
+            self._start(component)
+        for again in range(_OTHER_PORTS, -1, -1):
+            if self._ready(component, may_lose_a_port=again > 0):
+                break
+            say("starting at another port: somebody took one meanwhile")
+            self._start(component)
         try:
             component.finish(self.place)
         except OpsError:
@@ -146,6 +141,19 @@ class Stack:
                 remedy="look at free disk space and at this log; ops local up goes on where it stopped",
             ) from error
 
+    def _start(self, component: Component) -> None:
+        self._free_ports(component)
+        self.save()  # before it starts: whoever finds it must know where it listens
+        try:
+            self.running[component.name] = component.start(self.place)
+        except OSError as error:
+            raise OpsError(
+                f"{component.name} could not be started: {error.strerror or error}",
+                where=str(error.filename or self.place.directory),
+                remedy="look at free disk space and at who owns the state directory",
+            ) from error
+        self.save()
+
     def _free_ports(self, component: Component) -> None:
         """Keep the ports that the state names; choose another for one that somebody else has taken meanwhile."""
         for name in component.port_names:
@@ -155,7 +163,8 @@ class Stack:
                     if (process := self.alive(reader)) is not None:
                         stop(process)  # it knows the old address; it comes back with the new one
 
-    def _await(self, component: Component) -> None:
+    def _ready(self, component: Component, *, may_lose_a_port: bool) -> bool:
+        """Wait for it. False when it ended because a port that was free when it was chosen is not any more."""
         deadline = time.monotonic() + READY_SECONDS
         while not component.ready(self.place):
             process = self.running[component.name]
@@ -165,12 +174,15 @@ class Stack:
                 self.running.pop(component.name, None)
                 component.stop(process)
                 self.save()
+                if may_lose_a_port and not all(_is_free(self.place.port(name)) for name in component.port_names):
+                    return False
                 raise OpsError(
                     f"{component.name} {state}. The end of its log:\n{tail}",
                     where=str(self.place.log(component.name)),
                     remedy="read the log; no space left on the disk and a port taken by another program are the usual causes",
                 )
             time.sleep(0.05)
+        return True
 
 
 @contextlib.contextmanager

@@ -565,8 +565,6 @@ def test_a_server_in_recovery_is_not_asked(new_cluster: Callable[..., Cluster], 
     cluster.server.stop("fast")
     (cluster.server.directory / "standby.signal").touch()
     cluster.server.user.own(cluster.server.directory / "standby.signal")
-    cluster.server.sockets.mkdir(exist_ok=True)
-    cluster.server.user.own(cluster.server.sockets)
     cluster.server.start()
     reply = evaluator.reply(SUITE, server(cluster, "postgres"), datetime.now(UTC))
     assert "still in recovery" in (reply.could_not or "")

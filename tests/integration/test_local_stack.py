@@ -27,7 +27,7 @@ import pytest
 from ops_platform.clients.processes import stop
 from ops_platform.clients.s3 import S3Store
 from ops_platform.errors import OpsError
-from ops_platform.local.components import COMPONENTS, Place, admin, s3_settings
+from ops_platform.local.components import COMPONENTS, Component, Place, admin, s3_settings
 from ops_platform.local.stack import Stack, opened, present
 from tests.integration.wal_rig import eventually
 from tests.rig import Cluster, missing, scratch
@@ -443,6 +443,35 @@ def test_reset_stops_and_removes_everything_even_with_a_broken_state(local: Loca
     assert not local.directory.exists()
     assert not sockets.exists()
     local.ops("reset", "--yes")  # where nothing is, nothing is to do
+
+
+def test_a_port_that_is_taken_between_its_choice_and_its_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    home, said = scratch("ops-local-test-"), list[str]()
+    stack = Stack(Place(home), {})
+    store = next(component for component in COMPONENTS if component.name == "s3")
+    chosen, choose = list[int](), stack._free_ports
+    try:
+        with contextlib.ExitStack() as taken:
+
+            def crowded(component: Component) -> None:
+                choose(component)
+                if len(chosen) < crowds:
+                    chosen.append(stack.place.port("s3-grpc"))
+                    taken.enter_context(socket.create_server(("127.0.0.1", chosen[-1])))
+
+            monkeypatch.setattr(stack, "_free_ports", crowded)
+            crowds = 2
+            stack.ensure(store, said.append)
+            assert stack.place.port("s3-grpc") not in chosen
+            assert len([text for text in said if "another port" in text]) == 2
+            stop(stack.running.pop("s3"), signal.SIGKILL)
+            crowds = 99  # whoever takes every port ends it with the server's own words
+            with pytest.raises(OpsError, match="address already in use"):
+                stack.ensure(store, said.append)
+    finally:
+        for process in stack.running.values():
+            stop(process, signal.SIGKILL)
+        shutil.rmtree(home)
 
 
 # A machine with little

@@ -474,8 +474,6 @@ def test_a_recovery_that_was_shut_down_while_it_waited_goes_on_where_it_was(stor
             wanted = RecoveryTarget("latest", timeline=2)
             assert not run_recovery(server, fetcher.restore_command, wanted, during)
             go_on.set()
-            server.sockets.mkdir()
-            server.user.own(server.sockets)
             assert run_recovery(server, fetcher.restore_command, wanted)
             assert Outcome(server, True, 0).marks() == FIRST_LINE
     finally:

@@ -279,8 +279,6 @@ def test_reception_goes_on_after_a_restart_of_the_server(new_rig: Callable[..., 
         if how == "fast":
             rig.primary.stop("fast")  # kills what does not stop in time, so:
             assert "database system is shut down" in rig.primary.log_tail(500), "the server waited for us"
-            rig.primary.sockets.mkdir()
-            rig.primary.user.own(rig.primary.sockets)
         else:
             crash(rig.primary)
         eventually(lambda: state.phase == "waiting", why="the end of the server was not noticed")
