@@ -15,8 +15,12 @@ _AGAIN_SECONDS = 0.5
 
 
 def watch() -> None:
-    """SIGINT raises KeyboardInterrupt, SIGTERM SystemExit(143): both unwind, so that sandboxes and locks go."""
-    signal.signal(signal.SIGINT, _interrupted)
+    """SIGINT raises KeyboardInterrupt, SIGTERM SystemExit(143): both unwind, so that sandboxes and locks go.
+
+    A shell has what it puts into the background ignore SIGINT, which is for what stands in front: so it stays.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _interrupted)
     signal.signal(signal.SIGTERM, _terminated)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -85,10 +86,13 @@ OF_A_GENERATOR = """
 """
 
 
+def program(command: str) -> str:
+    return HEAD.replace("    {command}", textwrap.indent(textwrap.dedent(command), "    "))
+
+
 def run(command: str, number: str) -> tuple[int, str, str]:
-    program = HEAD.replace("    {command}", textwrap.indent(textwrap.dedent(command), "    "))
     done = subprocess.run(
-        [sys.executable, "-c", program, number], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", program(command), number], capture_output=True, text=True, check=False, timeout=60
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -120,3 +124,8 @@ def test_it_is_not_raised_into_the_end_of_the_program() -> None:
     """
     ended, _, err = run(command, "SIGINT")
     assert (ended, err.splitlines()) == (130, ["error: interrupted; what was started has been cleaned up"])
+
+
+def test_what_a_shell_put_into_the_background_is_not_interrupted() -> None:
+    script = f"{shlex.quote(sys.executable)} -c {shlex.quote(program('told()'))} SIGINT & wait $!"
+    assert subprocess.run(["sh", "-c", script], check=False, timeout=60).returncode == 0
