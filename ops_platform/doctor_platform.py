@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 from ops_platform.doctor import Examination, Found, asked
 from ops_platform.errors import OpsError
+from ops_platform.inventory.values import SecretRef
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
     from ops_platform.inventory.model import LedgerCheckpoints
-    from ops_platform.inventory.remediation import Chat, EventSource, Remediation
+    from ops_platform.inventory.remediation import Chat, EventSource, Remediation, Rule
     from ops_platform.inventory.systems import AlertmanagerSystem, KafkaSystem
 
 NAME = "platform"
@@ -182,6 +183,9 @@ def _remediation(access: Access, remediation: Remediation) -> list[tuple[str, Ca
         parts.append((f"Kafka {kafka.id}", lambda: _topics(access, kafka, [publish.topic])))
     for name in sorted({rule.verify.metric.prometheus for rule in remediation.rules if rule.verify.metric}):
         parts.append((f"Prometheus {name}", lambda name=name: _prometheus(access, name)))
+    for rule in remediation.rules:
+        if rule.playbook == "http.webhook" and isinstance(secret := rule.parameters.get("secret"), str):
+            parts.append((f"webhook of {rule.id}", lambda rule=rule, secret=secret: _webhook(access, rule, secret)))
     if (chat := remediation.slack) is not None:
         parts.append(("Slack", lambda: _slack(access, chat)))
     return parts
@@ -307,10 +311,18 @@ def _buttons(access: Access, chat: Chat) -> Found:
     name = "Slack, buttons"
     if chat.signing_secret is None:
         return Found(name, "warn", "none: approvals are given by ops incidents approve alone", "declare signing_secret")
+    return _signing(access, name, chat.signing_secret)
+
+
+def _webhook(access: Access, rule: Rule, secret: str) -> Iterator[Found]:
+    """Asked now, and not when the incident is there that it has to sign for. What is no reference is said of the rules already."""
+    with suppress(ValueError):
+        yield _signing(access, f"webhook of {rule.id}", SecretRef.parse(secret))
+
+
+def _signing(access: Access, name: str, secret: SecretRef) -> Found:
     try:
-        access.secret(chat.signing_secret)
+        access.secret(secret)
     except OpsError as error:
-        return Found(
-            name, "bad", f"their signing secret {chat.signing_secret} cannot be had: {error.what}", error.remedy
-        )
-    return Found(name, "good", "their signing secret can be had")
+        return Found(name, "bad", f"its signing secret {secret} cannot be had: {error.what}", error.remedy)
+    return Found(name, "good", "its signing secret can be had")

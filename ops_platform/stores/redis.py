@@ -146,7 +146,7 @@ class RedisStore:
             "replication_id": stream.replication_id,
             "offset": stream.offset,
             "version": server["redis_version"],
-            "databases": _databases(session=policy),
+            "databases": _databases(policy, max(before["highest"], after["highest"])),
             "keys": [before["keys"], after["keys"]],
             "written": max(0, after["offset"] - before["offset"]),
             # What changed while it was dumped may be there in either form.
@@ -359,13 +359,15 @@ class RestoredRedis:
 
 
 def _state(session: RedisSession) -> dict[str, Any]:
-    """Keys over all databases, those with a time to live among them, and the position of the replication stream."""
+    """Keys over all databases, those with a time to live among them, the highest database with any, and the position of the replication
+    stream."""
     keys = expires = 0
-    for counted in session.keyspace().values():
+    spaces = session.keyspace()
+    for counted in spaces.values():
         keys, expires = keys + counted["keys"], expires + counted["expires"]
     replication = session.info("replication")
     offset = int(replication.get("master_repl_offset", 0))
-    return {"keys": {"keys": keys, "expires": expires}, "offset": offset}
+    return {"keys": {"keys": keys, "expires": expires}, "offset": offset, "highest": max(spaces, default=0)}
 
 
 def _sample(session: RedisSession, salt: str) -> dict[str, dict[str, Any]]:
@@ -454,8 +456,9 @@ def _persistence(session: RedisSession) -> dict[str, str]:
     return out
 
 
-def _databases(session: Mapping[str, str]) -> int:
-    return int(session["databases"]) if session["databases"].isdigit() else 16
+def _databases(policy: Mapping[str, str], highest: int) -> int:
+    """What the sandbox must have room for: where CONFIG is not allowed, as far as there are keys; 16 is Redis' own default."""
+    return int(policy["databases"]) if policy["databases"].isdigit() else max(16, highest + 1)
 
 
 # Whether it is all there is

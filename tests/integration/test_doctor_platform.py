@@ -123,10 +123,13 @@ def test_it_finds_what_remediation_listens_to_and_speaks_with_and_names_what_is_
 ) -> None:
     monkeypatch.setenv("BOT", TOKEN)
     monkeypatch.setenv("SIGNING", "x")
+    monkeypatch.setenv("HOOK", "x")
+    hook = {"url": "https://queues.example.com/drain", "secret": "env://HOOK"}
+    drain = a_rule(id="drain", alert=["alertname=Full"], playbook="http.webhook", parameters=hook)
     topic, dead, out = kafka.create_topic(partitions=2), kafka.create_topic(), kafka.create_topic()
     with rig.alertmanager() as am, rig.alertmanager() as other:
         desk = new_desk(
-            [a_rule()],
+            [a_rule(), drain],
             systems=[
                 {"id": "k", "kind": "kafka", "bootstrap": [{"host": "127.0.0.1", "port": kafka.brokers[0].port}], "tls": False},
                 {"id": "am", "kind": "alertmanager", "urls": [am.url, other.url], "watchdog": {}},
@@ -143,6 +146,7 @@ def test_it_finds_what_remediation_listens_to_and_speaks_with_and_names_what_is_
         assert found[f"Kafka k, topic {topic}"].found == "2 partitions"
         assert found["Slack"].found == "knows the bot: ops in Tests"
         assert found["Slack, buttons"].state == found["Alertmanager am, watchdog"].state == "good"
+        assert found["webhook of drain"].state == "good"
 
         other.daemon.stop()
         am.resolve({"alertname": "Watchdog"})
@@ -150,9 +154,12 @@ def test_it_finds_what_remediation_listens_to_and_speaks_with_and_names_what_is_
         kafka.delete_topic(out)
         monkeypatch.setenv("BOT", "xoxb-another")
         monkeypatch.delenv("SIGNING")
+        monkeypatch.delenv("HOOK")
         found = looked(desk)
         assert set(bad(found)) == {
             "Alertmanager am, watchdog", f"Kafka k, topic {dead}", f"Kafka k, topic {out}", "Slack", "Slack, buttons",
+            "webhook of drain",
         }  # fmt: skip
+        assert "env://HOOK cannot be had" in found["webhook of drain"].found
         assert found[f"Alertmanager am, {other.url}"].state == "warn"
     assert looked(desk)["Alertmanager am"].state == "bad"

@@ -24,13 +24,14 @@ from typing import Any
 
 import pytest
 
-from ops_platform.clients.processes import stop
+from ops_platform.clients.processes import Process, spawn, stop
 from ops_platform.clients.s3 import S3Store
 from ops_platform.errors import OpsError
 from ops_platform.local.components import COMPONENTS, Component, Place, admin, s3_settings
 from ops_platform.local.stack import Stack, opened, present
 from tests.integration.wal_rig import eventually
 from tests.rig import Cluster, missing, scratch
+from tests.servers import accepts
 
 ROOT = Path(__file__).parents[2]
 NAMES = [component.name for component in present()]
@@ -446,31 +447,40 @@ def test_reset_stops_and_removes_everything_even_with_a_broken_state(local: Loca
 
 
 def test_a_port_that_is_taken_between_its_choice_and_its_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    home, said = scratch("ops-local-test-"), list[str]()
+    home, said, taken = scratch("ops-local-test-"), list[str](), list[socket.socket]()
     stack = Stack(Place(home), {})
-    store = next(component for component in COMPONENTS if component.name == "s3")
-    chosen, choose = list[int](), stack._free_ports
+    choose = stack._free_ports
+
+    def start(place: Place) -> Process:
+        words = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(place.port("web"))]
+        return spawn(words, place.log("web"))
+
+    def ready(place: Place) -> bool:
+        return accepts(place.port("web"))
+
+    web = Component("web", "web", lambda _: "", start, ready, lambda _: None, lambda _: "", port_names=("web",))
+
+    def crowded(component: Component) -> None:
+        choose(component)
+        if len(taken) < crowds:
+            taken.append(socket.socket())
+            taken[-1].bind(("127.0.0.1", stack.place.port("web")))
+
+    monkeypatch.setattr(stack, "_free_ports", crowded)
     try:
-        with contextlib.ExitStack() as taken:
-
-            def crowded(component: Component) -> None:
-                choose(component)
-                if len(chosen) < crowds:
-                    chosen.append(stack.place.port("s3-grpc"))
-                    taken.enter_context(socket.create_server(("127.0.0.1", chosen[-1])))
-
-            monkeypatch.setattr(stack, "_free_ports", crowded)
-            crowds = 2
-            stack.ensure(store, said.append)
-            assert stack.place.port("s3-grpc") not in chosen
-            assert len([text for text in said if "another port" in text]) == 2
-            stop(stack.running.pop("s3"), signal.SIGKILL)
-            crowds = 99  # whoever takes every port ends it with the server's own words
-            with pytest.raises(OpsError, match="address already in use"):
-                stack.ensure(store, said.append)
+        crowds = 2
+        stack.ensure(web, said.append)
+        assert len([text for text in said if "another port" in text]) == 2
+        assert stack.place.port("web") not in [one.getsockname()[1] for one in taken]
+        stop(stack.running.pop("web"), signal.SIGKILL)
+        crowds = 99  # where somebody takes every port, it ends with the server's own words
+        with pytest.raises(OpsError, match="Address already in use"):
+            stack.ensure(web, said.append)
     finally:
         for process in stack.running.values():
             stop(process, signal.SIGKILL)
+        for one in taken:
+            one.close()
         shutil.rmtree(home)
 
 
@@ -551,7 +561,7 @@ exec "$@"
 UP = """
 import sys, signal
 from pathlib import Path
-from ops_platform.clients.processes import stop
+from ops_platform.clients.processes import Process, spawn, stop
 from ops_platform.local.components import COMPONENTS
 from ops_platform.local.stack import opened
 with opened(Path(sys.argv[1]), create=True) as stack:

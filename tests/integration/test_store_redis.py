@@ -312,6 +312,18 @@ def test_settings_that_nobody_may_read_are_no_pass_and_the_backup_is_restored_al
         assert prove(platform, system).verdict is Verdict.PASS
 
 
+def test_databases_beyond_the_usual_are_restored_although_nobody_may_ask_how_many_there_are(platform: Platform) -> None:
+    with redis_rig.replicated(replicas=0, password=PASSWORD, settings={"databases": "40"}) as made:
+        fill(made.master, many=50)
+        made.master.run("-n", "37", "SET", "far", "out")
+        system = entry(made.master.port, platform, id="many-databases", persistence="any")
+        system |= with_rights(made.master, *RIGHTS)
+        dump(platform, system)
+        card = prove(platform, system)
+        assert card.verdict is Verdict.PASS, card.reason
+        assert restored_whole(card)
+
+
 def test_what_is_known_to_be_wrong_is_a_failure_beside_settings_that_nobody_may_read(
     platform: Platform, single: redis_rig.Redis
 ) -> None:

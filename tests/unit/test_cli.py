@@ -188,7 +188,7 @@ def test_errors_have_their_exit_code_and_no_traceback(
         raise error
 
     monkeypatch.setattr(main.cli, "main", broken)
-    monkeypatch.setattr(main.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(main.signals, "watch", lambda: None)
     with pytest.raises(SystemExit) as ended:
         main.run()
     assert ended.value.code == code
