@@ -248,6 +248,7 @@ class PostgresServer:
         *,
         port: int = 0,
         sockets: Path | None = None,
+        near: Path | None = None,
         log: Path | None = None,
         wrapper: list[str] | None = None,
     ) -> None:
@@ -257,7 +258,7 @@ class PostgresServer:
         self.wrapper = wrapper or []
         self.user = run_as()
         self._made_sockets = sockets is None
-        self.sockets = sockets or _short_path()
+        self.sockets = sockets or _short_path(near)
         self.log = log or directory.parent / f"{directory.name}.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -434,9 +435,9 @@ class PostgresServer:
             return True
 
 
-def _short_path() -> Path:
-    """Where no file is, and short enough for a socket in it."""
-    base = Path(tempfile.gettempdir())
-    if len(str(base)) > _MAX_SOCKET_DIRECTORY - 20:
-        base = Path("/tmp")  # noqa: S108 - the folder is private and its name cannot be guessed; a longer path would not fit a socket
+def _short_path(near: Path | None) -> Path:
+    """Where no file is, and short enough for a socket in it: in `near`, with which it goes, or among the temporary files."""
+    bases = [near, Path(tempfile.gettempdir())]
+    short = [base for base in bases if base is not None and len(str(base)) <= _MAX_SOCKET_DIRECTORY - 20]
+    base = short[0] if short else Path("/tmp")  # noqa: S108 - the folder is private and its name cannot be guessed
     return base / f"ops-pg-{secrets.token_hex(6)}"

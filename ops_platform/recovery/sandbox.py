@@ -180,7 +180,7 @@ class Sandbox:
         alone = network_namespace() if isolate else ()
         self.isolated = bool(alone)
         wrapper = [*alone, *dies_with_us()]
-        self.server = server or PostgresServer(install, data, log=work / "server.log", wrapper=wrapper)
+        self.server = server or PostgresServer(install, data, near=work, log=work / "server.log", wrapper=wrapper)
         self.notes: list[str] = []
         self._superuser: str | None = None
         self._wanted = dict(_DEFAULTS)

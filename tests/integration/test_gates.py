@@ -639,9 +639,9 @@ def test_what_is_left_behind_fails(tmp_path: Path) -> None:
     assert (found.status, str(home) in found.result) == (FAILED, True)
     shutil.rmtree(home)
     assert ask(gates.gone(sandbox, home)).status is PASSED
-    sandbox.server.sockets.mkdir()
+    sandbox.server.sockets.mkdir(parents=True)
     assert ask(gates.gone(sandbox, home)).status is FAILED
-    sandbox.server.sockets.rmdir()
+    shutil.rmtree(home)
     # A process that names the directory, as a server's does.
     words = [sys.executable, "-c", "import sys; sys.stdin.read()", "postgres", "-D", str(home / "data")]
     left = subprocess.Popen[bytes](words, stdin=subprocess.PIPE)

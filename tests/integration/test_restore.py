@@ -380,7 +380,7 @@ with Access(load()) as access:
 
 
 def begun(story: Story, moment: str, at: datetime | None, into: Path) -> subprocess.Popen[bytes]:
-    """A restore that says `now` at that moment and waits. A killed one cannot remove its socket's folder: it has its own place."""
+    """A restore that says `now` at that moment and waits. A killed one's note on the room it needs goes with the next that looks."""
     command = [sys.executable, "-c", _CHILD, moment, at.isoformat() if at else "", str(into)]
     (into.parent / "tmp").mkdir(exist_ok=True)
     env = {**story.platform.env, "TMPDIR": str(into.parent / "tmp")}
@@ -396,6 +396,8 @@ def killed(story: Story, moment: str, at: datetime | None, into: Path) -> None:
         child.kill()
         child.wait()
         child.stdout.close()
+    left = [path.name for path in (into.parent / "tmp").iterdir()]
+    assert all(name.startswith("ops-room-") for name in left), "its server's socket is not beside what it restores"
 
 
 @pytest.mark.parametrize("moment", ["fetch", "replay", "promote", "sync"])
