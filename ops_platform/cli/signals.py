@@ -1,8 +1,8 @@
 """Ctrl-C and SIGTERM end a command, also where somebody's code swallowed the exception that says so.
 
-Python tells of a signal by raising in whatever runs at that moment. A bare `except:` around an import, or C code that clears
-an error it did not expect, is then the end of the interruption, and a restore that was stopped goes on. So the signal is
-raised again until the program unwinds.
+Python tells of a signal by raising in whatever runs at that moment. An HTTP response that nobody holds any more closes itself, and
+`io` clears what is raised there (`iobase_finalize` in CPython); a bare `except:` around an import does the same. That is then
+the end of the interruption, and a restore that was stopped goes on. So the signal is raised again until the program unwinds.
 """
 
 from __future__ import annotations

@@ -42,6 +42,16 @@ IN_A_FINALIZER = """
         time.sleep(0.05)
     print("went on to its end")
 """
+IN_A_RESPONSE_THAT_NOBODY_HOLDS = """
+    import io
+    class Response(io.BufferedIOBase):
+        def flush(self):
+            told()
+    Response()
+    for _ in range(400):
+        time.sleep(0.05)
+    print("went on to its end")
+"""
 CLEANING = """
     @contextlib.contextmanager
     def cleaned():
@@ -98,7 +108,7 @@ def run(command: str, number: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-@pytest.mark.parametrize("command", [SWALLOWED, IN_A_FINALIZER])
+@pytest.mark.parametrize("command", [SWALLOWED, IN_A_FINALIZER, IN_A_RESPONSE_THAT_NOBODY_HOLDS])
 def test_a_signal_that_was_swallowed_is_raised_again(command: str, number: str, code: int) -> None:
     ended, out, _ = run(command, number)
     assert (ended, out) == (code, "")
