@@ -68,6 +68,16 @@ class RunAs:
                 os.chown(path, self.uid, self.gid)
 
 
+def private_directory(path: Path, user: RunAs, *, remedy: str = "remove it, and look at who can write there") -> Path:
+    """Made where there is none, for the servers' user alone. Raises OpsError for one that somebody else has put there."""
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    if path.is_symlink() or not path.is_dir() or path.stat().st_uid not in (os.geteuid(), user.uid):
+        raise OpsError(f"{path} belongs to somebody else", remedy=remedy)
+    user.own(path)
+    return path
+
+
 def cache_directory() -> Path:
     """Where versions that are built or copied once are kept, outside any checkout."""
     base = os.environ.get("OPS_CACHE_DIR")
@@ -342,17 +352,8 @@ class PostgresServer:
 
     def _open_sockets(self) -> None:
         """Made no sooner than it starts: whoever only names a server has nothing to remove."""
-        if not self._made_sockets:
-            return
-        with contextlib.suppress(FileExistsError):
-            self.sockets.mkdir(mode=0o700)
-        if self.sockets.is_symlink() or self.sockets.stat().st_uid not in (os.geteuid(), self.user.uid):
-            raise OpsError(
-                "the folder for the server's socket belongs to somebody else",
-                where=str(self.sockets),
-                remedy="remove it, and look at who can write there",
-            )
-        self.user.own(self.sockets)
+        if self._made_sockets:
+            private_directory(self.sockets, self.user)
 
     def _wait_ready(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

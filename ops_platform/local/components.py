@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, LiteralString
 
-from ops_platform.clients.postgres_binaries import PostgresServer, need_postgres
+from ops_platform.clients.postgres_binaries import PostgresServer, need_postgres, private_directory
 from ops_platform.clients.processes import Process, identify, spawn, stop
 from ops_platform.errors import OpsError
 from ops_platform.local import sources
@@ -298,12 +298,8 @@ def sockets_path(place: Place) -> Path:
 
 
 def _sockets(place: Place) -> Path:
-    path = sockets_path(place)
-    path.mkdir(mode=0o700, exist_ok=True)
-    if path.stat().st_uid not in (os.getuid(), place.user.uid):
-        raise OpsError(f"{path} belongs to somebody else", remedy="remove it, or set OPS_STATE_DIR to a shorter path")
-    place.user.own(path)
-    return path
+    remedy = "remove it, or set OPS_STATE_DIR to a shorter path"
+    return private_directory(sockets_path(place), place.user, remedy=remedy)
 
 
 _HBA = """local all all scram-sha-256
