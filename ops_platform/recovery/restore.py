@@ -128,7 +128,7 @@ def restore(
     """
     into = into.absolute()
     engine = open_engine(access, target, clock=clock)
-    backup = _begin(engine, target, recovery, into)
+    backup, needed = _begin(engine, target, recovery, into)
     install = need_postgres(backup.server_version // 10000, target.sandbox.postgres.values())
     work = work_directory(into)
     sandbox = Sandbox(install, into, work, clock=clock)
@@ -137,7 +137,7 @@ def restore(
         stack.enter_context(_alone(into))
         sandbox.wait_gone()
         if not (work / "restored").exists():
-            fetched = _fetched(engine, backup, into, tablespaces, progress)
+            fetched = _fetched(engine, backup, needed, into, tablespaces, progress)
             done = _replay(engine, backup, recovery, target, sandbox, fetched, progress)
             _write_whole(work / "restored", TypeAdapter(Restored).dump_json(done).decode())
         done = TypeAdapter(Restored).validate_json((work / "restored").read_text())
@@ -173,6 +173,7 @@ class _Fetched:
 def _fetched(
     engine: BackupEngine,
     backup: BackupInfo,
+    needed: float,
     into: Path,
     tablespaces: dict[str, Path] | None,
     progress: Progress,
@@ -194,7 +195,7 @@ def _fetched(
         _clear(into, *[link.resolve() for link in (into / "pg_tblspc").glob("*")])
     began = time.monotonic()
     parts = into.with_name(f".{into.name}.parts")
-    with reserved([into, parts], _room(engine.list(), backup), begun=occupied(into) or parts.exists()):
+    with reserved([into, parts], needed, begun=occupied(into) or parts.exists()):
         base = engine.fetch_base(backup, into, tablespaces=tablespaces, progress=progress)
     spaces = {oid: str(path) for oid, path in base.tablespaces.items()}
     fetched = _Fetched(base.raw, time.monotonic() - began, spaces, _boot())
@@ -262,8 +263,8 @@ def _boot() -> str:
     return ""
 
 
-def _begin(engine: BackupEngine, target: Target, recovery: RecoveryTarget, into: Path) -> BackupInfo:
-    """The backup to use: newly chosen, or that of the unfinished restore that stands here."""
+def _begin(engine: BackupEngine, target: Target, recovery: RecoveryTarget, into: Path) -> tuple[BackupInfo, float]:
+    """The backup to use: newly chosen, or that of the unfinished restore that stands here. And the bytes that it takes on disk."""
     _need_right(into)
     work = work_directory(into)
     note = work / "restore.json"
@@ -283,14 +284,16 @@ def _begin(engine: BackupEngine, target: Target, recovery: RecoveryTarget, into:
                 where=str(into),
                 remedy=f"finish it with the same options, or remove {into} and {work}",
             )
-        found = [backup for backup in engine.list() if backup.backup_id == begun["backup"]]
+        backups = engine.list()
+        found = [backup for backup in backups if backup.backup_id == begun["backup"]]
         if not found:
             raise OpsError(f"the backup {begun['backup']} of this unfinished restore is gone", where=str(into))
-        return found[0]
+        return found[0], _room(backups, found[0])
     if occupied(into):
         raise UsageError(_NOT_EMPTY, where=str(into), remedy="name another one; nothing is restored over files")
     backup = engine.choose(recovery)
-    if problem := lacking(existing(into), _room(engine.list(), backup)):
+    needed = _room(engine.list(), backup)
+    if problem := lacking(existing(into), needed):
         raise OpsError(problem, where=str(into), remedy="free space, or name a directory on another disk")
     need_postgres(backup.server_version // 10000, target.sandbox.postgres.values())
     _check_passage(into)
@@ -304,7 +307,7 @@ def _begin(engine: BackupEngine, target: Target, recovery: RecoveryTarget, into:
         raise UsageError(f"the directory cannot be made: {error.strerror}", where=where, remedy=_ANOTHER) from None
     user.own(work, into)
     _write_whole(note, json.dumps({**wanted, "backup": backup.backup_id}))
-    return backup
+    return backup, needed
 
 
 _NOT_EMPTY = "the directory is not empty"
