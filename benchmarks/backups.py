@@ -51,36 +51,25 @@ level 1 with two threads or processes. pgBackRest has no bundling by default; th
 
 def full_compressible(world: World, sizes: Sizes) -> Comparison:
     database = world.database("pgbench", 15, "compressible", sizes.large)
-    found = Comparison(
-        "full-compressible",
-        f"full backup of {database.size() / GB:.1f} GiB that compress well",
-        "seconds",
-        _FULL,
-        [
-            Goal("≤ 0.65 × pgBackRest", OURS, PEER, most=0.65, if_missed=_BOUND_BY_CPU),
-            Goal("server-side compression: ≤ 0.55 × pgBackRest", SERVER, PEER, most=0.55, if_missed=_BOUND_BY_CPU),
-        ],
-    )
-    measured(found, sizes.rounds, _full_sides(database, server_side=True))
-    _note_ratio(found, database)
-    return found
+    return _full("full-compressible", "that compress well", database, sizes, at_server=0.55, if_missed=_BOUND_BY_CPU)
 
 
 def full_incompressible(world: World, sizes: Sizes) -> Comparison:
     database = world.database("noise", 15, "incompressible", sizes.noise)
-    found = Comparison(
-        "full-incompressible",
-        f"full backup of {database.size() / GB:.1f} GiB of random bytes",
-        "seconds",
-        _FULL,
-        [
-            Goal("≤ 0.65 × pgBackRest", OURS, PEER, most=0.65, if_missed=_BOUND_BY_STORE),
-            Goal("server-side compression: ≤ 0.65 × pgBackRest", SERVER, PEER, most=0.65, if_missed=_BOUND_BY_STORE),
-        ],
-    )
+    found = _full("full-incompressible", "of random bytes", database, sizes, at_server=0.65, if_missed=_BOUND_BY_STORE)
+    world.drop("noise")
+    return found
+
+
+def _full(name: str, kind: str, database: Database, sizes: Sizes, *, at_server: float, if_missed: str) -> Comparison:
+    """`at_server`: the ratio that is the goal where PostgreSQL compresses."""
+    goals = [
+        Goal("≤ 0.65 × pgBackRest", OURS, PEER, most=0.65, if_missed=if_missed),
+        Goal(f"server-side compression: ≤ {at_server} × pgBackRest", SERVER, PEER, most=at_server, if_missed=if_missed),
+    ]
+    found = Comparison(name, f"full backup of {database.size() / GB:.1f} GiB {kind}", "seconds", _FULL, goals)
     measured(found, sizes.rounds, _full_sides(database, server_side=True))
     _note_ratio(found, database)
-    world.drop("noise")
     return found
 
 
