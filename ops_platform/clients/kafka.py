@@ -127,11 +127,11 @@ class Kafka:
         with self.named(said):
             return Producer({**self.settings(), **safe, "error_cb": said, **_dotted(more)})
 
-    def admin(self, said: Said) -> AdminClient:
+    def admin(self, said: Said, **more: Any) -> AdminClient:
         from confluent_kafka.admin import AdminClient
 
         with self.named(said):
-            settings: dict[str, Any] = {**self.settings(), "error_cb": said}
+            settings: dict[str, Any] = {**self.settings(), "error_cb": said, **_dotted(more)}
             return AdminClient(settings)
 
     def deliver(self, producer: Producer, records: Sequence[Record], seconds: float) -> list[KafkaError | bool]:

@@ -152,7 +152,7 @@ def begin(
     at = known.next.get(partition, 0)
     if at > marks.high:
         raise ConflictError(
-            f"we have read up to offset {at}, and it ends at {marks.high}: it was made anew or cut off",
+            f"we have read up to offset {at}, and it ends at {marks.high}: it was made anew or cut off, or a broker that hung answers",
             where=f"{name}/{partition}",
             remedy=RESET,
         )
@@ -164,10 +164,15 @@ def begin(
 def made_anew(
     name: str, cursor: Cursor, topic_id: str | None, marks: Mapping[int, Watermarks], partitions: Sequence[int]
 ) -> str | None:
-    """Why it cannot be the topic which the cursor knows. `marks` by partition."""
+    """Why it cannot be the topic which the cursor knows. `marks` by partition.
+
+    With the same id it is the same topic, wherever it ends: a broker that hung and goes on tells the end of then for some moments.
+    """
+    known = cursor.topics.get(name)
+    same = known is not None and known.id is not None and known.id == topic_id
     try:
         check_topic(name, cursor, topic_id, partitions)
-        for partition, mark in marks.items():
+        for partition, mark in {} if same else marks.items():
             begin(name, partition, cursor, mark, "earliest")
     except ConflictError as error:
         return f"{error.where}: {error.what}"

@@ -25,7 +25,7 @@ from ops_platform.actions import (
 )
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import ConflictError, NotThereError, OpsError, UnreachableError, UsageError
-from ops_platform.events.cursor import Cursor, TopicCursor, Watermarks, begin, check_topic
+from ops_platform.events.cursor import Cursor, TopicCursor, Watermarks, begin, check_topic, made_anew
 from ops_platform.events.reader import EventReader, open_reader
 from ops_platform.inventory.model import Mode
 from ops_platform.inventory.remediation import EventSource
@@ -186,8 +186,9 @@ def _state(
         check_topic(topic.name, cursor, topic.id, topic.partitions)
         gaps = [gap for part, mark in marks.items() if (gap := begin(topic.name, part, cursor, mark, source.start)[1])]
     except ConflictError as error:
-        if source.made_anew == "begin":
-            return NOT_BEGUN, f"{error.where}: {error.what}; it begins at its {source.start} offset"
+        begins = source.made_anew == "begin"
+        if begins and (why := made_anew(topic.name, cursor, topic.id, marks, topic.partitions)):
+            return NOT_BEGUN, f"{why}; it begins at its {source.start} offset"
         return STANDS, error.what
     if away := sorted(set(topic.partitions) - set(marks)):
         return UNKNOWN, f"partitions {', '.join(map(str, away))} could not be looked at"

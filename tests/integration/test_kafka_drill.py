@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from threading import Timer
 
 import pytest
 
+from ops_platform.clients import kafka as client
 from ops_platform.drills.engine import Engine
 from ops_platform.drills.model import Ending
+from ops_platform.drills.steps import kafka as steps
+from ops_platform.errors import OpsError
 from tests.drill_rig import Bench, measured, passed, preflight, preflight_elsewhere, supervised
-from tests.kafka_rig import Kafka
+from tests.kafka_rig import HOST, Broker, Kafka
+from tests.kafka_wire import metadata
 from tests.rig import Cluster, eventually
 
 
@@ -103,6 +108,47 @@ def test_a_broker_that_hangs_is_replaced_and_a_drill_killed_at_any_of_its_steps_
     assert [r.gone for r in card.teardown if r.kind == "frozen"] == [True]
     assert ours(kafka_cluster) == []
     assert {drill.ending for drill in bench.engine.store.list()} == {Ending.LOST, Ending.COMPLETED}
+
+
+def test_a_broker_that_hung_and_goes_on_is_not_taken_at_its_word(kafka_cluster: Kafka) -> None:
+    """It thinks that it leads, with every replica in sync and the end of then, until it hears of more: here only once the others go on."""
+    topic = kafka_cluster.create_topic()
+    old = kafka_cluster.leader(topic)
+    hung, others = kafka_cluster.broker(old), [b for b in kafka_cluster.brokers if b.number != old]
+    kafka_cluster.produce(topic, "0", "1")
+    with ExitStack() as thawed:
+        frozen(thawed, [hung])
+        eventually(
+            lambda: {metadata(b.port, topic).partitions[0].leader for b in others} - {old, -1}, why="nobody leads"
+        )
+        kafka_cluster.produce(topic, "2", "3")
+        again = frozen(thawed, others)
+        hung.daemon.resume()
+        mine = metadata(hung.port, topic).partitions[0]
+        assert (mine.leader, set(mine.in_sync)) == (old, {1, 2, 3})
+        cluster = client.Kafka("events", [(HOST, hung.port)], tls=False, timeout=3)
+        there, said = steps._all_there(cluster, old)
+        assert not there
+        assert "does not answer" in said
+        with pytest.raises(OpsError):
+            steps._end(cluster, topic)
+        cluster.timeout = 20
+        later = Timer(1, again.close)
+        later.start()
+        try:
+            assert steps._numbers(cluster, topic) == [0, 1, 2, 3]
+        finally:
+            later.join()
+    eventually(lambda: steps._all_there(cluster, old)[0], why=lambda: steps._all_there(cluster, old)[1])
+
+
+def frozen(held: ExitStack, brokers: list[Broker]) -> ExitStack:
+    """They hang until what is given back is closed, and no longer than `held`."""
+    mine = held.enter_context(ExitStack())
+    for broker in brokers:
+        broker.daemon.pause()
+        mine.callback(broker.daemon.resume)
+    return mine
 
 
 def ours(kafka: Kafka) -> list[str]:

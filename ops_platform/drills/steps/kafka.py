@@ -1,4 +1,8 @@
-"""Kafka: whether it is fit to lose a broker, the one that leads the drill's topic broken, and what users had of it."""
+"""Kafka: whether it is fit to lose a broker, the one that leads the drill's topic broken, and what users had of it.
+
+A broker that hung and goes on answers for some moments as it would have before: that it leads, that every replica is in sync, and
+where the topic ended then. What one broker says is therefore not taken for the cluster's word where a drill is judged by it.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +52,29 @@ def _metadata(kafka: Kafka, topic: str | None = None, *, seconds: float | None =
         return admin.list_topics(topic, timeout=seconds or kafka.timeout)
 
 
+def _as_all_see_it(kafka: Kafka) -> Iterator[Any]:
+    """The cluster as each of its brokers sees it, in no order. Raises OpsError where one of them does not say.
+
+    librdkafka asks one of those to which it has a connection, by chance: it gets one to each, and is asked until all have answered.
+    """
+    said, seen = Said(), set[int]()
+    until, wanted = kafka.clock.monotonic() + kafka.timeout, set[int]()
+    admin = kafka.admin(said, enable_sparse_connections=False)
+    while not seen or wanted - seen:
+        with kafka.named(said), heard(admin):
+            found = admin.list_topics(timeout=kafka.timeout)
+        wanted = set(found.brokers)
+        # Until a broker of `bootstrap` has told its number it has none here.
+        if found.orig_broker_id in wanted - seen:
+            seen.add(found.orig_broker_id)
+            yield found
+        elif kafka.clock.monotonic() > until:
+            silent = ", ".join(map(str, sorted(wanted - seen)))
+            raise CouldNotVerifyError(f"broker {silent} does not answer, and others do", where=kafka.where)
+        else:
+            kafka.clock.sleep(0.002)
+
+
 def _behind(metadata: Any) -> list[str]:
     """Partitions of which a replica is not in sync."""
     return [f"{topic}/{number}" for topic, number, part in _partitions(metadata) if len(part.isrs) < len(part.replicas)]
@@ -80,11 +107,12 @@ def fit(context: Context, given: Fit) -> Done:
     """Every replica is in sync, enough brokers would be left, and every topic would take writes without one of its replicas."""
     kafka = _kafka(context.access, context.subject.id)
     try:
-        metadata = _metadata(kafka)
+        views = list(_as_all_see_it(kafka))
     except OpsError as error:
         title = "Every replica is in sync"
         return Done(error.what, checks=(Checked(title=title, holds=None, query="Metadata", result=error.line),))
-    behind, brokers = _behind(metadata), sorted(metadata.brokers)
+    metadata, brokers = views[0], sorted(set.intersection(*(set(view.brokers) for view in views)))
+    behind = sorted({name for view in views for name in _behind(view)})
     left = len(brokers) - 1
     checks = (
         Checked(
@@ -289,30 +317,47 @@ def new_leader(context: Context, given: After) -> Done:
 
 @does("kafka.lost_records", "check", given=Lost)
 def lost_records(context: Context, given: Lost) -> Done:
-    """Every number that was acknowledged stands in the topic, read from its beginning to its end."""
+    """Every number that was acknowledged stands in the topic, read from its beginning to a record that is written for this, with acks=all."""
     kafka, topic = _kafka(context.access, context.subject.id), context.fact(given.injected, "topic")
     tried = attempted(context, given)
     return lost_of(tried, _numbers(kafka, topic), given, f"{topic}, from its beginning to its end")
 
 
 def _numbers(kafka: Kafka, topic: str) -> list[int]:
-    from confluent_kafka import TopicPartition
+    """All that stand before a record that is written now. Raises CouldNotVerifyError where that one is not reached."""
+    from confluent_kafka import OFFSET_BEGINNING, TopicPartition
 
-    said, found, until = Said(), list[int](), time.monotonic() + 2 * kafka.timeout
+    said, found, end = Said(), list[int](), _end(kafka, topic)
+    until, following = time.monotonic() + 2 * kafka.timeout, 0
     consumer = kafka.consumer(said, group_id=topic, enable_auto_commit=False, auto_offset_reset="error")
     with contextlib.closing(consumer), kafka.named(said, topic):
-        low, high = kafka.watermarks(consumer, said, topic, 0)
-        consumer.assign([TopicPartition(topic, 0, low)])
-        following = low
-        while following < high:
+        consumer.assign([TopicPartition(topic, 0, OFFSET_BEGINNING)])
+        while following < end:
             message: Any = consumer.poll(0.5)
-            if message is None or message.error() is not None:
-                if time.monotonic() > until:
-                    raise CouldNotVerifyError(f"the topic was read to {following} of {high}", where=topic)
-                continue
-            found.append(int(message.value()))
-            following = message.offset() + 1
+            if message is not None and message.error() is None:
+                following = message.offset() + 1
+                found += [int(message.value())] if message.offset() < end else []
+            elif time.monotonic() > until:
+                raise CouldNotVerifyError(f"the topic was read to {following} of {end}", where=topic)
     return found
+
+
+def _end(kafka: Kafka, topic: str) -> int:
+    """The offset of a record written now with acks=all: whoever only thinks that it leads gets no other replica to take one."""
+    said, told = Said(), list[tuple[Any, Any]]()
+
+    def note(error: object, message: object) -> None:
+        told.append((error, message))
+
+    producer = kafka.producer(said, message_timeout_ms=round(kafka.timeout * 1000))
+    with kafka.named(said, topic):
+        producer.produce(topic, b"the end", partition=0, on_delivery=note)
+        producer.flush(kafka.timeout + 1)
+    error, message = told[0] if told else (None, None)
+    if error is not None or message is None:
+        producer.purge()
+        raise kafka.error(error, said, topic)
+    return message.offset()
 
 
 @does("kafka.replicated", "wait_until", given=After)
@@ -338,11 +383,15 @@ def whole(context: Context, given: NothingGiven) -> Done:
 
 
 def _all_there(kafka: Kafka, broker: int | None) -> tuple[bool, str]:
+    """By the word of every broker, and that of the first who does not see it so."""
+    said = ""
     try:
-        metadata = _metadata(kafka)
+        for view in _as_all_see_it(kafka):
+            behind = _behind(view)
+            back = broker is None or broker in view.brokers
+            said = f"brokers {', '.join(map(str, sorted(view.brokers)))}; under-replicated partitions: {_some(behind)}"
+            if behind or not back:
+                return False, said
     except OpsError as error:
         return False, error.line
-    behind = _behind(metadata)
-    back = broker is None or broker in metadata.brokers
-    said = f"brokers {', '.join(map(str, sorted(metadata.brokers)))}; under-replicated partitions: {_some(behind)}"
-    return back and not behind, said
+    return True, said
