@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -167,6 +167,31 @@ class Kafka:
             else:
                 producer.poll(0)
                 return True
+
+    def views(self) -> Iterator[Any]:
+        """The cluster's metadata as each of its brokers has it, in no order. Raises OpsError where one of them does not say.
+
+        A broker that hung and goes on, or that nobody else reaches, believes what was so before. librdkafka asks by chance one of those to
+        which it has a connection: here it gets one to each, and is asked until all have answered.
+        """
+        said, seen = Said(), set[int]()
+        until, wanted = self.clock.monotonic() + self.timeout, set[int]()
+        admin = self.admin(said, enable_sparse_connections=False)
+        while not seen or wanted - seen:
+            with self.named(said), heard(admin):
+                found = admin.list_topics(timeout=self.timeout)
+            wanted = set(found.brokers)
+            # Until a broker of `bootstrap` has told its number it has none here.
+            if found.orig_broker_id in wanted - seen:
+                seen.add(found.orig_broker_id)
+                yield found
+            elif self.clock.monotonic() > until:
+                silent = ", ".join(map(str, sorted(wanted - seen)))
+                raise UnreachableError(
+                    f"broker {silent} does not answer, and others do", where=self.where, remedy=_AWAY
+                )
+            else:
+                self.clock.sleep(0.002)
 
     def topics(
         self, admin: AdminClient, said: Said, names: Sequence[str], *, timeout: float | None = None

@@ -166,13 +166,14 @@ def made_anew(
 ) -> str | None:
     """Why it cannot be the topic which the cursor knows. `marks` by partition.
 
-    With the same id it is the same topic, wherever it ends: a broker that hung and goes on tells the end of then for some moments.
+    With the same id it is the same topic, whatever else is said of it: a broker that hung and goes on tells for some moments what was.
     """
     known = cursor.topics.get(name)
-    same = known is not None and known.id is not None and known.id == topic_id
+    if known is not None and known.id is not None and known.id == topic_id:
+        return None
     try:
         check_topic(name, cursor, topic_id, partitions)
-        for partition, mark in {} if same else marks.items():
+        for partition, mark in marks.items():
             begin(name, partition, cursor, mark, "earliest")
     except ConflictError as error:
         return f"{error.where}: {error.what}"

@@ -227,6 +227,8 @@ class EventReader:
             if why := made_anew(name, cursor, topic.id, marks, topic.partitions):
                 cursor = cursor.without(name)
                 said.append(f"{why}; it begins at its {self.source.start} offset")
+            else:
+                check_topic(name, cursor, topic.id, topic.partitions)
         return cursor, said
 
     def _watermarks(

@@ -61,6 +61,7 @@ class KafkaStore:
 
     def dump(self, parts: Parts) -> Dumped:
         kafka, said = self.access.kafka(self.system), Said()
+        self._need_one_view(kafka)
         admin = kafka.admin(said)
         before = self._topics(kafka, admin, said)
         facts: dict[str, Any] = {
@@ -92,6 +93,24 @@ class KafkaStore:
                 remedy="take it again",
             )
         return Dumped(source=kafka.where, server="Kafka", facts=facts)
+
+    def _need_one_view(self, kafka: Kafka) -> None:
+        """Every broker names the same topics and leaders: one that hung and goes on would have us read less than was acknowledged.
+
+        Waits while a leader moves. Raises ConflictError where they do not come to agree, UnreachableError where one does not say.
+        """
+        until = kafka.clock.monotonic() + kafka.timeout
+        while differ := _differ([self._leaders(view) for view in kafka.views()]):
+            if kafka.clock.monotonic() > until:
+                raise ConflictError(
+                    f"the brokers do not agree who leads {differ[0][0]}/{differ[0][1]}", where=kafka.where,
+                    remedy="look whether one of them is cut off from the others; then take it again",
+                )  # fmt: skip
+            kafka.clock.sleep(0.2)
+
+    def _leaders(self, view: Any) -> dict[tuple[str, int], int]:
+        topics = {name: topic for name, topic in view.topics.items() if _fits(name, self.system.topics)}
+        return {(name, n): part.leader for name, topic in topics.items() for n, part in topic.partitions.items()}
 
     def _topics(self, kafka: Kafka, admin: Any, said: Said) -> dict[str, dict[str, Any]]:
         kinds = _admin_kinds()
@@ -191,6 +210,12 @@ class KafkaStore:
             restored = RestoredKafka(saved, kafka)
             restored.load()
             yield restored
+
+
+def _differ(views: Sequence[Mapping[tuple[str, int], int]]) -> list[tuple[str, int]]:
+    """Partitions of which they do not say the same."""
+    named = {one for view in views for one in view}
+    return sorted(one for one in named if len({view.get(one) for view in views}) > 1)
 
 
 class _SandboxKafka(Kafka):

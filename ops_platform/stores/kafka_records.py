@@ -94,21 +94,22 @@ def _until(batch: list[Any], high: int, kafka: Kafka, said: Said, where: str) ->
     """The messages below an offset, and whether that was all of them."""
     from confluent_kafka import KafkaError
 
-    for number, message in enumerate(batch):
+    good: list[Any] = []
+    for message in batch:
         error = message.error()
-        if error is None:
-            if cast("int", message.offset()) < high:
-                continue
-            return batch[:number], True
-        if error.code() == KafkaError._PARTITION_EOF:  # pyright: ignore[reportPrivateUsage] - its published name
-            return batch[:number], True
+        if error is None or error.code() == KafkaError._PARTITION_EOF:  # pyright: ignore[reportPrivateUsage] - its published name
+            if cast("int", message.offset()) >= high:
+                return good, True
+            # An end before it: of a leader that has just taken over, and does not know yet that its followers have more.
+            good += [message] if error is None else []
+            continue
         if error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):  # pyright: ignore[reportPrivateUsage]
             raise ConflictError(
                 f"records of {where} were removed before they were read", where=kafka.where,
                 remedy="its retention was faster: take it again, or give it more time",
             )  # fmt: skip
         raise kafka.error(error, said, where.rpartition("/")[0])
-    return batch, False
+    return good, False
 
 
 def _record(message: Any) -> Record:

@@ -18,7 +18,7 @@ from confluent_kafka.admin import AclOperation
 from ops_platform.clients.http import HttpApi
 from ops_platform.clients.kafka import Kafka
 from ops_platform.errors import AccessDeniedError, ConflictError, NotThereError, OpsError, UnreachableError
-from ops_platform.events.cursor import Cursor, Gap
+from ops_platform.events.cursor import Cursor, Gap, TopicCursor
 from ops_platform.events.reader import Batch, EventReader
 from ops_platform.events.schemas import Schemas
 from ops_platform.inventory.remediation import EventSchema, EventSource
@@ -314,6 +314,11 @@ def test_fewer_partitions_fail_closed(kafka: kafka_rig.Kafka) -> None:
     topic = kafka.create_topic()
     with reading(kafka, topic) as reader, pytest.raises(ConflictError, match="lost partitions"):
         reader.read(f'{{"v":1,"topics":{{"{topic}":{{"id":null,"next":{{"0":0,"1":0}}}}}}}}')
+    # Also where a topic that was made anew may begin: with the id that we know it was not.
+    with reading(kafka, topic, made_anew="begin") as reader:
+        known = reader.read(None).cursor.topics[topic].id
+        with pytest.raises(ConflictError, match="lost partitions"):
+            reader.read(Cursor({topic: TopicCursor({0: 0, 1: 0}, known)}))
 
 
 def test_a_partition_that_was_added_begins_at_its_beginning(kafka: kafka_rig.Kafka) -> None:

@@ -106,5 +106,6 @@ def test_what_is_shown_of_a_topic_made_anew_is_what_the_next_tick_does(
     assert "it begins at its earliest offset" in (said or "")
     # The same topic with another end: whoever says so may have hung, and beginning again would repeat or lose what was read.
     assert _state(KNOWN, Topic("t", "an id", (0, 1)), {0: Watermarks(0, 3)}, begins)[0] == STANDS
+    assert _state(KNOWN, Topic("t", "an id", (0,)), {0: Watermarks(0, 20)}, begins)[0] == STANDS
     same = {0: Watermarks(0, 20), 1: Watermarks(0, 20)}
     assert _state(KNOWN, Topic("t", "an id", (0, 1)), same, begins) == (GOES_ON, None)
