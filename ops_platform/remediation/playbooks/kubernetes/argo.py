@@ -120,9 +120,12 @@ class AbortAction(PatchAction[ArgoParameters]):
             return Verification((phase, pods))
 
     def _settled(self, found: Json) -> bool | None:
-        """Aborted: Argo calls that Degraded. Retried: it progresses again, or is through."""
+        """Aborted: Argo calls that Degraded. Retried: it progresses again, or is through.
+
+        `abortedAt` is the controller's own: without it a Rollout that was Degraded before would look as if somebody had heard of the abort.
+        """
         status: Json = found.get("status") or {}
-        if bool(status.get("abort")) != self.abort:
+        if not bool(status.get("abort")) == bool(status.get("abortedAt")) == self.abort:
             return None
         return status.get("phase") in ({"Degraded"} if self.abort else {"Progressing", "Paused", "Healthy"}) or None
 
