@@ -56,6 +56,10 @@ def connected(cluster: Cluster, name: str) -> Iterator[None]:
         yield
     finally:
         conn.finish()
+        # The server hears of the end in its own time, and until then the slot can neither be dropped nor used.
+        eventually(
+            lambda: not cluster.sql("select active from pg_replication_slots where slot_name = %s", "postgres", name)
+        )
 
 
 @pytest.mark.majors
