@@ -61,7 +61,7 @@ class _Web:
         if self.password:
             known = base64.b64encode(f"{USER}:{self.password}".encode()).decode()
             request.add_header("Authorization", f"Basic {known}")
-        with urllib.request.urlopen(request, timeout=10, context=self._context) as answer:
+        with urllib.request.urlopen(request, timeout=60, context=self._context) as answer:
             text = answer.read().decode()
         return text if raw else json.loads(text or "null")
 
