@@ -98,12 +98,13 @@ def test_the_checks_say_what_was_drilled_and_what_never_was(bench: Bench) -> Non
 
 
 def test_the_most_overdue_drill_is_asked_for_when_the_schedule_says_so(bench: Bench) -> None:
-    bench.body["drills"]["schedule"] = "*/5 * * * *"
+    fired = datetime.now(UTC) - timedelta(minutes=30)
+    bench.body["drills"]["schedule"] = f"{fired:%M %H} * * *"  # and not once more while the test looks
     bench.both("toys", [SAY], targets=["hall", "attic"])
     defs = definitions(bench)
     sensor = defs.resolve_sensor_def("most_overdue_drill")
     platform = defs.resources["platform"] if defs.resources else None
-    at = (datetime.now(UTC) - timedelta(minutes=11)).isoformat()
+    at = (fired - timedelta(minutes=1)).isoformat()
     with dg.build_sensor_context(cursor=at, resources={"platform": platform}) as context:
         found = sensor(context)
     (request,) = found.run_requests
