@@ -186,6 +186,8 @@ def test_a_locked_table_is_left_alone(make: Callable[..., Cluster]) -> None:
 def test_a_table_that_another_vacuum_works_on_is_left_alone(make: Callable[..., Cluster]) -> None:
     """Killed in the middle, a vacuum of ours that goes on is such a one, too."""
     cluster = make()
+    # Of a few pages even the slowest vacuum would have its end before a busy machine has looked twice.
+    cluster.sql(f"insert into {TABLE} select i, i::text from generate_series(1, 50000) i", DB)
     slow = cluster.server.connect(DB, autocommit=True)
     slow.execute("set vacuum_cost_delay = 100; set vacuum_cost_limit = 1")
     with on(cluster) as at:
