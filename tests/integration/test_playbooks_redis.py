@@ -59,7 +59,7 @@ class Sites:
             server.run("ACL", "SETUSER", "ops", "reset", "on", f">{PASSWORD}", *rules)
         ports = hosts or [server.port for server in servers]
         body = {
-            "kind": "redis", "tls": False, "user": "ops", "password": "file://{inventory}/password", "timeout": "2s",
+            "kind": "redis", "tls": False, "user": "ops", "password": "file://{inventory}/password", "timeout": "20s",
             "hosts": [{"host": "127.0.0.1", "port": port} for port in ports], **system,
         }  # fmt: skip
         return self._stack.enter_context(bench(self._cluster, body, files={"password": password}))
@@ -176,7 +176,7 @@ def test_a_server_that_is_away_is_never_nothing_to_do(book: Playbook[Any], sites
 
 
 def test_a_server_that_hangs_is_away(server: Redis, sites: Sites) -> None:
-    it = sites.bench([server], EVICT)
+    it = sites.bench([server], EVICT, timeout="1s")
     server.daemon.pause()
     with pytest.raises(UnreachableError, match="does not answer"):
         it.run(EVICT)
@@ -477,7 +477,7 @@ def test_a_killed_failover_is_run_again(cluster: RedisCluster, sites: Sites, kil
 
 
 def test_a_replica_that_is_behind_does_not_take_over(cluster: RedisCluster, sites: Sites) -> None:
-    it = in_cluster(cluster, sites)
+    it = in_cluster(cluster, sites, timeout="2s")
     master, replica = cluster.nodes[0], cluster.nodes[3]
     replica.daemon.pause()
     with pytest.raises(RefusedError, match="no replica is near enough"):
@@ -487,7 +487,7 @@ def test_a_replica_that_is_behind_does_not_take_over(cluster: RedisCluster, site
 
 
 def test_a_replica_that_fell_behind_after_the_plan_does_not_take_over(cluster: RedisCluster, sites: Sites) -> None:
-    it = in_cluster(cluster, sites)
+    it = in_cluster(cluster, sites, timeout="2s")
     master, replica = cluster.nodes[0], cluster.nodes[3]
     action = it.action(FAILOVER, master=at(master))
     result = it.go(Between(action, planned=replica.daemon.pause))

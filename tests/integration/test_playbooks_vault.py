@@ -101,7 +101,7 @@ class Safe:
             "password": PASSWORD,
         }
         login = {"method": "approle", "role_id": "file://{inventory}/role", "secret_id": "file://{inventory}/secret"}
-        body = {"vaults": {"v": {"url": url or self.url, "auth": login, "timeout": "5s"}}, **_target(self.cluster)}
+        body = {"vaults": {"v": {"url": url or self.url, "auth": login, "timeout": "20s"}}, **_target(self.cluster)}
         return self._stack.enter_context(bench(self.cluster, {"kind": "vault", "vault": "v"}, files=files, body=body))
 
     def close(self) -> None:
