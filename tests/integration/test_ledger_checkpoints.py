@@ -6,7 +6,7 @@ import base64
 import json
 import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -29,7 +29,7 @@ from ops_platform.ledger.checkpoint import Checkpoint, Checkpointer, CheckpointS
 from ops_platform.ledger.dsse import PAYLOAD_TYPE, Envelope, pae, verify
 from ops_platform.ledger.merkle import Tree
 from tests.ledger_rig import Checkpoints, Database, root_session
-from tests.rig import Cluster, Ground
+from tests.rig import Cluster, Ground, eventually
 
 
 @pytest.fixture(scope="module")
@@ -492,13 +492,13 @@ def test_a_sealed_vault_leaves_nothing_half(database: Database) -> None:
         assert unknown.value.exit_code == 3
         unseal = ground.place.secret("vault.unseal_key")
         root_session(ground).call(lambda client: client.sys.submit_unseal_key(unseal), "unseal")
-        deadline = threading.Event()
-        for _ in range(100):  # a raft node is elected anew
-            try:
-                rig.signer.public_keys()
-                break
-            except UnreachableError:
-                deadline.wait(0.1)
+
+        def elected() -> bool:
+            with suppress(UnreachableError):
+                return bool(rig.signer.public_keys())
+            return False
+
+        eventually(elected, why="a raft node is not elected anew")
         made, new = rig.anchored().write()
         assert made is not None
         assert (made.number, made.size, new) == (2, 4, True)
