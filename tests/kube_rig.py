@@ -11,7 +11,8 @@ import base64
 import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,7 @@ class Kube:
         cluster: Sequence[Mapping[str, Any]] = (),
         name: str = "ops",
     ) -> Path:
-        """A kubeconfig for a new service account that may do just that: `rules` by namespace, `cluster` everywhere.
+        """A kubeconfig for a new service account that may do just that by now: `rules` by namespace, `cluster` everywhere.
 
         A rule is one of RBAC: `{"apiGroups": ["apps"], "resources": ["deployments"], "verbs": ["get"]}`.
         """
@@ -233,7 +234,25 @@ class Kube:
         if cluster:
             self._grant(RBAC, "ClusterRole", full, cluster, subject)
         answer = self.api.post(f"{accounts}/{name}/token", {"spec": {"expirationSeconds": 7200}})
-        return self._kubeconfig(full, {"token": answer["status"]["token"]})
+        made = self._kubeconfig(full, {"token": answer["status"]["token"]})
+        # The server's authorizer hears of a new role a moment after it was made.
+        granted = [({"namespace": where}, rule) for where, wanted in (rules or {}).items() for rule in wanted]
+        granted += [({}, rule) for rule in cluster]
+        with closing(Api(made)) as api:
+            for where, rule in granted:
+                for group, resource, verb in product(rule["apiGroups"], rule["resources"], rule["verbs"]):
+                    kind, _, part = resource.partition("/")
+                    asked = {"group": group, "resource": kind, "subresource": part, "verb": verb, **where}
+                    eventually(lambda asked=asked: self._may(api, asked), why=f"{full} may not {asked}")
+        return made
+
+    def _may(self, api: Api, asked: Mapping[str, str]) -> bool:
+        review = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": asked},
+        }
+        return api.post("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", review)["status"]["allowed"]
 
     def _grant(
         self, path: str, kind: str, name: str, rules: Sequence[Mapping[str, Any]], subject: Mapping[str, str]

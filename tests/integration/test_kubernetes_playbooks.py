@@ -36,7 +36,7 @@ from tests.integration import http_faults as faults
 from tests.integration.http_faults import FaultyProxy
 from tests.integration.incident_rig import solved
 from tests.integration.kubernetes_faults import as_admin, config, refusal
-from tests.kube_rig import APPS, BEHAVIOUR, CORE, Api, Kube, pod
+from tests.kube_rig import APPS, BEHAVIOUR, CORE, Kube, pod
 from tests.remediation_rig import fresh_database
 from tests.rig import Cluster, Ground, eventually
 
@@ -132,34 +132,17 @@ class Desk:
         rights = [Right.parse(text) for text in playbook(f"kubernetes.{name}").rights if not text.startswith(IN_VAULT)]
         taken = Right.parse(without) if without else None
         rules: dict[bool, list[Mapping[str, Any]]] = {True: [], False: []}
-        granted: list[tuple[Right, str]] = []
         for right in rights:
             verbs = right.verbs
             if taken and (taken.group, taken.resource, taken.cluster) == (right.group, right.resource, right.cluster):
                 assert set(taken.verbs) <= set(verbs), f"{name} does not say that it needs {taken}"
                 verbs = tuple(verb for verb in verbs if verb not in taken.verbs)
-            granted += [(right, verb) for verb in verbs]
             if verbs:
                 rules[right.cluster].append(Right(right.group, right.resource, verbs, right.cluster).as_rule())
         account = f"ops-{secrets.token_hex(3)}"
         self.kubeconfig = self.kube.service_account(
             self.namespace, {self.namespace: rules[False]}, cluster=rules[True], name=account
         )
-        # The server's authorizer hears of a new role a moment after it was made.
-        with contextlib.closing(Api(self.kubeconfig)) as api:
-            for right, verb in granted:
-                eventually(lambda right=right, verb=verb: self._may(api, right, verb))
-
-    def _may(self, api: Api, right: Right, verb: str) -> bool:
-        resource, _, sub = right.resource.partition("/")
-        where = {} if right.cluster else {"namespace": self.namespace}
-        asked = {"group": right.group, "resource": resource, "subresource": sub, "verb": verb, **where}
-        review = {
-            "apiVersion": "authorization.k8s.io/v1",
-            "kind": "SelfSubjectAccessReview",
-            "spec": {"resourceAttributes": asked},
-        }
-        return api.post("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", review)["status"]["allowed"]
 
     # What is in the cluster
 
