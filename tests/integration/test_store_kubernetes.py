@@ -15,7 +15,7 @@ from ops_platform.stores.fetch import fetch_backup
 from ops_platform.stores.kind import Check, Saved
 from ops_platform.stores.kubernetes import KubernetesStore, clean, differences, ordered, read_objects
 from tests import kube_rig, stores_rig
-from tests.rig import Ground, Platform
+from tests.rig import Ground, Platform, eventually
 from tests.stores_rig import dump, gate, gates, prove, with_store
 
 WIDGETS = {
@@ -197,6 +197,15 @@ def test_a_group_that_does_not_say_what_it_has_is_an_error(platform: Platform, k
             "service": {"name": "nobody", "namespace": shop}}  # fmt: skip
     kube.api.post(path, {"metadata": {"name": name}, "spec": spec})
     try:
+
+        def is_away() -> bool:
+            try:
+                kube.api.get("/apis/away.test/v1")
+            except kube_rig.ApiError as error:
+                return error.status == 503  # 404 until the server has heard of it
+            return False
+
+        eventually(is_away, why="the server does not hear of the group")
         with pytest.raises(UnreachableError):
             dump(platform, entry(platform, shop))
     finally:
