@@ -416,7 +416,7 @@ def test_down_ends_the_web_ui_first_which_says_so_in_one_line(local: Local, tmp_
             # The daemon's heartbeats are in the stack's database by then, and the web server serves.
             eventually(lambda: {"Serving dagster-webserver", "Instance is configured"} <= said(out), seconds=120)
             assert "web UI" in local.ops("down").stderr
-            assert ui.wait(10) == 0
+            assert ui.wait(60) == 0
         finally:
             ui.terminate()
     text = out.read_text()
