@@ -374,7 +374,6 @@ def test_a_client_that_may_not_stand_beside_the_primary_leaves_the_drill_unprove
         return [*limits, *command(word)]
 
     monkeypatch.setattr(probes, "command", confined)
-    monkeypatch.setattr(probes, "_STARTS_WITHIN", 10.0)
     card = card_of(held.drill("cut-drill", seconds_before=1))
     assert card is not None
     assert card.verdict == "COULD_NOT_VERIFY", card.reason
