@@ -328,8 +328,14 @@ class Kafka:
         self.configure_topic(topic, retention_ms=before)
 
     def _partition(self, topic: str, partition: int) -> Partition:
-        """As any living broker sees it."""
-        return self._seen(topic)[0][partition]
+        """As every living broker sees it: each hears of a change at its own time, and whoever is asked next may be the last."""
+
+        def agreed() -> Partition | None:
+            first, *others = (seen[partition] for seen in self._seen(topic))
+            same = all((o.leader, {*o.in_sync}) == (first.leader, {*first.in_sync}) for o in others)
+            return first if same else None
+
+        return eventually(agreed, seconds=_SECONDS, why=f"the brokers do not agree about {topic}/{partition}")
 
     def _seen(self, topic: str) -> list[dict[int, Partition]]:
         """The topic's partitions as each living broker sees them."""
