@@ -657,8 +657,9 @@ def test_partitions_without_a_leader_wait_and_the_others_are_read(kafka_cluster:
         kafka_cluster.kill(away)
         eventually(lambda: kafka_cluster.leader(topic, 1) == -1)
         others = [part for part in range(3) if kafka_cluster.leader(topic, part) != -1]
-        batch = eventually(lambda: _or_none(lambda: (b := reader.read(cursor, budget=6)).problems and b.signals and b), seconds=60)  # fmt: skip
-        assert prints(batch) == [f"{topic}/{part}/1" for part in others]
+        wanted = [f"{topic}/{part}/1" for part in others]
+        # Within the budget of one read a busy broker may not be heard.
+        batch = eventually(lambda: _or_none(lambda: (b := reader.read(cursor, budget=6)).problems and prints(b) == wanted and b))  # fmt: skip
         assert any(f"{topic}/1" in problem for problem in batch.problems)
         assert batch.cursor.topics[topic].next[1] == 1
         with pytest.raises(UnreachableError):  # never begun, it has to be seen whole
