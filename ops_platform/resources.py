@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dagster import ConfigurableResource
 
+from ops_platform import signals
 from ops_platform.clients.access import Access
 from ops_platform.inventory import load
 
@@ -20,5 +21,5 @@ class PlatformResource(ConfigurableResource[None]):
     @contextmanager
     def access(self) -> Generator[Access]:
         """Read afresh for each use, so that a changed platform.yaml counts from the next run on."""
-        with Access(load(Path(self.inventory_path) if self.inventory_path else None)) as access:
+        with signals.insisting(), Access(load(Path(self.inventory_path) if self.inventory_path else None)) as access:
             yield access

@@ -14,8 +14,7 @@ from typing import NoReturn, TextIO
 
 import click
 
-from ops_platform import __version__
-from ops_platform.cli import signals
+from ops_platform import __version__, signals
 from ops_platform.cli.common import Commands
 from ops_platform.errors import OpsError
 

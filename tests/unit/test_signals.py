@@ -11,7 +11,7 @@ import pytest
 
 HEAD = """
 import contextlib, os, signal, sys, time
-from ops_platform.cli import main, signals
+from ops_platform.cli import main
 
 def told():
     os.kill(os.getpid(), signal.Signals[sys.argv[1]])
@@ -101,8 +101,12 @@ def program(command: str) -> str:
 
 
 def run(command: str, number: str) -> tuple[int, str, str]:
+    return python(program(command), number)
+
+
+def python(program: str, number: str) -> tuple[int, str, str]:
     done = subprocess.run(
-        [sys.executable, "-c", program(command), number], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", program, number], capture_output=True, text=True, check=False, timeout=60
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -139,3 +143,66 @@ def test_it_is_not_raised_into_the_end_of_the_program() -> None:
 def test_what_a_shell_put_into_the_background_is_not_interrupted() -> None:
     script = f"{shlex.quote(sys.executable)} -c {shlex.quote(program('told()'))} SIGINT & wait $!"
     assert subprocess.run(["sh", "-c", script], check=False, timeout=60).returncode == 0
+
+
+RUN = """
+import io, os, signal, sys, time
+import dagster as dg
+from ops_platform import resources
+from ops_platform.errors import OpsError
+
+class Access:
+    def __init__(self, _loaded): pass
+    def __enter__(self): return self
+    def __exit__(self, *_): pass
+
+resources.Access, resources.load = Access, lambda _path: None
+
+class Response(io.BufferedIOBase):
+    def flush(self):
+        os.kill(os.getpid(), signal.Signals[sys.argv[1]])
+        time.sleep(0)
+
+@dg.op(out=dg.Out(dg.Nothing))
+def first(platform: resources.PlatformResource):
+    with platform.access():
+        {work}
+
+@dg.op(ins={{"after": dg.In(dg.Nothing)}})
+def second():
+    print("went on")
+
+@dg.job(resource_defs={{"platform": resources.PlatformResource()}})
+def both():
+    second(first())
+
+try:
+    both.execute_in_process(instance=dg.DagsterInstance.ephemeral())
+except dg.DagsterExecutionInterruptedError:
+    print("interrupted")
+for number in (signal.SIGINT, signal.SIGTERM):
+    assert signal.getsignal(number) is signal.default_int_handler, signal.getsignal(number)
+assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+"""
+GOES_ON_FOR_LONG = """
+        Response()
+        for _ in range(400):
+            time.sleep(0.05)
+"""
+HAS_ALMOST_ENDED = """
+        Response()
+"""
+BECOMES_ANOTHER_ERROR = """
+        try:
+            os.kill(os.getpid(), signal.Signals[sys.argv[1]])
+            time.sleep(1)
+        finally:
+            raise OpsError("half done")
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("work", [GOES_ON_FOR_LONG, HAS_ALMOST_ENDED, BECOMES_ANOTHER_ERROR])
+def test_a_run_of_dagster_ends_as_well(work: str, number: str) -> None:
+    ended, out, err = python(RUN.format(work=work.strip()), number)
+    assert (ended, out) == (0, "interrupted\n"), err[-3000:]
