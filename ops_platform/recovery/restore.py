@@ -37,7 +37,7 @@ from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import ConflictError, CouldNotVerifyError, OpsError, UsageError
 from ops_platform.recovery.replay import replay
 from ops_platform.recovery.room import existing, lacking, reserved
-from ops_platform.recovery.sandbox import Sandbox, temporary_home
+from ops_platform.recovery.sandbox import Sandbox, take_away, temporary_home
 
 if TYPE_CHECKING:
     import psycopg
@@ -400,7 +400,7 @@ def dump_tables(
         _dump(sandbox, program, target, tables, file, dbname or target.connection.dbname)
         return done
     finally:
-        shutil.rmtree(home, ignore_errors=True)
+        take_away(home)
 
 
 def _pg_dump(target: Target, major: int) -> Path:

@@ -111,6 +111,15 @@ def temporary_home(
     return home
 
 
+def take_away(home: Path) -> None:
+    """Remove such a directory. Whoever is interrupted meanwhile removes the rest before the interruption goes on."""
+    try:
+        shutil.rmtree(home, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(home, ignore_errors=True)
+        raise
+
+
 def clear_dead(target: Backed, *, elsewhere: Callable[[Path], None] | None = None) -> None:
     """Take away the directories of programs that were killed, once their servers, which were told to end with them, have.
 

@@ -29,7 +29,7 @@ from ops_platform.recovery.model import GateStatus, Objective, Scorecard
 from ops_platform.recovery.replay import replay
 from ops_platform.recovery.restore import needed_bytes, sandbox_tablespaces
 from ops_platform.recovery.room import lacking, reserved
-from ops_platform.recovery.sandbox import Sandbox, network_namespace, temporary_home
+from ops_platform.recovery.sandbox import Sandbox, network_namespace, take_away, temporary_home
 from ops_platform.recovery.steps import Steps
 from ops_platform.recovery.verdict import NOT_RESTORED, stored, verdict_of
 
@@ -104,7 +104,7 @@ class Verification:
             self.record.broken_off(GateStatus.COULD_NOT_CHECK, error)
         finally:
             if home is not None:
-                shutil.rmtree(home, ignore_errors=True)
+                take_away(home)
         if home is not None and (sandbox := self._sandbox) is not None:
             self.record.check("teardown", "The sandbox is gone", *gates.gone(sandbox, home))
         return self._scorecard()

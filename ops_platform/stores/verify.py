@@ -28,7 +28,7 @@ from ops_platform.recovery.choosing import Pick
 from ops_platform.recovery.findings import FAILED, PASSED, UNCHECKED, Finding, Record
 from ops_platform.recovery.model import GateStatus, Objective, Scorecard
 from ops_platform.recovery.room import lacking, reserved
-from ops_platform.recovery.sandbox import temporary_home
+from ops_platform.recovery.sandbox import take_away, temporary_home
 from ops_platform.recovery.steps import Steps
 from ops_platform.recovery.verdict import NOT_RESTORED, stored, verdict_of
 from ops_platform.stores.fetch import fetch_backup
@@ -93,7 +93,7 @@ class StoreVerification:
             self.record.broken_off(UNCHECKED, error)
         finally:
             if home is not None:
-                shutil.rmtree(home, ignore_errors=True)
+                take_away(home)
         if home is not None:
             self.record.check("teardown", "The sandbox is gone", _GONE, lambda at=home: _gone(at))
         return self._scorecard()

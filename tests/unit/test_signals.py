@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+from ops_platform.recovery.sandbox import take_away
 
 HEAD = """
 import contextlib, os, signal, sys, time
@@ -206,3 +211,22 @@ BECOMES_ANOTHER_ERROR = """
 def test_a_run_of_dagster_ends_as_well(work: str, number: str) -> None:
     ended, out, err = python(RUN.format(work=work.strip()), number)
     assert (ended, out) == (0, "interrupted\n"), err[-3000:]
+
+
+def test_a_sandbox_goes_also_where_its_going_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, real, told = tmp_path / "ops-verify-app-db-x", os.rmdir, list[str]()
+    for number in range(3):
+        (home / "data" / str(number)).mkdir(parents=True)
+        (home / "data" / str(number) / "file").write_text("somebody's rows")
+
+    def rmdir(path: Any, **more: Any) -> None:
+        real(path, **more)
+        told.append(str(path))
+        if len(told) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    with pytest.raises(KeyboardInterrupt):
+        take_away(home)
+    assert len(told) == 5
+    assert list(tmp_path.iterdir()) == []
