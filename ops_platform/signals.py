@@ -23,10 +23,10 @@ class _Insisting:
 
     def __init__(self, handler: Callable[[int, FrameType | None], object]) -> None:
         self._handler = handler
-        self._told: int | None = None
+        self.told: int | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        self._told = number
+        self.told = number
         signal.signal(signal.SIGALRM, lambda _number, frame: self._look(frame))
         signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS, _AGAIN_SECONDS)
         self._handler(number, frame)
@@ -36,8 +36,8 @@ class _Insisting:
             self.remind(frame)
 
     def remind(self, frame: FrameType | None = None) -> None:
-        if self._told is not None:
-            self._handler(self._told, frame)
+        if self.told is not None:
+            self._handler(self.told, frame)
 
 
 def watch() -> None:
@@ -69,12 +69,12 @@ def insisting() -> Generator[None]:
         yield
         _remind(ours.values())  # swallowed just now
     except Exception:
-        _remind(
-            ours.values()
-        )  # or made another error of: that is not to be read as a failure after which the next has its turn
+        # Or made another error of: that is not to be read as a failure after which the next has its turn.
+        _remind(ours.values())
         raise
     finally:
-        unwound()
+        if any(handler.told is not None for handler in ours.values()):
+            unwound()  # the alarm may be somebody else's otherwise
         for number in ours:
             signal.signal(number, found[number])
 
