@@ -162,6 +162,31 @@ class Replicated:
         """The port of the master in the eyes of this sentinel."""
         return int(sentinel.json("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.NAME)[1])
 
+    def split(self) -> None:
+        """Of three servers and three sentinels we are left with the old master, its first replica and the first sentinel, which knows
+        of nothing: the others have made the last server master, and hang, so that nothing comes across."""
+        old, near, far = self.servers
+        mine, *others = self.sentinels
+        for one in (mine, old, near):  # what only hung would read afterwards what it was told meanwhile
+            one.daemon.stop()
+        eventually(
+            lambda: far.role == "master" and {self.seen_master(one) for one in others} == {far.port},
+            why=lambda: f"{others[0].daemon}",
+        )
+        for one in (far, *others):
+            one.daemon.pause()
+        old.daemon.start()
+        near.daemon.start()
+        near.follow(old)
+        mine.daemon.start()
+        eventually(lambda: near.port in self._fit(mine), why=lambda: f"{mine.daemon}")
+        assert self.seen_master(mine) == old.port
+
+    def _fit(self, sentinel: Redis) -> list[int]:
+        """The ports of the replicas that this sentinel would promote."""
+        seen = sentinel.json("SENTINEL", "REPLICAS", self.NAME)
+        return [int(one["port"]) for one in seen if (one["flags"], one["master-link-status"]) == ("slave", "ok")]
+
     def _complete(self, sentinel: Redis) -> bool:
         seen = sentinel.json("SENTINEL", "MASTER", self.NAME)
         return (int(seen["num-other-sentinels"]), int(seen["num-slaves"])) == (

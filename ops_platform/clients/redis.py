@@ -14,7 +14,14 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ops_platform.errors import AccessDeniedError, ConflictError, NotThereError, OpsError, UnreachableError
+from ops_platform.errors import (
+    AccessDeniedError,
+    ConflictError,
+    CouldNotVerifyError,
+    NotThereError,
+    OpsError,
+    UnreachableError,
+)
 from ops_platform.inventory.values import Secret
 
 SLOTS = 16384
@@ -42,6 +49,16 @@ class Replication:
     master: str | None = None
     link_up: bool = False
     priority: int = 100  # 0: never to become master
+
+
+@dataclass(frozen=True)
+class _Vote:
+    """What a sentinel says: whom it takes for master, and the other sentinels that it knows, by id with their addresses."""
+
+    at: str
+    id: str
+    master: str
+    others: dict[str, str]
 
 
 def pairs(answer: Any) -> dict[str, Any]:
@@ -174,12 +191,84 @@ class Redis:
     def seen_master(self, sentinel: str) -> str:
         """The master's address in the eyes of this sentinel."""
         with self.at(sentinel) as session:
-            found = session.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.master)
+            return self._named_by(session)
+
+    def _named_by(self, session: RedisSession) -> str:
+        found = session.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.master)
         if not found:
             raise NotThereError(
-                f"this sentinel watches no {self.master!r}", where=sentinel, remedy="correct `master` in the inventory"
+                f"this sentinel watches no {self.master!r}",
+                where=session.address,
+                remedy="correct `master` in the inventory",
             )
         return f"{found[0]}:{found[1]}"
+
+    def agreed_master(self) -> str:
+        """The master's address, where more than half of the sentinels name it, none names another one, and it says itself that it is.
+
+        A sentinel that is split off, or that was away, goes on to name the old master. All count that any of them knows, silent ones and
+        those that the inventory does not name as well: more than half of these have to agree before a replica is promoted, so that at
+        most one side of a split is believed. Raises ConflictError where they contradict each other, CouldNotVerifyError where too few answer.
+        """
+        votes, silent = self._votes()
+        said = "; ".join(
+            [
+                *(f"{one.at} names {one.master}" for one in votes),
+                *(f"{at}: {error.what}" for at, error in silent.items()),
+            ]
+        )
+        if len({one.master for one in votes}) > 1:
+            raise ConflictError(
+                f"the sentinels do not agree who is master: {said}",
+                where=self.system_id,
+                remedy="a failover may be on its way: try again soon; else look at what separates them",
+            )
+        known = {one.id for one in votes}.union(*(one.others for one in votes))
+        # A silent one of the inventory may be one that the others do not know.
+        count = max(len(known), len(votes) + len(silent.keys() & set(self.hosts)))
+        if 2 * len(votes) <= count:
+            raise CouldNotVerifyError(
+                f"{len(votes)} of {count} sentinels say who is master, and the others may have promoted another one: {said}",
+                where=self.system_id,
+                remedy="bring the others back, or name addresses in `hosts` at which they are reached from here",
+            )
+        with self.at(votes[0].master) as session:
+            role = session.replication().role
+        if role != "master":
+            raise ConflictError(
+                f"it says of itself that it is {role}; {said}", where=votes[0].master, remedy="wait until it is settled"
+            )
+        return votes[0].master
+
+    def _votes(self) -> tuple[list[_Vote], dict[str, OpsError]]:
+        """Each sentinel's, once however many addresses it has; and the addresses at which none says anything, with why."""
+        votes, silent = dict[str, _Vote](), dict[str, OpsError]()
+        asked, waiting = set[str](), [("", host) for host in self.hosts]
+        while waiting:
+            known_as, address = waiting.pop(0)
+            if address in asked or known_as in votes:
+                continue
+            asked.add(address)
+            try:
+                with self.at(address) as session:
+                    vote = self._vote(session)
+            except OpsError as error:
+                # Where only a sentinel says that there is another one, there may be anything by now.
+                if address in self.hosts and not isinstance(error, UnreachableError):
+                    raise
+                silent[address] = error
+                continue
+            votes[vote.id] = vote
+            waiting += vote.others.items()
+        if not votes:
+            raise self._nobody(list(silent.values()))
+        return list(votes.values()), silent
+
+    def _vote(self, session: RedisSession) -> _Vote:
+        master = self._named_by(session)
+        others = map(pairs, session.call("SENTINEL", "SENTINELS", self.master))
+        known = {str(one["runid"]): f"{one['ip']}:{one['port']}" for one in others}
+        return _Vote(session.address, str(session.call("SENTINEL", "MYID")), master, known)
 
     def holder(self, key: str, *, at: str = "", but: str = "") -> str:
         """The address of the master that has a key, by the word of one of `hosts` (the first that answers; `but` is not asked)."""
@@ -247,9 +336,12 @@ class Redis:
                     return ask(session)
             except UnreachableError as error:
                 failures.append(error)
+        raise self._nobody(failures)
+
+    def _nobody(self, failures: Sequence[OpsError]) -> UnreachableError:
         said = "; ".join(f"{failure.where}: {failure.what}" for failure in failures)
         remedy = failures[0].remedy if failures else "name more of its servers in `hosts`"
-        raise UnreachableError(f"no server of {self.system_id} answers: {said}", remedy=remedy)
+        return UnreachableError(f"no server of {self.system_id} answers: {said}", remedy=remedy)
 
     def _alone(self, host: str) -> Member:
         with self.at(host) as session:
@@ -260,7 +352,7 @@ class Redis:
         return cluster_members(str(session.call("CLUSTER", "NODES")), names=self._tls)
 
     def _of_sentinel(self, session: RedisSession) -> list[Member]:
-        master = self.seen_master(session.address)
+        master = self._named_by(session)
         found = [Member(master, "master")]
         for one in map(pairs, session.call("SENTINEL", "REPLICAS", self.master)):
             down = bool({"s_down", "o_down"} & set(one["flags"].split(",")))
@@ -505,7 +597,7 @@ def redis_error(error: Exception, where: str, user: str) -> OpsError:  # noqa: P
         )
     if isinstance(error, kinds.MasterDownError | kinds.ClusterDownError | kinds.TryAgainError):
         return UnreachableError(f"Redis cannot answer: {text}", where=where, remedy="look at its own log")
-    if text.startswith(("INPROG", "NOGOODSLAVE")):
+    if text.startswith(("INPROG", "NOGOODSLAVE", "NOQUORUM")):
         return ConflictError(f"Redis refuses: {text}", where=where, remedy="look at the sentinels' logs")
     if isinstance(error, kinds.ResponseError) and "No such master" in text:
         return NotThereError(

@@ -91,11 +91,11 @@ class RedisStore:
         return [self._shard(redis, member, tuple(slots[member.node_id])) for member in serving]
 
     def _one(self, redis: Redis) -> Member:
-        """The server of a deployment that is no cluster. Of Sentinel's it is the master."""
+        """The server of a deployment that is no cluster. Of Sentinel's it is the master, on which more than half of the sentinels agree."""
         if self.system.mode == "sentinel":
-            master = redis.members()[0]
-            self._need_whole(redis, [master.address])
-            return master
+            master = redis.agreed_master()
+            self._need_whole(redis, [master])
+            return Member(master, "master")
         self._need_whole(redis, redis.hosts)  # before `members`, whose refusals do not say what is needed
         members = redis.members()
         # Where all follow another one, the first is copied as it is: the inventory says so.

@@ -13,7 +13,16 @@ import pytest
 
 from ops_platform.actions import CountLimit, Outcome, Status
 from ops_platform.clients.postgres_binaries import free_port
-from ops_platform.errors import AccessDeniedError, NotThereError, OpsError, RefusedError, UnreachableError, UsageError
+from ops_platform.errors import (
+    AccessDeniedError,
+    ConflictError,
+    CouldNotVerifyError,
+    NotThereError,
+    OpsError,
+    RefusedError,
+    UnreachableError,
+    UsageError,
+)
 from ops_platform.inventory.model import Mode
 from ops_platform.remediation.playbook import Playbook, playbook
 from ops_platform.remediation.playbooks.redis import Failover
@@ -636,7 +645,84 @@ def test_a_name_that_no_sentinel_watches_is_said(new_redis: Callable[..., Replic
         it.run(FAILOVER, master=at(redis.master))
 
 
-@pytest.mark.parametrize("right", ["+sentinel|get-master-addr-by-name", "+sentinel|replicas", "+sentinel|failover"])
+def test_a_sentinel_that_is_split_off_makes_no_other_master(new_redis: Callable[..., Replicated], sites: Sites) -> None:
+    """Told to, it would: it asks nobody. The others have promoted another one by then."""
+    redis = new_redis(replicas=2, sentinels=3)
+    redis.split()
+    (old, near, _), (mine, *_) = redis.servers, redis.sentinels
+    for hosts in ([one.port for one in redis.sentinels], [mine.port]):
+        it = sites.bench([old, near, mine], FAILOVER, hosts=hosts, mode="sentinel", master=Replicated.NAME)
+        with pytest.raises(
+            CouldNotVerifyError, match=rf"1 of 3 sentinels say who is master.*{at(mine)} names {at(old)}"
+        ):
+            it.run(FAILOVER, master=at(old))
+        with pytest.raises(CouldNotVerifyError):
+            FAILOVER.peers(it.context(FAILOVER, master=at(old)))
+    assert (old.role, near.role) == ("master", "slave")
+
+
+def test_a_split_that_begins_after_the_plan_ends_it(new_redis: Callable[..., Replicated], sites: Sites) -> None:
+    redis = new_redis(replicas=1, sentinels=3)
+    it = under_sentinel(redis, sites)
+    old, (replica,) = redis.master, redis.replicas
+
+    def split() -> None:
+        for one in redis.sentinels[1:]:
+            one.daemon.pause()
+
+    result = it.go(Between(it.action(FAILOVER, master=at(old)), before=split))
+    assert result.status is Status.FAILED
+    assert "sentinels" in result.outcomes[0][1].reason
+    assert (old.role, replica.role) == ("master", "slave")
+
+
+def test_sentinels_that_contradict_each_other_are_not_believed(
+    new_redis: Callable[..., Replicated], sites: Sites, server: Redis
+) -> None:
+    """Whoever of them is asked first, and also where the inventory names it alone."""
+    redis = new_redis(replicas=1, sentinels=3)
+    it = under_sentinel(redis, sites)
+    (mine, *others), old = redis.sentinels, redis.master
+    mine.run("SENTINEL", "REMOVE", Replicated.NAME)
+    mine.run("SENTINEL", "MONITOR", Replicated.NAME, "127.0.0.1", server.port, 1)
+    with pytest.raises(ConflictError, match="do not agree who is master") as caught:
+        it.run(FAILOVER, master=at(old))
+    for one, master in ((mine, server), (others[0], old), (others[1], old)):
+        assert f"{at(one)} names {at(master)}" in str(caught.value)
+
+
+def test_of_three_sentinels_the_inventory_may_name_one(new_redis: Callable[..., Replicated], sites: Sites) -> None:
+    """The others are asked at the addresses by which it knows them; a majority is enough."""
+    redis = new_redis(replicas=1, sentinels=3)
+    under_sentinel(redis, sites)
+    it = sites.bench([], FAILOVER, hosts=[redis.sentinels[0].port], mode="sentinel", master=Replicated.NAME)
+    redis.sentinels[1].daemon.stop()
+    old, (replica,) = redis.master, redis.replicas
+    assert it.action(FAILOVER, master=at(old)).plan().changes[0].after == {"master": [at(replica)]}
+    redis.sentinels[2].daemon.stop()
+    with pytest.raises(CouldNotVerifyError, match="1 of 3 sentinels"):
+        it.run(FAILOVER, master=at(old))
+
+
+def test_a_sentinel_that_names_a_replica_is_not_believed(new_redis: Callable[..., Replicated], sites: Sites) -> None:
+    redis = new_redis(replicas=1, sentinels=1)
+    it = under_sentinel(redis, sites)
+    (replica,), (sentinel,) = redis.replicas, redis.sentinels
+    sentinel.run("SENTINEL", "REMOVE", Replicated.NAME)
+    sentinel.run("SENTINEL", "MONITOR", Replicated.NAME, "127.0.0.1", replica.port, 1)
+    with pytest.raises(ConflictError, match=r"it says of itself that it is replica; .* names"):
+        it.run(FAILOVER, master=at(replica))
+
+
+def test_sentinels_that_cannot_agree_are_not_told(new_redis: Callable[..., Replicated], sites: Sites) -> None:
+    redis = new_redis(replicas=1, sentinels=1)
+    it = under_sentinel(redis, sites)
+    redis.sentinels[0].run("SENTINEL", "SET", Replicated.NAME, "quorum", 2)
+    with pytest.raises(RefusedError, match=r"the sentinels cannot agree: .*NOQUORUM"):
+        it.run(FAILOVER, master=at(redis.master))
+
+
+@pytest.mark.parametrize("right", sorted(acl(FAILOVER, sentinel=True)))
 def test_a_missing_right_on_a_sentinel_is_named(new_redis: Callable[..., Replicated], sites: Sites, right: str) -> None:
     redis = new_redis(replicas=1, sentinels=1)
     it = under_sentinel(redis, sites, without=right)

@@ -150,6 +150,18 @@ def test_a_drill_killed_at_any_of_its_steps_leaves_no_key_no_process_and_nothing
     assert bench.engine.store.ledger.verify().ok
 
 
+def test_no_drill_begins_while_the_sentinels_contradict_each_other(
+    bench: Bench, new_redis: Callable[..., Replicated]
+) -> None:
+    rig = new_redis(replicas=1, sentinels=3)
+    declare(bench, "sentinel", rig.sentinels, master=rig.NAME)
+    eventually(lambda: preflight(bench, "master") == "", why=lambda: preflight(bench, "master"))
+    astray, (replica,) = rig.sentinels[1], rig.replicas
+    astray.run("SENTINEL", "REMOVE", rig.NAME)
+    astray.run("SENTINEL", "MONITOR", rig.NAME, "127.0.0.1", replica.port, 3)
+    assert f"127.0.0.1:{astray.port} names 127.0.0.1:{replica.port}" in preflight(bench, "master")
+
+
 def test_a_server_alone_is_refused(bench: Bench, new_redis: Callable[..., Replicated]) -> None:
     rig = new_redis(replicas=0)
     declare(bench, "single", rig.servers)

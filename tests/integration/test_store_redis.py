@@ -24,7 +24,7 @@ from ops_platform.clients.postgres_binaries import free_port
 from ops_platform.clients.redis import SLOTS, RdbStream, RedisSession, slot_ranges
 from ops_platform.definitions import build_defs
 from ops_platform.doctor import examine_store
-from ops_platform.errors import AccessDeniedError, ConflictError, UnreachableError
+from ops_platform.errors import AccessDeniedError, ConflictError, CouldNotVerifyError, UnreachableError
 from ops_platform.recovery.model import Scorecard, Verdict
 from ops_platform.resources import PlatformResource
 from ops_platform.stores import redis as stores_redis
@@ -409,6 +409,25 @@ def test_under_sentinel_the_master_is_dumped_and_a_failover_meanwhile_is_a_failu
         with pytest.raises(ConflictError, match="changed during the dump"):
             run_backup(platform.access, target, kind=FailsOver(platform.access, target, target.system))  # type: ignore[arg-type]
         assert open_target_repository(platform.access, target).infos() == before
+
+
+def test_a_master_that_only_a_sentinel_names_that_is_split_off_is_not_dumped(platform: Platform) -> None:
+    """What the other one has acknowledged since is not in it, and would be missed by no comparison with it."""
+    plain = platform.home / "plain-password"  # a sentinel cannot read the other one again from what it writes
+    plain.touch(mode=0o600)
+    plain.write_text("plain")
+    with redis_rig.replicated(replicas=2, sentinels=3, password="plain") as made:
+        made.split()
+        old, mine = made.servers[0], made.sentinels[0]
+        system = entry(0, platform, id="split", mode="sentinel", master="main", timeout="2s", password=f"file://{plain}",
+                       hosts=[{"host": "127.0.0.1", "port": one.port} for one in made.sentinels])  # fmt: skip
+        wanted = f"1 of 3 sentinels say who is master.*127.0.0.1:{mine.port} names 127.0.0.1:{old.port}"
+        with pytest.raises(CouldNotVerifyError, match=wanted):
+            dump(platform, system)
+        target = with_store(platform, system)
+        assert open_target_repository(platform.access, target).infos() == []
+        found = next(one for one in examine_store(platform.access, target).findings if one.what == "server")
+        assert (found.state, "name addresses in `hosts`" in str(found.remedy)) == ("bad", True)
 
 
 # A cluster

@@ -108,10 +108,10 @@ def _unfit(said: Any, offset: int, most_lag: int) -> str | None:
 
 
 def _deciders(redis: Redis) -> Checked:
-    """Sentinels that can agree, or a cluster that is whole."""
+    """Sentinels that can agree, and do, or a cluster that is whole."""
     if redis.mode == "sentinel":
         try:
-            said, holds = str(redis.sentinel("CKQUORUM", redis.master)), True
+            said, holds = f"{redis.sentinel('CKQUORUM', redis.master)}; they name {redis.agreed_master()}", True
         except OpsError as error:
             said, holds = error.line, False
         return Checked(title="The sentinels can agree", holds=holds, query="SENTINEL CKQUORUM", result=said)

@@ -341,7 +341,7 @@ class Failover:
     def apply(self, change: Change) -> Applied:
         to, seconds = change.after["master"], self.context.parameters.within.total_seconds()
         if self._redis.mode == "sentinel":
-            self._tell_sentinel(seconds)
+            self._tell_sentinel(change.object, seconds)
             done = wait_until(lambda: self._now_master(change.object) in to, clock=self.context.clock, seconds=seconds)
         else:
             with self._redis.at(to[0]) as session:
@@ -353,11 +353,17 @@ class Failover:
         wait_until(lambda: self._now_master(change.object) in to, clock=self.context.clock, seconds=seconds)
         return Applied(Outcome.APPLIED, f"{self._now_master(change.object)} has taken over")
 
-    def _tell_sentinel(self, seconds: float) -> None:
-        """It asks each server every ten seconds: of a replica that has just become fit it may not have heard yet."""
+    def _tell_sentinel(self, old: str, seconds: float) -> None:
+        """It asks each server every ten seconds: of a replica that has just become fit it may not have heard yet.
+
+        Told to, it asks no other sentinel before it makes another master: whether they still agree is looked at each time.
+        """
         refused: list[ConflictError] = []
 
         def told() -> bool:
+            self._need_whole()
+            if (now := self._redis.agreed_master()) != old:
+                raise ConflictError(f"{now} is master by now", where=old)
             try:
                 self._redis.sentinel("FAILOVER", self._redis.master)
             except ConflictError as error:
@@ -371,7 +377,7 @@ class Failover:
             raise refused[-1]
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
-        """By what the others say: every sentinel, or every node of the cluster that is up; and by what both servers say of themselves."""
+        """By what the others say: the sentinels, or every node of the cluster that is up; and by what both servers say of themselves."""
         moved = [change for change in plan.changes if outcomes[change.object].outcome in _MOVED]
         seconds = self.context.parameters.within.total_seconds()
         checks: list[Check] = []
@@ -392,10 +398,23 @@ class Failover:
                 "a single server has nobody who could take over by itself", where=self.target_id,
                 remedy="run it under Sentinel or as a cluster, and say so in the inventory (mode)",
             )  # fmt: skip
-        return self._redis.members()
+        members = self._redis.members()
+        if self._redis.mode == "sentinel" and (agreed := self._redis.agreed_master()) != members[0].address:
+            raise ConflictError(
+                f"a sentinel named {members[0].address} as master, and all name {agreed} by now",
+                where=self.target_id, remedy="a failover was on its way: try again",
+            )  # fmt: skip
+        return members
 
     def _need_whole(self) -> None:
-        if self._redis.mode != "cluster":
+        """Raises RefusedError where whoever decides cannot: too few sentinels, or a cluster without some of its slots."""
+        if self._redis.mode == "sentinel":
+            try:
+                self._redis.sentinel("CKQUORUM", self._redis.master)
+            except ConflictError as error:
+                raise RefusedError(
+                    f"the sentinels cannot agree: {error.what}", where=error.where, remedy=error.remedy
+                ) from None
             return
         state = self._redis.cluster()
         if state["cluster_state"] != "ok" or int(state["cluster_slots_ok"]) != SLOTS:
@@ -463,7 +482,7 @@ class Failover:
     def _now_master(self, old: str) -> str:
         """Who has what the old one had: in a cluster its own master, now that it follows."""
         if self._redis.mode == "sentinel":
-            return self._redis.seen_master(self._redis.hosts[0])
+            return self._redis.members()[0].address
         return _find(self._redis.members(), old).master or "nobody that it knows"
 
     def _looks(self, change: Change) -> list[Check]:
@@ -471,11 +490,11 @@ class Failover:
 
     def _look_from_outside(self, change: Change) -> list[Check]:
         if self._redis.mode == "sentinel":
-            seen = {host: _or_error(lambda host=host: self._redis.seen_master(host)) for host in self._redis.hosts}
-            agreed = {one for one in seen.values() if isinstance(one, str)}
-            holds = (len(agreed) == 1 and agreed <= set(change.after["master"])) or (False if agreed else None)
-            said = ", ".join(f"{host} says {one}" for host, one in seen.items())
-            return [Check("sentinels agree", holds, said), *(self._look_at_new(one) for one in sorted(agreed))]
+            agreed = _or_error(self._redis.agreed_master)
+            if isinstance(agreed, OpsError):
+                return [Check("sentinels agree", False if isinstance(agreed, ConflictError) else None, str(agreed))]
+            holds = agreed in change.after["master"]
+            return [Check("sentinels agree", holds, f"they name {agreed}"), self._look_at_new(agreed)]
         new, views = change.after["master"][0], dict[str, bool | OpsError]()
         for member in self._redis.members():
             if not member.down:
@@ -536,12 +555,16 @@ class FailoverShard(Playbook[Shard]):
         "Has a living master hand over to a replica that is near enough: by CLUSTER FAILOVER, in which both agree on the moment, or by "
         "SENTINEL FAILOVER. A single server is refused."
     )
-    why_safe = "Only to a replica that is linked and near enough, in a cluster that is whole; the old master stays as a replica."
+    why_safe = (
+        "Only to a replica that is linked and near enough, in a cluster that is whole, or where more than half of the sentinels answer and "
+        "all agree who is master; the old master stays as a replica."
+    )
     blast_radius = "Writes to the shard wait for about a second. Under Sentinel, writes of the last moment that the replica had not got are lost."
     rights = (
         "+info",
         "in a cluster also +cluster|nodes +cluster|info +cluster|failover",
-        "on sentinels +sentinel|get-master-addr-by-name +sentinel|replicas +sentinel|failover",
+        "on sentinels +sentinel|get-master-addr-by-name +sentinel|replicas +sentinel|failover +sentinel|myid +sentinel|sentinels "
+        "+sentinel|ckquorum",
     )
     undo_text = (
         "Hands back to the old master once it is near enough; under Sentinel only where there is no third to choose."
