@@ -17,6 +17,7 @@ from ops_platform.actions import CountLimit, Outcome, Status
 from ops_platform.errors import AccessDeniedError, NotThereError, OpsError, RefusedError, UnreachableError, UsageError
 from ops_platform.inventory.model import Mode
 from ops_platform.remediation.playbook import Playbook, playbook
+from ops_platform.remediation.playbooks.kafka.shared import Desk
 from tests.integration.incident_rig import solved
 from tests.integration.systems_rig import Bench, Between, KilledError, bench, killed, outcomes
 from tests.kafka_rig import HOST, PASSWORD, Kafka
@@ -241,7 +242,22 @@ def test_a_topics_own_retention_is_cut_and_exactly_set_back(kafka: Kafka, sites:
     back = it.undo(CUT, result.plan.changes, **given)
     assert back.status is Status.DONE, back.as_json()
     assert (own(kafka, topic, "retention.ms"), own(kafka, topic, "retention.bytes")) == (str(7 * DAY), "5000000000")
-    assert it.undo(CUT, result.plan.changes, **given).status is Status.NOTHING
+    assert it.undo(CUT, result.plan.changes, **given).status is Status.DONE
+    assert (own(kafka, topic, "retention.ms"), own(kafka, topic, "retention.bytes")) == (str(7 * DAY), "5000000000")
+
+
+def test_it_is_set_back_whatever_one_broker_says_of_it(
+    kafka: Kafka, sites: Sites, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic = kafka.create_topic(retention_ms=str(7 * DAY))
+    it = cutter(kafka, sites, topic)
+    before = Desk(it.context(CUT, topic=topic, to="2h")).settings(topic)
+    result = it.run(CUT, topic=topic, to="2h")
+    assert result.status is Status.DONE, result.as_json()
+    # As if a broker were asked that has not heard of the cut.
+    monkeypatch.setattr(Desk, "settings", lambda *_: before)
+    assert it.undo(CUT, result.plan.changes, topic=topic, to="2h").status is Status.DONE
+    eventually(lambda: own(kafka, topic, "retention.ms") == str(7 * DAY))
 
 
 def test_a_topic_without_its_own_retention_has_none_afterwards(kafka: Kafka, sites: Sites) -> None:
@@ -356,8 +372,7 @@ def test_a_cut_that_was_killed_is_undone_exactly(kafka: Kafka, sites: Sites, kil
         it.go(Between(action, **{killing: killed}))
     wanted = str(7 * DAY) if killing == "before" else "7200000"
     eventually(lambda: own(kafka, topic, "retention.ms") == wanted)
-    status = it.undo(CUT, changes, topic=topic, to="2h").status
-    assert status is (Status.NOTHING if killing == "before" else Status.DONE)
+    assert it.undo(CUT, changes, topic=topic, to="2h").status is Status.DONE
     assert own(kafka, topic, "retention.ms") == str(7 * DAY)
 
 

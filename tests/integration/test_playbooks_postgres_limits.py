@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -11,8 +13,10 @@ import pytest
 
 from ops_platform.actions import Applied, Outcome, Status
 from ops_platform.errors import AccessDeniedError, NotThereError, OpsError, RefusedError, UsageError
-from ops_platform.remediation.playbook import playbook
+from ops_platform.ledger import Ledger
+from ops_platform.remediation.playbook import Done, playbook
 from tests.integration.playbook_rig import bench
+from tests.integration.test_playbooks_postgres_slots import Standby
 from tests.rig import Cluster
 
 RAISE = playbook("postgres.raise_limit")
@@ -102,7 +106,7 @@ def test_connections_are_raised_and_set_back_by_a_role_with_the_stated_rights_al
         assert at.run(RAISE, **parameters).status is Status.NOTHING
         back = at.undo(RAISE, result, **parameters)
         assert (back.status, limits(cluster)) == (Status.DONE, (2, 2))
-        assert at.undo(RAISE, result, **parameters).status is Status.NOTHING
+        assert at.undo(RAISE, result, **parameters).counts == {"already_done": 1}
 
 
 @pytest.mark.parametrize(
@@ -135,6 +139,59 @@ def test_undo_leaves_no_trace_of_a_setting_that_had_none(server: Cluster) -> Non
         assert "work_mem" in auto.read_text()
         assert at.undo(RAISE, result, limit="work_mem", to="8MiB").status is Status.DONE
         assert "work_mem" not in auto.read_text()
+
+
+def test_a_setting_is_set_back_on_the_server_that_has_it_whoever_leads_by_then(
+    make: Callable[..., Cluster], shared_cluster: Cluster
+) -> None:
+    cluster, wanted = make(), {"limit": "work_mem", "to": "8MiB"}
+    cluster.sql("select pg_create_physical_replication_slot('standby_1', true)")
+    with closing(Standby(cluster, "standby_1")) as standby, bench(cluster, standby, rights=None) as at:  # type: ignore[arg-type]
+        at.ledger.close()
+        at.ledger = Ledger(lambda: shared_cluster.server.connect(autocommit=False))
+        result = at.run(RAISE, **wanted)
+        ((change, applied),) = result.outcomes
+        cluster.server.stop("fast")
+        with standby.server.connect() as connection:
+            connection.execute("select pg_promote()")
+        back = at.undo(RAISE, result, **wanted)
+        assert back.status is Status.FAILED
+        assert f"127.0.0.1:{cluster.port}: PostgreSQL does not answer" in back.outcomes[0][1].reason
+        assert at.action(RAISE, **wanted).check(change).outcome is Outcome.CONTENDED  # type: ignore[union-attr]
+
+        (cluster.server.directory / "standby.signal").touch()
+        cluster.server.user.own(cluster.server.directory / "standby.signal")
+        cluster.server.start()
+        assert (cluster.sql("select pg_is_in_recovery()"), cluster.sql("show work_mem")) == (True, "8MB")
+        # An older version's record does not say where: the server that leads is asked.
+        older = RAISE.undo(at.context(RAISE, **wanted), [Done(replace(change, detail={}), applied)])
+        assert older is not None
+        assert at.go(older).counts == {"already_done": 1}
+        assert at.undo(RAISE, result, **wanted).status is Status.DONE
+        assert cluster.sql("show work_mem") == "4MB"
+        assert "work_mem" not in (cluster.server.directory / "postgresql.auto.conf").read_text()
+
+
+def test_a_record_that_does_not_say_where_is_undone_where_the_cluster_is_led(server: Cluster) -> None:
+    with bench(server, rights=None) as at:
+        result = at.run(RAISE, limit="work_mem", to="8MiB")
+        ((change, applied),) = result.outcomes
+        older = RAISE.undo(at.context(RAISE, limit="work_mem", to="8MiB"), [Done(replace(change, detail={}), applied)])
+        assert older is not None
+        assert at.go(older).status is Status.DONE
+        assert server.sql("show work_mem") == "4MB"
+
+
+def test_the_undo_on_a_server_that_the_inventory_has_no_longer_is_no_success(server: Cluster) -> None:
+    with bench(server, rights=None) as at:
+        result = at.run(RAISE, limit="work_mem", to="8MiB")
+        ((change, applied),) = result.outcomes
+        elsewhere = replace(change, detail={"server": "db-9.example:5432"})
+        back = RAISE.undo(at.context(RAISE, limit="work_mem", to="8MiB"), [Done(elsewhere, applied)])
+        assert back is not None
+        found = at.go(back)
+        assert found.status is Status.FAILED
+        assert "work_mem was changed on db-9.example:5432, which is not among the hosts" in found.outcomes[0][1].reason
 
 
 def test_undo_leaves_alone_what_somebody_else_changed_since(server: Cluster) -> None:

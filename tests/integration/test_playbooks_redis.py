@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ops_platform.actions import CountLimit, Outcome, Status
+from ops_platform.actions import Change, CountLimit, Outcome, Status
 from ops_platform.clients.postgres_binaries import free_port
 from ops_platform.errors import (
     AccessDeniedError,
@@ -512,6 +512,21 @@ def test_a_cluster_that_is_not_whole_is_left_alone(cluster: RedisCluster, sites:
     eventually(lambda: cluster.state(cluster.nodes[0]) == "fail")
     with pytest.raises(RefusedError, match="not whole"):
         it.run(FAILOVER, master=at(cluster.nodes[0]))
+
+
+def test_a_node_that_is_split_off_with_the_old_master_does_not_say_that_it_has_its_shard_back(
+    cluster: RedisCluster, sites: Sites
+) -> None:
+    old, heir = cluster.nodes[0], cluster.nodes[3]
+    old.daemon.stop()  # what only hung would read afterwards what it was told meanwhile
+    eventually(lambda: heir.role == "master")
+    for node in cluster.nodes[1:]:
+        node.daemon.pause()
+    old.daemon.start()
+    it = sites.bench([old], FAILOVER, mode="cluster")
+    change = Change("shard", at(old), {"master": at(old)}, {"master": [at(heir)]}, reversible=True)
+    with pytest.raises(RefusedError, match="the cluster is not whole"):
+        it.undo(FAILOVER, [change], master=at(old))
 
 
 def test_peers_are_the_replicas_in_sync(cluster: RedisCluster, sites: Sites) -> None:

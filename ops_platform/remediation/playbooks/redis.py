@@ -597,6 +597,7 @@ class HandBack(Failover):
         old = _find(self._members(), self._old)
         self.master = old.master or old.address
         if old.role == "master":
+            self._need_whole()  # by the word of who is split off together with it, it always was
             return Plan(self.name, self.target_id, (), self.context.clock.now())
         return super().plan()
 

@@ -2,6 +2,9 @@
 
 Only what stands in `SETTINGS` and the two connection limits: settings that take memory or disk within bounds that the rule gives.
 What needs a restart (max_connections, max_replication_slots, shared_buffers) is no remedy for a night, and refused by name.
+
+A connection limit belongs to the cluster: whoever leads has it. ALTER SYSTEM writes a file of one server, which no standby gets: a
+change of a setting names that server, and is undone there, whoever leads by then.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ from ops_platform.remediation.playbooks.postgres.common import (
 if TYPE_CHECKING:
     import psycopg
 
+    from ops_platform.clients.postgres import Member
+
 # Of the whole server, by ALTER SYSTEM and a reload. Each counts bytes, in the unit that pg_settings names; -1 or 0 is no limit for some.
 SETTINGS: Mapping[str, str] = {
     "max_slot_wal_keep_size": "-1",
@@ -40,6 +45,7 @@ SETTINGS: Mapping[str, str] = {
     "maintenance_work_mem": "",
 }
 _UNITS = {"B": 1, "kB": 1 << 10, "8kB": 8 << 10, "MB": 1 << 20}
+SERVER = "server"  # in a change's detail: host:port
 _SETTLE = 15.0  # seconds until a reload has reached the server's processes
 
 
@@ -139,13 +145,38 @@ class _LimitAction(PostgresAction[RaiseLimitParameters]):
         quoted = one(connection, "select quote_ident(%s)", [wanted.of])
         connection.execute(f"alter {kind} {quoted} connection limit {int(own or '-1')}".encode())
 
-    def _set_or_say_why(self, own: str | None) -> None:
+    # The server of a change
+
+    def _primary(self) -> Member:
+        return self.context.access.member(self.target)
+
+    def _at(self, change: Change) -> Member | None:
+        """Where it was made; None: wherever the cluster is led. Raises NotThereError for a server that the inventory no longer names."""
+        from ops_platform.clients.postgres import Member
+
+        at = change.detail.get(SERVER)
+        if at is None:
+            return None
+        for place in self.target.connection.hosts:
+            member = Member(*self.context.access.address(place.host, place.port))
+            if _address(member) == at:
+                return member
+        raise NotThereError(
+            f"{change.object} was changed on {at}, which is not among the hosts any more", where=self.target_id,
+            remedy="look there with SHOW and ALTER SYSTEM RESET, if that server still lives",
+        )  # fmt: skip
+
+    def _now(self, change: Change) -> Standing:
+        with self.session(member=self._at(change)) as connection:
+            return self._standing(connection)
+
+    def _set_or_say_why(self, change: Change) -> None:
         from psycopg import errors
 
-        with self.session() as connection:
+        with self.session(member=self._at(change)) as connection:
             ours = me(connection)
             try:
-                self._set(connection, own)
+                self._set(connection, change.after["set"])
             except errors.InsufficientPrivilege as error:
                 raise AccessDeniedError(
                     error.diag.message_primary or "permission denied", where=self.target_id, remedy=self._grant(ours)
@@ -163,14 +194,13 @@ class _LimitAction(PostgresAction[RaiseLimitParameters]):
                     f" GRANT EXECUTE ON FUNCTION pg_reload_conf() TO {ours}"
                 )
 
-    def _settled(self, wanted: int | None) -> Standing:
+    def _settled(self, change: Change) -> Standing:
         """A reload reaches the server's processes a moment later: a new session each time, until it is there or too late."""
         clock = self.context.clock
         deadline = clock.monotonic() + _SETTLE
         while True:
-            with self.session() as connection:
-                now = self._standing(connection)
-            if now.value == wanted or clock.monotonic() >= deadline:
+            now = self._now(change)
+            if now.value == change.after["value"] or clock.monotonic() >= deadline:
                 return now
             clock.sleep(0.1)
 
@@ -183,7 +213,8 @@ class RaiseAction(_LimitAction):
     name = "postgres.raise_limit"
 
     def plan(self) -> Plan:
-        with self.session() as connection:
+        primary = self._primary()
+        with self.session(member=primary) as connection:
             now = self._standing(connection)
             facts = {"now": now.value, "to": self.parameters.to} | self._beside(connection)
         to = -(-self.parameters.to // now.unit) * now.unit
@@ -195,12 +226,15 @@ class RaiseAction(_LimitAction):
                 self.target, "raise it by hand, or allow more with at_most_times",
             )  # fmt: skip
         after = Standing(to, str(to // now.unit), now.unit)
-        change = Change("limit", self._object(), now.as_json(), after.as_json(), reversible=True)
+        detail = {SERVER: _address(primary)} if self.parameters.limit in SETTINGS else {}
+        change = Change("limit", self._object(), now.as_json(), after.as_json(), reversible=True, detail=detail)
         return self.planned([change], {"limit": 1}, facts)
 
     def check(self, change: Change) -> Applied | None:
-        with self.session() as connection:
-            now = self._standing(connection)
+        at = change.detail.get(SERVER)
+        if at is not None and (leads := _address(self._primary())) != at:
+            return Applied(Outcome.CONTENDED, f"{leads} leads by now")
+        now = self._now(change)
         if now.value == change.after["value"]:
             return Applied(Outcome.ALREADY_DONE, "it is raised already")
         if now.as_json() != change.before:
@@ -208,8 +242,8 @@ class RaiseAction(_LimitAction):
         return None
 
     def apply(self, change: Change) -> Applied:
-        self._set_or_say_why(change.after["set"])
-        now = self._settled(change.after["value"])
+        self._set_or_say_why(change)
+        now = self._settled(change)
         if now.value != change.after["value"]:
             raise OpsError(
                 f"it was set, and the server still says {now.value}", where=f"{self.target_id}, {change.object}"
@@ -239,7 +273,7 @@ class RaiseAction(_LimitAction):
 
 
 class SetBackAction(_LimitAction):
-    """The undo: what is still as we set it is set back."""
+    """The undo: what is still as we set it is set back, a setting on the server that has it."""
 
     name = "postgres.raise_limit.undo"
 
@@ -248,18 +282,14 @@ class SetBackAction(_LimitAction):
         self._done = done
 
     def plan(self) -> Plan:
-        with self.session() as connection:
-            now = self._standing(connection)
         back = [
-            Change("limit", change.object, change.after, change.before, reversible=True)
+            Change("limit", change.object, change.after, change.before, reversible=True, detail=change.detail)
             for change in self._done
-            if now.value != change.before["value"]
         ]
-        return self.planned(back, {"limit": 1}, {"now": now.value})
+        return self.planned(back, {"limit": 1})
 
     def check(self, change: Change) -> Applied | None:
-        with self.session() as connection:
-            now = self._standing(connection)
+        now = self._now(change)
         if now.value == change.after["value"]:
             return Applied(Outcome.ALREADY_DONE, "it is as it was before")
         if now.value != change.before["value"]:
@@ -267,8 +297,8 @@ class SetBackAction(_LimitAction):
         return None
 
     def apply(self, change: Change) -> Applied:
-        self._set_or_say_why(change.after["set"])
-        now = self._settled(change.after["value"])
+        self._set_or_say_why(change)
+        now = self._settled(change)
         return Applied(Outcome.APPLIED, f"set back to {now.value}")
 
     def verify(self, plan: Plan, outcomes: Mapping[str, Applied]) -> Verification:
@@ -284,9 +314,13 @@ def _verified(action: _LimitAction, changes: Sequence[Change], outcomes: Mapping
             Outcome.ALREADY_DONE,
         ):
             continue
-        now = action._settled(change.after["value"])  # pyright: ignore[reportPrivateUsage]
+        now = action._settled(change)  # pyright: ignore[reportPrivateUsage]
         checks.append(Check(change.object, now.value == change.after["value"], f"a new session finds {now.value}"))
     return Verification(tuple(checks) or (Check("limit", True, "nothing was changed"),))
+
+
+def _address(member: Member) -> str:
+    return f"{member.host}:{member.port}"
 
 
 def _connections(connection: psycopg.Connection[Any], query: str, kind: str, name: str | None) -> Standing:
@@ -314,7 +348,8 @@ class RaiseLimit(PostgresPlaybook[RaiseLimitParameters]):
         "settings: pg_read_all_settings, ALTER SYSTEM on the parameter (PostgreSQL 15 and later; before: superuser), EXECUTE on pg_reload_conf()",
     )
     undo_text = (
-        "The old value is set back, unless somebody else changed it since; with `undo_after` after that time by itself."
+        "The old value is set back, a setting on the very server on which it was raised, unless somebody else changed it since; with "
+        "`undo_after` after that time by itself."
     )
     Parameters = RaiseLimitParameters
 
