@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
@@ -34,6 +35,7 @@ from ops_platform.drills.model import Done, DrillCard, ProbeCard
 from ops_platform.drills.probing import command, word_of
 from ops_platform.drills.registry import Context, NothingGiven, does
 from ops_platform.drills.scorecard import card_of
+from ops_platform.drills.steps import patroni as steps
 from ops_platform.drills.steps import probes
 from ops_platform.drills.steps.basics import processes_with
 from ops_platform.recovery.restore import restore
@@ -211,6 +213,42 @@ def test_a_frozen_primary_is_replaced_and_follows_when_it_wakes(held: Held, patr
     frozen = [resource for resource in card.teardown if resource.kind == "frozen"]
     assert [resource.gone for resource in frozen] == [True]
     assert old.state()["state"] == "running"
+
+
+def test_a_stranger_that_streams_does_not_stand_for_a_member_that_does_not(
+    held: Held, patroni: patroni_rig.Patroni
+) -> None:
+    """One of two replicas cannot stream any more, and a receiver of WAL is connected in its stead."""
+    lonely = next(node for node in patroni.nodes if node is not patroni.leader)
+    receiver = Receiver(held.platform.access, [held.platform.target], most_backoff=0.5)
+    context: Any = SimpleNamespace(access=held.platform.access, target=held.platform.target)
+    state = receiver.states[0]
+    receiver.start()
+    try:
+        eventually(lambda: state.phase == "streaming", why=lambda: state.last_error)
+        assert steps._all_follow(context)[0]
+        with patroni.leader.connect() as connection:
+            connection.execute("alter role replicator nologin")
+            connection.execute(
+                "select pg_terminate_backend(pid) from pg_stat_replication where application_name = %s", [lonely.name]
+            )
+        eventually(lambda: len(senders(patroni)) == 2, why=lambda: str(senders(patroni)))
+        assert lonely.name not in senders(patroni)
+        assert lonely.state()["timeline"] == patroni.leader.state()["timeline"]
+        follow, said = steps._all_follow(context)
+        assert not follow
+        assert f"nobody streams to {lonely.name}" in said
+    finally:
+        with patroni.leader.connect() as connection:
+            connection.execute("alter role replicator login")
+        receiver.stop()
+        assert receiver.join(60)
+        patroni.whole()
+    assert steps._all_follow(context)[0]
+
+
+def senders(patroni: patroni_rig.Patroni) -> list[str]:
+    return [r["application_name"] for r in patroni.leader.state()["replication"] if r["state"] == "streaming"]
 
 
 def test_two_that_lead_at_once_fail_the_drill(held: Held, patroni: patroni_rig.Patroni) -> None:

@@ -39,6 +39,7 @@ from ops_platform.drills.probing import Probing
 from ops_platform.drills.registry import doings
 from ops_platform.drills.runbook import Probe, Runbook
 from ops_platform.drills.steps import redis
+from ops_platform.drills.steps.patroni import Words
 from ops_platform.drills.steps.writes import Attempted, Lost, lost_of
 from ops_platform.drills.steps.wrong_side import not_known
 from ops_platform.errors import AccessDeniedError, InventoryError
@@ -543,3 +544,26 @@ def test_lost_is_what_was_acknowledged_and_is_not_there_and_nothing_else(
     done = lost_of(tried, there, Lost(injected="loss", writer="writer"), "select n")
     assert (done.facts["lost"], done.facts["unsure"]) == (len(told - there), len((untold - told) & there))
     assert done.checks[0].holds is (told <= there)
+
+
+@pytest.mark.parametrize(
+    ("senders", "follows"),
+    [
+        ({"a": ["b", "c", "ops_platform replication"]}, True),
+        ({"a": ["b", "ops_platform replication"]}, False),
+        ({"a": ["b"], "b": ["c"]}, True),  # c has the tag replicatefrom
+    ],
+)
+def test_a_member_follows_that_somebody_streams_to_by_its_name(senders: dict[str, list[str]], follows: bool) -> None:
+    def state(name: str) -> dict[str, Any]:
+        streams = [{"application_name": to, "state": "streaming"} for to in senders.get(name, ())]
+        return {
+            "role": "primary" if name == "a" else "replica",
+            "state": "running",
+            "timeline": 2,
+            "replication": streams,
+        }
+
+    words = Words([state(name) for name in "abc"])
+    assert words.all_follow(["b", "c"]) is follows
+    assert not words.all_follow(["b"]), "Patroni's store does not know c"

@@ -6,7 +6,7 @@ What is broken is broken on this machine (see `injection`), so the drill runs wh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -335,8 +335,7 @@ def rejoined(context: Context, given: Rejoined) -> Done:
 
     def whole() -> tuple[bool, str]:
         two.look()
-        words = _words(context)
-        return words.all_follow, words.said
+        return _all_follow(context)
 
     said = waited(context, whole, every=0.05)
     leader = cluster_of(context).leader
@@ -399,14 +398,23 @@ class Words:
     def leaders(self) -> list[Mapping[str, Any]]:
         return [s for s in self.states if s.get("role") in ("primary", "master") and s.get("state") in _RUNS]
 
-    @property
-    def all_follow(self) -> bool:
+    def missed(self, names: Collection[str]) -> list[str]:
+        """The members to which nobody streams: neither the leader nor (the tag replicatefrom) another one.
+
+        Patroni gives each member's connection the member's name, and by it they are told apart: a WAL receiver of ours, Debezium and
+        pg_receivewal stand among the senders, too. PostgreSQL cuts the name off at 63 bytes.
+        """
+        senders = [r for s in self.states for r in s.get("replication", ())]
+        streams = {r.get("application_name") for r in senders if r.get("state") == "streaming"}
+        return [name for name in names if name[:63] not in streams]
+
+    def all_follow(self, names: Collection[str]) -> bool:
+        """`names`: every member but the leader, as Patroni's store lists them: it may not know one yet that comes back."""
         if len(self.leaders) != 1:
             return False
         (leader,), others = self.leaders, [s for s in self.states if s is not self.leaders[0]]
-        streams = [r for r in leader.get("replication", ()) if r.get("state") == "streaming"]
         follow = all(s.get("state") in _RUNS and s.get("timeline") == leader.get("timeline") for s in others)
-        return follow and len(streams) >= len(others)
+        return follow and len(names) >= len(others) and not self.missed(names)
 
     @property
     def said(self) -> str:
@@ -432,7 +440,12 @@ def _words(context: Context) -> Words:
 
 def _all_follow(context: Context) -> tuple[bool, str]:
     words = _words(context)
-    return words.all_follow, words.said
+    try:
+        names = [str(m.get("name")) for m in cluster_of(context).members if m.get("role") not in _LEADS]
+    except UnreachableError as error:
+        return False, f"{words.said}; {error.what}"
+    missed = words.missed(names)
+    return words.all_follow(names), f"{words.said}; nobody streams to {', '.join(missed)}" if missed else words.said
 
 
 # Switchover
