@@ -34,7 +34,7 @@ from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import ConflictError, CorruptionError, OpsError, UnreachableError
 
 if TYPE_CHECKING:
-    from ops_platform.clients.access import Access, Member
+    from ops_platform.clients.access import Access
     from ops_platform.inventory import Target
 
 STATUS_EVERY = 10.0
@@ -204,7 +204,7 @@ class TargetReceiver:
         repository, keys = self._open()
         keys.get()  # a sealed key service is found out before the server is kept waiting
         self._settle_last()
-        member = find_primary(self.access, self.target)
+        member = self.access.member(self.target)
         where = f"{member.host}:{member.port}"
         stream = WalStream(self.access.replication(self.target, member), where, self._clock)
         try:
@@ -373,7 +373,7 @@ class TargetReceiver:
         """See `receive_range`."""
         repository, keys = self._open()
         keys.get()
-        member = find_primary(self.access, self.target)
+        member = self.access.member(self.target)
         where = f"{member.host}:{member.port}"
         stream = WalStream(self.access.replication(self.target, member), where, self._clock)
         try:
@@ -488,31 +488,6 @@ def gap_pieces(
             names = [segment_name(span.timeline, at, segment_size) for at in (begin, end - segment_size)]
             found.append(GapNote(span.timeline, names[0], names[1], cause, now))
     return found
-
-
-def find_primary(access: Access, target: Target) -> Member:
-    """The one member that is not in recovery. Members of different clusters, none or two primaries are errors."""
-    members = access.members(target)
-    answered = [member for member in members if member.error is None]
-    clusters = {member.system_identifier for member in answered if member.system_identifier}
-    where = ", ".join(f"{member.host}:{member.port}" for member in members)
-    if len(clusters) > 1:
-        raise ConflictError(
-            f"the hosts belong to different clusters ({', '.join(map(str, sorted(clusters)))})",
-            where=where,
-            remedy=f"correct targets.{target.id}.connection.hosts",
-        )
-    primaries = [member for member in answered if member.in_recovery is False]
-    if not primaries:
-        errors = "; ".join(f"{member.host}:{member.port}: {member.error}" for member in members if member.error)
-        raise UnreachableError(
-            "no primary answers" + (f" ({errors})" if errors else ": all members are in recovery"), where=where
-        )
-    newest = max(member.timeline or 0 for member in primaries)
-    leading = [member for member in primaries if (member.timeline or 0) == newest]
-    if len(leading) > 1:
-        raise ConflictError("two members say that they are the primary of the same timeline", where=where)
-    return leading[0]
 
 
 def store_histories(

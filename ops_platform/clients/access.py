@@ -263,30 +263,8 @@ class Access:
         return found
 
     def member(self, target: Target, role: Literal["primary", "standby", "any"] = "primary") -> Member:
-        """A server in that role; of several primaries the one of the newest timeline.
-
-        Raises UnreachableError with each server's answer where there is none (or the one kind of error that all of them
-        have: a refused password is AccessDeniedError), ConflictError where the servers contradict each other.
-        """
-        members = self.members(target)
-        answered = [member for member in members if member.error is None]
-        if len({member.system_identifier for member in answered}) > 1:
-            raise ConflictError(
-                f"the hosts of {target.id} belong to different clusters: {_said(answered)}",
-                remedy="correct connection.hosts: one cluster is one target",
-            )
-        fitting = [member for member in answered if role == "any" or member.in_recovery == (role == "standby")]
-        if not fitting:
-            raise _nobody(target.id, role, members)
-        if role == "primary":
-            newest = max(member.timeline or 0 for member in fitting)
-            fitting = [member for member in fitting if (member.timeline or 0) == newest]
-            if len(fitting) > 1:
-                raise ConflictError(
-                    f"{len(fitting)} servers of {target.id} say that they are the primary: {_said(fitting)}",
-                    remedy="stop the one that is not, before both are written to",
-                )
-        return fitting[0]
+        """As `choose_member` does, of the servers as they answer now."""
+        return choose_member(target.id, self.members(target), role)
 
     def postgres(
         self,
@@ -480,11 +458,51 @@ def _mounted_by_kubernetes(file: Path) -> bool:
     return (file.parent / "..data").is_symlink() or str(file).startswith(("/run/secrets/", "/var/run/secrets/"))
 
 
+def choose_member(
+    target_id: str, members: Sequence[Member], role: Literal["primary", "standby", "any"] = "primary"
+) -> Member:
+    """A server in that role; of several primaries the one of the newest timeline.
+
+    Raises UnreachableError with each server's answer where there is none (or the one kind of error that all of them
+    have: a refused password is AccessDeniedError), ConflictError where the servers contradict each other.
+    """
+    answered = [member for member in members if member.error is None]
+    if len({member.system_identifier for member in answered}) > 1:
+        raise ConflictError(
+            f"the hosts of {target_id} belong to different clusters: {_said(answered)}",
+            remedy="correct connection.hosts: one cluster is one target",
+        )
+    fitting = [member for member in answered if role == "any" or member.in_recovery == (role == "standby")]
+    if not fitting:
+        raise _nobody(target_id, role, members)
+    return _leading(target_id, fitting, answered) if role == "primary" else fitting[0]
+
+
+def _leading(target_id: str, primaries: Sequence[Member], answered: Sequence[Member]) -> Member:
+    newest = max(member.timeline or 0 for member in primaries)
+    leading = [member for member in primaries if (member.timeline or 0) == newest]
+    if len(leading) > 1:
+        raise ConflictError(
+            f"{len(leading)} servers of {target_id} say that they are the primary: {_said(leading)}",
+            remedy="stop the one that is not, before both are written to",
+        )
+    # A standby that still follows the timeline before the primary's is on its way to it. One that says no timeline proves nothing
+    # against the primary; there is none: a server that answers has at least the one in its control file.
+    ahead = [member for member in answered if (member.timeline or 0) > newest]
+    if ahead:
+        raise ConflictError(
+            f"the primary of {target_id} that answers may be an old one, another was promoted since: {_said([*leading, *ahead])}",
+            remedy="bring the promoted one back to answer, and stop the old one; a standby that left the cluster by itself is made anew,"
+            " or taken out of connection.hosts",
+        )
+    return leading[0]
+
+
 def _said(members: Sequence[Member]) -> str:
-    return "; ".join(
-        f"{m.host}:{m.port}: {m.error or ('standby' if m.in_recovery else f'primary, timeline {m.timeline}')}"
-        for m in members
-    )
+    def role(member: Member) -> str:
+        return f"{'standby' if member.in_recovery else 'primary'}, timeline {member.timeline}"
+
+    return "; ".join(f"{m.host}:{m.port}: {m.error or role(m)}" for m in members)
 
 
 def _nobody(target_id: str, role: str, members: Sequence[Member]) -> OpsError:

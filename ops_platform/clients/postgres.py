@@ -123,10 +123,14 @@ def _conninfo(parameters: Mapping[str, str]) -> str:
     return make_conninfo("", **dict(parameters))
 
 
+# A standby's timeline is the newest that is known of it, and may lag behind the one that it follows; it follows each of the three or a
+# later one. What it receives is seen by pg_monitor alone and while it receives; the control file knows of a new timeline at the next
+# restartpoint, and of what was replayed once pages of it were written out.
 _MEMBER = """
 select pg_is_in_recovery(), current_setting('server_version_num')::int, (select system_identifier from pg_control_system()),
   case when pg_is_in_recovery()
-       then coalesce((select received_tli from pg_stat_wal_receiver), (select timeline_id from pg_control_checkpoint()))
+       then greatest((select received_tli from pg_stat_wal_receiver), (select timeline_id from pg_control_checkpoint()),
+                     (select min_recovery_end_timeline from pg_control_recovery()))
        else ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int end
 """
 

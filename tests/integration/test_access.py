@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ops_platform.clients.access import Access
+from ops_platform.clients.access import Access, choose_member
+from ops_platform.clients.postgres import Member
 from ops_platform.clients.postgres_binaries import PostgresServer, find_postgres, free_port, run_tool
 from ops_platform.errors import (
     AccessDeniedError,
@@ -27,7 +28,7 @@ from ops_platform.errors import (
     UsageError,
 )
 from ops_platform.inventory import SecretRef, load
-from tests.rig import PASSWORD, Cluster, Ground, Platform
+from tests.rig import PASSWORD, Cluster, Ground, Platform, eventually
 
 VALUE = "a value ünï $HOME 'quoted'"
 
@@ -281,19 +282,18 @@ class Pair:
 @pytest.fixture
 def pair(new_cluster: Callable[..., Cluster]) -> Iterator[Pair]:
     primary = new_cluster(18)
-    standby = _copy(primary)
+    standby = _copy(primary.server)
     standby.start()
     yield Pair(primary, standby)
     standby.stop("immediate")
 
 
-def _copy(cluster: Cluster) -> PostgresServer:
+def _copy(server: PostgresServer) -> PostgresServer:
     install = find_postgres(18)
     assert install is not None
-    directory = cluster.server.directory.parent / f"copy-{secrets.token_hex(3)}"
+    directory = server.directory.parent / f"copy-{secrets.token_hex(3)}"
     tool = install.tool("pg_basebackup")
     assert tool is not None
-    server = cluster.server
     command: list[str | Path] = [tool, "-h", server.sockets, "-p", str(server.socket_port), "-U", "postgres"]
     done = run_tool([*command, "-D", directory, "-R", "-X", "stream", "-c", "fast"])
     assert done.returncode == 0, done.stderr
@@ -429,11 +429,59 @@ def test_roles_are_asked_and_not_declared(new_platform: Callable[..., Platform],
         assert (found.port, found.timeline) == (pair.standby.port, 2)
 
 
+def test_an_old_primary_beside_a_standby_of_a_newer_timeline_is_not_taken_for_the_primary(
+    new_platform: Callable[..., Platform], pair: Pair
+) -> None:
+    """The promoted one does not answer just now: its connections are full, or we do not reach it."""
+    platform = new_platform({"app-db": [pair.primary]})
+    promoted = pair.standby
+    follower = _copy(promoted)  # it streams from there, and is never ahead of it
+    follower.start()
+    try:
+        access = hosts(platform, free_port(), pair.primary.port, follower.port)
+        assert access.member(platform.target).port == pair.primary.port
+        with promoted.connect() as connection:
+            connection.execute("select pg_promote()")
+        eventually(lambda: access.members(platform.target)[2].timeline == 2, why=follower.log_tail)
+        _is_refused(access, platform, pair.primary.port, follower.port)
+        # It is on its timeline still once it receives nothing any more, and for whoever may not see what it receives.
+        pair.primary.sql("revoke pg_monitor from ops_backup")
+        with promoted.connect() as connection:
+            connection.execute("revoke pg_monitor from ops_backup; create table t ()")
+            end = connection.execute("select pg_current_wal_lsn()").fetchone()
+        with follower.connect() as connection:
+            there = "select pg_last_wal_replay_lsn() >= %s"
+            eventually(lambda: connection.execute(there, end).fetchone() == (True,), why=follower.log_tail)
+            connection.execute("checkpoint")
+            _is_refused(access, platform, pair.primary.port, follower.port)
+            promoted.stop("immediate")
+            gone = "select count(*) from pg_stat_wal_receiver"
+            eventually(lambda: connection.execute(gone).fetchone() == (0,), why=follower.log_tail)
+        _is_refused(access, platform, pair.primary.port, follower.port)
+        assert hosts(platform, pair.primary.port).member(platform.target).port == pair.primary.port
+    finally:
+        follower.stop("immediate")
+
+
+def _is_refused(access: Access, platform: Platform, old: int, follower: int) -> None:
+    with pytest.raises(ConflictError, match="may be an old one, another was promoted since") as caught:
+        access.postgres(platform.target)
+    assert f"127.0.0.1:{old}: primary, timeline 1; 127.0.0.1:{follower}: standby, timeline 2" in str(caught.value)
+    assert "stop the old one" in (caught.value.remedy or "")
+
+
+def test_a_standby_that_is_behind_the_primarys_timeline_or_says_none_proves_nothing_against_it() -> None:
+    primary = Member("a", 5432, in_recovery=False, timeline=2, system_identifier=1)
+    for timeline in (1, None):
+        standby = Member("b", 5432, in_recovery=True, timeline=timeline, system_identifier=1)
+        assert choose_member("app-db", [standby, primary]) is primary
+
+
 def test_two_primaries_of_one_timeline_are_a_conflict(
     new_platform: Callable[..., Platform], new_cluster: Callable[..., Cluster]
 ) -> None:
     cluster = new_cluster(18)
-    twin = _copy(cluster)
+    twin = _copy(cluster.server)
     (twin.directory / "standby.signal").unlink()
     twin.start()
     try:

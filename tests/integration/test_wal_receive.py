@@ -771,6 +771,27 @@ def test_a_promoted_standby_is_followed_and_the_archive_goes_on(new_rig: Callabl
     rig.servers[:] = [primary, standby]
 
 
+def test_nothing_is_received_of_an_old_primary_beside_a_standby_of_a_newer_timeline(
+    new_rig: Callable[..., Rig],
+) -> None:
+    """The promoted server does not answer, and of its timeline the archive has nothing yet."""
+    old = new_server(settings=keep_wal())
+    promoted = copied(old, standby=True)
+    follower = copied(promoted, standby=True)
+    rig = new_rig(old, follower)
+    rig.sql("select pg_promote()", promoted)
+    line = "select received_tli from pg_stat_wal_receiver where status = 'streaming'"
+    eventually(lambda: rig.sql(f"select ({line})", follower) == 2, why=follower.log_tail)
+    state = rig.receiver().states[0]
+    eventually(lambda: state.last_error_kind, why="it has no trouble")
+    assert state.last_error_kind == "Conflict"
+    assert f"127.0.0.1:{old.port}: primary, timeline 1; 127.0.0.1:{follower.port}: standby, timeline 2" in rig.log[-1]
+    assert stored_names(rig) == []
+    rig.servers.append(promoted)
+    eventually(lambda: state.phase == "streaming" and state.timeline == 2, why=lambda: state.last_error)
+    rig.await_archived(rig.load(1000, promoted), timeline=2)
+
+
 def replayed(standby: PostgresServer) -> int:
     with standby.connect() as conn:
         return int(conn.execute("select pg_last_wal_replay_lsn() - '0/0'::pg_lsn").fetchone()[0] or 0)

@@ -17,9 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-import psycopg
 from psycopg import pq
 
 from ops_platform.backup.archive import read_archive
@@ -29,8 +28,10 @@ from ops_platform.backup.model import Lsn
 from ops_platform.backup.receiver import Receiver
 from ops_platform.backup.reception import TargetState
 from ops_platform.backup.repository import Repository
+from ops_platform.clients.access import choose_member
 from ops_platform.clients.keys import DataKey
 from ops_platform.clients.objectstore import ObjectStore
+from ops_platform.clients.postgres import Login, Member, ask_member
 from ops_platform.clients.postgres_binaries import PostgresServer, find_postgres, free_port, run_as, run_tool
 from ops_platform.clients.s3 import S3Store
 from ops_platform.errors import AccessDeniedError, UnreachableError
@@ -244,16 +245,6 @@ class FaultyStore:
         return call
 
 
-class Member:
-    def __init__(self, host: str, port: int) -> None:
-        self.host, self.port = host, port
-        self.in_recovery: bool | None = None
-        self.timeline: int | None = None
-        self.server_version: int | None = None
-        self.system_identifier: int | None = None
-        self.error: str | None = None
-
-
 class Access:
     """What the receiver needs of `clients.access.Access`, over servers that the test holds in its hand."""
 
@@ -267,28 +258,23 @@ class Access:
         return self._keys
 
     def members(self, _target: Target) -> list[Member]:
-        found: list[Member] = []
-        for server in self.servers:
-            member = Member("127.0.0.1", server.port)
-            try:
-                with server.connect(timeout=30) as conn:
-                    row = conn.execute(
-                        "select pg_is_in_recovery(), (select timeline_id from pg_control_checkpoint()),"
-                        " (select system_identifier from pg_control_system()), current_setting('server_version_num')::int"
-                    ).fetchone()
-                member.in_recovery, member.timeline, member.system_identifier, member.server_version = row
-            except psycopg.OperationalError as error:
-                member.error = str(error)
-            found.append(member)
-        return found
+        login = Login("postgres", "postgres", None, "disable", connect_timeout=30)
+        return [ask_member(login, "127.0.0.1", server.port) for server in self.servers]
+
+    def member(self, target: Target, role: Literal["primary", "standby", "any"] = "primary") -> Member:
+        return choose_member(target.id, self.members(target), role)
 
     def postgres(
-        self, target: Target, *, role: str = "primary", dbname: str | None = None, autocommit: bool = True
+        self,
+        target: Target,
+        *,
+        role: Literal["primary", "standby", "any"] = "primary",
+        dbname: str | None = None,
+        autocommit: bool = True,
     ) -> Any:
-        for server, member in zip(self.servers, self.members(target), strict=True):
-            if member.error is None and (role == "any" or member.in_recovery is (role == "standby")):
-                return server.connect(dbname or "postgres", autocommit=autocommit)
-        raise UnreachableError(f"no {role} answers", where=target.id)
+        port = self.member(target, role).port
+        server = next(server for server in self.servers if server.port == port)
+        return server.connect(dbname or "postgres", autocommit=autocommit)
 
     def replication(self, target: Target, member: Member | None = None) -> pq.PGconn:
         port = member.port if member else self.servers[0].port
