@@ -9,9 +9,9 @@ import json
 import re
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ops_platform.backup.basestream import BackupStream, Streamed, base_backup_command, receive
 from ops_platform.backup.blocks import BlockWriter
@@ -21,11 +21,13 @@ from ops_platform.backup.opening import open_target_repository
 from ops_platform.backup.receiver import receive_range
 from ops_platform.backup.repository import Repository, new_backup_id
 from ops_platform.backup.running import backup_lock
-from ops_platform.clock import SYSTEM_CLOCK, Clock
-from ops_platform.errors import CorruptionError, UnreachableError, UsageError
+from ops_platform.clients.access import Access, choose_member
+from ops_platform.clock import SYSTEM_CLOCK, Clock, wait_until
+from ops_platform.errors import CorruptionError, OpsError, UnreachableError, UsageError
 
 if TYPE_CHECKING:
-    from ops_platform.clients.access import Access
+    import psycopg
+
     from ops_platform.clients.keys import DataKey
     from ops_platform.clients.postgres import Member
     from ops_platform.inventory import Target
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
 Wanted = Literal["auto", "full", "incremental"]
 _FIRST_ANSWER_SECONDS = 3600.0  # the checkpoint before the first byte may take long on a busy server
 _SUPPORTED = range(14, 19)
+# Within so many seconds a standby has to replay what the primary has now, or the primary is read. The manifest dates the backup from
+# now, and one that lags (its replay is paused, late on purpose, or too slow) would leave its lag to every restore. A backup that takes
+# minutes can wait that long, and a standby that keeps up is asked once.
+_MOST_BEHIND = 60.0
 
 
 @dataclass(frozen=True)
@@ -75,10 +81,12 @@ def run_backup(
     case but success nothing is left that counts as a backup.
     """
     repository = open_target_repository(access, target)
-    member = _source_member(access, target)
+    member, no_standby = _source_member(access, target, clock)
     with backup_lock(access, target, member):
         source = _describe(access, target, member)
         choice = choose_kind(repository, target, source, kind, clock)
+        if no_standby is not None:
+            choice = replace(choice, why=f"{choice.why}; of the primary, because {no_standby}")
         return _take(access, target, repository, member, source, choice, progress, clock)
 
 
@@ -178,13 +186,56 @@ def _no_incremental(source: Source) -> str | None:
 # The source
 
 
-def _source_member(access: Access, target: Target) -> Member:
-    """By the policy a standby, where one answers; otherwise the primary."""
-    if target.backup.from_standby:
-        members = [m for m in access.members(target) if m.error is None and m.in_recovery]
-        if members:
-            return members[0]
-    return access.member(target, "primary")
+def _source_member(access: Access, target: Target, clock: Clock) -> tuple[Member, str | None]:
+    """By the policy the first standby that is fit; otherwise the primary, and why it is no standby.
+
+    Raises what `choose_member` raises: without the primary nobody knows how far behind a standby is, or the WAL of its backup.
+    """
+    members = access.members(target)
+    primary = choose_member(target.id, members)
+    if not target.backup.from_standby:
+        return primary, None
+    unfit: list[str] = []
+    for standby in members:
+        if standby.error is None and standby.in_recovery:
+            why = _unfit(access, target, standby, primary, clock)
+            if why is None:
+                return standby, None
+            unfit.append(f"{standby.host}:{standby.port} {why}")
+    return primary, "; ".join(unfit) or "no standby answers"
+
+
+def _unfit(access: Access, target: Target, standby: Member, primary: Member, clock: Clock) -> str | None:
+    """Why a backup of this standby would be one of the past. One that streams from another standby is as good."""
+    from ops_platform.clients.postgres import asking
+
+    if standby.timeline != primary.timeline:
+        return f"is on timeline {standby.timeline}, the primary on {primary.timeline}"
+    with asking(access.postgres(target, member=primary), f"{primary.host}:{primary.port}") as connection:
+        now = connection.execute("select pg_current_wal_flush_lsn()").fetchone()
+    try:
+        with asking(access.postgres(target, member=standby), f"{standby.host}:{standby.port}") as connection:
+            return _lags(connection, now, clock)
+    except OpsError as error:
+        return f"cannot be asked: {error.what}"
+
+
+def _lags(connection: psycopg.Connection[Any], now: tuple[str] | None, clock: Clock) -> str | None:
+    """`now`: the primary's position."""
+    received = connection.execute("select status from pg_stat_wal_receiver").fetchone()
+    if received is None:
+        return "receives no WAL"
+    if received[0] is None:
+        return "does not show our role whether it streams: GRANT pg_monitor"
+    if received[0] != "streaming":
+        return f"does not stream, its WAL receiver is {received[0]}"
+
+    def replayed() -> bool:
+        return connection.execute("select pg_last_wal_replay_lsn() >= %s", now).fetchone() == (True,)
+
+    return (
+        None if wait_until(replayed, clock=clock, seconds=_MOST_BEHIND) else f"is more than {_MOST_BEHIND:.0f} s behind"
+    )
 
 
 _DESCRIBE = """

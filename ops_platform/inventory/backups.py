@@ -129,7 +129,10 @@ class BackupPolicy(Strict):
     transfer: Transfer = Field(default=Transfer(), description="How bytes travel from the server to the store.")
     verification: Verification = Field(default=Verification(), description="How backups are proven.")
     expiry: Expiry = Field(default=Expiry(), description="How backups are deleted.")
-    from_standby: bool = Field(default=False, description="Prefer a standby as the source of base backups.")
+    from_standby: bool = Field(
+        default=False,
+        description="Prefer a standby that streams and keeps up as the source of base backups; where none does, it is the primary.",
+    )
 
 
 class Copy(Strict):

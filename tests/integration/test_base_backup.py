@@ -24,6 +24,7 @@ from ops_platform.clients.postgres_binaries import (
     run_as,
     run_tool,
 )
+from ops_platform.clock import SystemClock
 from ops_platform.errors import (
     AccessDeniedError,
     ConflictError,
@@ -240,12 +241,9 @@ def test_tablespaces_come_back_where_they_are_mapped_to(
         assert path.resolve().is_relative_to((place / "new").resolve())
 
 
-def test_a_standby_is_a_source_as_good_as_the_primary(
-    new_cluster: NewCluster, new_platform: NewPlatform, place: Path
-) -> None:
-    """The standby is one that we restored ourselves."""
-    primary = new_cluster(18)
-    primary.sql("create table t as select i, md5(i::text) from generate_series(1, 20000) i")
+@contextmanager
+def standby_of(primary: Cluster, new_platform: NewPlatform, place: Path) -> Generator[tuple[PostgresServer, Platform]]:
+    """A standby that we restored ourselves, and an inventory that prefers it."""
     alone = new_platform({"app-db": [primary]})
     run_backup(alone.access, alone.target)
     standby = PostgresServer(need_postgres(18), place / "standby", port=free_port())
@@ -259,17 +257,77 @@ def test_a_standby_is_a_source_as_good_as_the_primary(
     with ExitStack() as stack:
         stack.callback(standby.stop, "immediate")
         standby.start()
+        streams = "select count(*) from pg_stat_replication where state = 'streaming'"
+        eventually(lambda: primary.sql(streams) == 1, why=standby.log_tail)
         hosts = [{"host": "127.0.0.1", "port": port} for port in (primary.port, standby.port)]
-        both = new_platform(
-            {"app-db": [primary]}, extra={"connection": {"hosts": hosts}, "backup": {"from_standby": True}}
+        yield (
+            standby,
+            new_platform(
+                {"app-db": [primary]}, extra={"connection": {"hosts": hosts}, "backup": {"from_standby": True}}
+            ),
         )
+
+
+def test_a_standby_is_a_source_as_good_as_the_primary(
+    new_cluster: NewCluster, new_platform: NewPlatform, place: Path
+) -> None:
+    primary = new_cluster(18)
+    primary.sql("create table t as select i, md5(i::text) from generate_series(1, 20000) i")
+    with standby_of(primary, new_platform, place) as (standby, both):
         primary.sql("update t set md5 = 'before the backup' where i < 100")
         manifest = run_backup(both.access, both.target)
         assert (manifest.source_role, manifest.source) == ("standby", f"127.0.0.1:{standby.port}")
+        assert "primary" not in manifest.why
         primary.sql("update t set md5 = 'after the backup' where i > 19900")
         archive_up_to_now(both, primary, manifest)
         with recovered(both, only(both), place / "again") as server:
             assert digest(server, "t") == digest(primary, "t")
+
+
+class Hasty(SystemClock):
+    """Whoever sleeps has slept."""
+
+    slept = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.slept
+
+    def sleep(self, seconds: float) -> None:
+        self.slept += seconds
+
+
+def test_a_standby_that_does_not_keep_up_is_not_read_and_the_manifest_says_why(
+    new_cluster: NewCluster, new_platform: NewPlatform, place: Path
+) -> None:
+    primary = new_cluster(18)
+    with standby_of(primary, new_platform, place) as (standby, both):
+
+        def taken() -> str:
+            manifest = run_backup(both.access, both.target, kind="full", clock=Hasty())
+            assert (manifest.source_role, manifest.source) == ("primary", f"127.0.0.1:{primary.port}")
+            return manifest.why.removeprefix(f"asked for; of the primary, because 127.0.0.1:{standby.port} ")
+
+        with standby.connect() as connection:
+            connection.execute("select pg_wal_replay_pause()")
+            primary.sql("create table t as select 1 as i")
+            assert taken() == "is more than 60 s behind"
+            primary.sql("revoke pg_monitor from ops_backup")
+            connection.execute("select pg_wal_replay_resume()")
+            may = "select pg_has_role('ops_backup', 'pg_read_all_stats', 'usage')"
+            eventually(lambda: connection.execute(may).fetchone() == (False,), why=standby.log_tail)
+            assert taken() == "does not show our role whether it streams: GRANT pg_monitor"
+            connection.execute("alter system set primary_conninfo = ''")
+            connection.execute("select pg_reload_conf()")
+            gone = "select count(*) from pg_stat_wal_receiver"
+            eventually(lambda: connection.execute(gone).fetchone() == (0,), why=standby.log_tail)
+        assert taken() == "receives no WAL"
+        primary.server.stop()
+        with pytest.raises(UnreachableError, match="no primary of app-db answers"):
+            run_backup(both.access, both.target)
+        (primary.server.directory / "standby.signal").touch()
+        primary.server.start()
+        primary.sql("select pg_promote()")
+        assert taken() == "is on timeline 1, the primary on 2"
 
 
 def test_an_idle_database_comes_back(new_cluster: NewCluster, new_platform: NewPlatform, place: Path) -> None:
