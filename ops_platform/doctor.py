@@ -5,16 +5,16 @@ What the targets share is looked at in `doctor_platform`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from ops_platform.clients.access import Access, choose_member
 from ops_platform.clients.postgres_binaries import find_postgres
 from ops_platform.counting import size
 from ops_platform.errors import CouldNotVerifyError, OpsError, UnreachableError
 
 if TYPE_CHECKING:
-    from ops_platform.clients.access import Access
     from ops_platform.clients.postgres import Member
     from ops_platform.inventory.model import Backed, Target
     from ops_platform.inventory.systems import StoreTarget
@@ -130,23 +130,41 @@ def _servers(access: Access, target: Target) -> Iterator[Found]:
                 "good",
                 f"PostgreSQL {_version(member.server_version or 0)}, {role}, timeline {member.timeline}",
             )
-    answered = [m for m in members if m.error is None]
-    clusters = {m.system_identifier for m in answered}
-    if len(clusters) > 1:
-        yield Found(
-            "cluster",
-            "bad",
-            f"{len(clusters)} different clusters answer",
-            "correct connection.hosts: one cluster is one target",
-        )
-    primary = next((m for m in answered if m.in_recovery is False), None)
+    primary = yield from _primary(target, members)
     if primary is None:
-        yield Found("primary", "bad", "no primary answers", "the WAL receiver and the lock of a backup need it")
         return
     yield from _settings(access, target, primary)
     yield from _rights(access, target, primary)
     if target.repository.engine == "native":
         yield from _slot(access, target)
+
+
+def _primary(target: Target, members: Sequence[Member]) -> Generator[Found, None, Member | None]:
+    """The one that everything else acts on: settings and rights are to be those of no other. None where nothing would act on any."""
+    answered = [m for m in members if m.error is None]
+    primaries = [m for m in answered if not m.in_recovery]
+    clusters = {m.system_identifier for m in answered}
+    if len(clusters) > 1:
+        said = f"{len(clusters)} different clusters answer"
+        yield Found("cluster", "bad", said, "correct connection.hosts: one cluster is one target")
+        return None
+    if not primaries:
+        yield Found("primary", "bad", "no primary answers", "the WAL receiver and the lock of a backup need it")
+        return None
+    try:
+        primary = choose_member(target.id, members)
+    except OpsError as error:
+        yield _failed("primary", error)
+        return None
+    if old := "; ".join(f"{m.host}:{m.port} on timeline {m.timeline}" for m in primaries if m is not primary):
+        yield Found(
+            "primary",
+            "bad",
+            f"{len(primaries)} servers say that they are the primary: {primary.host}:{primary.port} on timeline {primary.timeline},"
+            f" which is acted on; {old}",
+            f"stop {old}, before an application writes there; let it follow after pg_rewind, or make it anew",
+        )
+    return primary
 
 
 def _version(number: int) -> str:

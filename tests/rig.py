@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ import yaml
 from ops_platform.backup.opening import open_target_repository
 from ops_platform.backup.repository import Repository
 from ops_platform.clients.access import Access
-from ops_platform.clients.postgres_binaries import PostgresServer, find_postgres, free_port, run_as
+from ops_platform.clients.postgres_binaries import PostgresServer, find_postgres, free_port, run_as, run_tool
 from ops_platform.clients.s3 import S3Store
 from ops_platform.inventory import load
 from ops_platform.inventory.model import Target
@@ -174,6 +175,17 @@ class Cluster:
 
     def stop(self) -> None:
         self.server.stop("immediate")
+
+
+def copy_of(server: PostgresServer) -> PostgresServer:
+    """A standby that streams from it once it is started. It stands beside it, and goes with its folder; who starts it stops it."""
+    tool = server.install.tool("pg_basebackup")
+    assert tool is not None
+    directory = server.directory.parent / f"copy-{secrets.token_hex(3)}"
+    command: list[str | Path] = [tool, "-h", server.sockets, "-p", str(server.socket_port), "-U", "postgres"]
+    done = run_tool([*command, "-D", directory, "-R", "-X", "stream", "-c", "fast"])
+    assert done.returncode == 0, done.stderr
+    return PostgresServer(server.install, directory, port=free_port())
 
 
 @contextlib.contextmanager

@@ -82,7 +82,7 @@ def run_backup(
     """
     repository = open_target_repository(access, target)
     member, no_standby = _source_member(access, target, clock)
-    with backup_lock(access, target, member):
+    with backup_lock(access, target):
         source = _describe(access, target, member)
         choice = choose_kind(repository, target, source, kind, clock)
         if no_standby is not None:

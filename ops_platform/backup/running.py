@@ -15,18 +15,16 @@ from ops_platform.ledger import Ledger
 
 if TYPE_CHECKING:
     from ops_platform.clients.access import Access
-    from ops_platform.clients.postgres import Member
 
 _LOCK_SPACE = 0x6F7073  # "ops": advisory locks of ours
 
 
 @contextmanager
-def backup_lock(access: Access, target: Target, source: Member) -> Generator[None]:
-    """One backup of a target at a time, across machines, held by a session: the server drops it with the connection."""
+def backup_lock(access: Access, target: Target) -> Generator[None]:
+    """One backup of a target at a time, across machines, held by a session of the primary: the server drops it with the connection."""
     from ops_platform.clients.postgres import asking, connect
 
-    primaries = [m for m in access.members(target) if m.error is None and m.in_recovery is False]
-    at = primaries[0] if primaries else source
+    at = access.member(target)
     where = f"{at.host}:{at.port}"
     with asking(connect(access.login(target.connection), at.host, at.port), where) as connection:
         connection.execute(

@@ -18,7 +18,7 @@ import yaml
 
 from ops_platform.clients.access import Access, choose_member
 from ops_platform.clients.postgres import Member
-from ops_platform.clients.postgres_binaries import PostgresServer, find_postgres, free_port, run_tool
+from ops_platform.clients.postgres_binaries import PostgresServer, free_port
 from ops_platform.errors import (
     AccessDeniedError,
     ConflictError,
@@ -28,7 +28,7 @@ from ops_platform.errors import (
     UsageError,
 )
 from ops_platform.inventory import SecretRef, load
-from tests.rig import PASSWORD, Cluster, Ground, Platform, eventually
+from tests.rig import PASSWORD, Cluster, Ground, Platform, copy_of, eventually
 
 VALUE = "a value ünï $HOME 'quoted'"
 
@@ -282,22 +282,10 @@ class Pair:
 @pytest.fixture
 def pair(new_cluster: Callable[..., Cluster]) -> Iterator[Pair]:
     primary = new_cluster(18)
-    standby = _copy(primary.server)
+    standby = copy_of(primary.server)
     standby.start()
     yield Pair(primary, standby)
     standby.stop("immediate")
-
-
-def _copy(server: PostgresServer) -> PostgresServer:
-    install = find_postgres(18)
-    assert install is not None
-    directory = server.directory.parent / f"copy-{secrets.token_hex(3)}"
-    tool = install.tool("pg_basebackup")
-    assert tool is not None
-    command: list[str | Path] = [tool, "-h", server.sockets, "-p", str(server.socket_port), "-U", "postgres"]
-    done = run_tool([*command, "-D", directory, "-R", "-X", "stream", "-c", "fast"])
-    assert done.returncode == 0, done.stderr
-    return PostgresServer(install, directory, port=free_port())
 
 
 def hosts(platform: Platform, *ports: int | tuple[str, int]) -> Access:
@@ -435,7 +423,7 @@ def test_an_old_primary_beside_a_standby_of_a_newer_timeline_is_not_taken_for_th
     """The promoted one does not answer just now: its connections are full, or we do not reach it."""
     platform = new_platform({"app-db": [pair.primary]})
     promoted = pair.standby
-    follower = _copy(promoted)  # it streams from there, and is never ahead of it
+    follower = copy_of(promoted)  # it streams from there, and is never ahead of it
     follower.start()
     try:
         access = hosts(platform, free_port(), pair.primary.port, follower.port)
@@ -481,7 +469,7 @@ def test_two_primaries_of_one_timeline_are_a_conflict(
     new_platform: Callable[..., Platform], new_cluster: Callable[..., Cluster]
 ) -> None:
     cluster = new_cluster(18)
-    twin = _copy(cluster.server)
+    twin = copy_of(cluster.server)
     (twin.directory / "standby.signal").unlink()
     twin.start()
     try:

@@ -15,12 +15,14 @@ from pydantic import TypeAdapter
 from ops_platform.backup.archive import ArchiveStatus, read_archive
 from ops_platform.backup.basebackup import run_backup
 from ops_platform.backup.model import Manifest
+from ops_platform.backup.running import backup_lock, backup_running
 from ops_platform.cli.outputs import BackupDetail, BackupList
 from ops_platform.clients.access import Access
 from ops_platform.clients.postgres_binaries import free_port
 from ops_platform.doctor import Examination
+from ops_platform.errors import ConflictError
 from ops_platform.recovery.model import Scorecard, Verdict
-from tests.rig import Cluster, Platform
+from tests.rig import Cluster, Platform, copy_of, eventually
 
 OPS = str(Path(sys.executable).with_name("ops"))
 MakeCluster = Callable[..., Cluster]
@@ -314,6 +316,65 @@ def test_the_doctor_names_the_versions_that_are_supported(
     found = {item.what: item for item in examine(platform.access, platform.target).findings}
     assert (found["version"].state, found["version"].found) == ("bad", "major 13")
     assert "14 to 18" in str(found["version"].remedy)
+
+
+def test_the_doctor_names_two_primaries_and_asks_the_one_that_is_acted_on(
+    new_cluster: MakeCluster, new_platform: MakePlatform
+) -> None:
+    """The old primary was started again beside the one that was promoted, and stands first in the inventory."""
+    old = new_cluster(18, {"max_slot_wal_keep_size": "1GB"})
+    new = copy_of(old.server)
+    try:
+        new.start()
+        with new.connect() as connection:
+            connection.execute("select pg_promote()")
+            connection.execute("alter system set max_slot_wal_keep_size = '2GB'")
+            connection.execute("select pg_reload_conf()")
+        hosts = [{"host": "127.0.0.1", "port": server.port} for server in (old, new)]
+        platform = new_platform({"app-db": [old]}, extra={"connection": {"hosts": hosts}})
+        found = examined(platform, 1)
+        assert found["primary"].state == "bad"
+        assert found["primary"].found == (
+            "2 servers say that they are the primary: "
+            f"127.0.0.1:{new.port} on timeline 2, which is acted on; 127.0.0.1:{old.port} on timeline 1"
+        )
+        assert f"stop 127.0.0.1:{old.port} on timeline 1, before" in found["primary"].remedy
+        eventually(lambda: examined(platform, 1)["max_slot_wal_keep_size"].found == "2GB")
+        with backup_lock(platform.access, platform.target):
+            assert str(backup_running(platform.access, platform.target)).endswith(f"127.0.0.1:{new.port}")
+    finally:
+        new.stop("immediate")
+
+
+def test_the_doctor_asks_no_old_primary_beside_a_standby_of_a_newer_timeline(
+    new_cluster: MakeCluster, new_platform: MakePlatform
+) -> None:
+    old = new_cluster(18)
+    servers = [copy_of(old.server)]
+    try:
+        servers[0].start()
+        servers.append(copy_of(servers[0]))
+        servers[1].start()
+        new, follower = servers
+        with new.connect() as connection:
+            connection.execute("select pg_promote()")
+        hosts = [{"host": "127.0.0.1", "port": port} for port in (old.port, free_port(), follower.port)]
+        platform = new_platform({"app-db": [old]}, extra={"connection": {"hosts": hosts}})
+        eventually(lambda: platform.access.members(platform.target)[2].timeline == 2, why=follower.log_tail)
+        found = examined(platform, 1)
+        assert found["primary"].state == "bad"
+        assert f"127.0.0.1:{old.port}: primary, timeline 1; 127.0.0.1:{follower.port}: standby, timeline 2" in (
+            found["primary"].found
+        )
+        assert "wal_level" not in found
+        with (
+            pytest.raises(ConflictError, match="another was promoted since"),
+            backup_lock(platform.access, platform.target),
+        ):
+            pass
+    finally:
+        for server in servers:
+            server.stop("immediate")
 
 
 def test_the_doctor_looks_at_the_slot(new_cluster: MakeCluster, new_platform: MakePlatform) -> None:

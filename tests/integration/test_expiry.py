@@ -444,8 +444,7 @@ def test_what_dead_runs_left_goes_unless_a_backup_is_running(
     store.put("app-db/backup/somebody-elses/file", b"x")
     platform = shop.platform
 
-    member = platform.access.member(platform.target)
-    with backup_lock(platform.access, platform.target, member):
+    with backup_lock(platform.access, platform.target):
         assert backup_running(platform.access, platform.target)
         held = shop.expire()
         assert (held.status, shop.objects("F3")) == (Status.NOTHING, 4)
