@@ -6,7 +6,7 @@ Of PostgreSQL it is an advisory lock in the server itself; of a store a claim in
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from ops_platform.errors import ConflictError, UnreachableError
@@ -22,6 +22,8 @@ _LOCK_SPACE = 0x6F7073  # "ops": advisory locks of ours
 @contextmanager
 def backup_lock(access: Access, target: Target) -> Generator[None]:
     """One backup of a target at a time, across machines, held by a session of the primary: the server drops it with the connection."""
+    import psycopg
+
     from ops_platform.clients.postgres import asking, connect
 
     at = access.member(target)
@@ -38,6 +40,9 @@ def backup_lock(access: Access, target: Target) -> Generator[None]:
                 remedy="wait until it ends; the lock goes with its session",
             )
         yield
+        # With its connection it goes a moment after we left: a backup that begins right then would be refused.
+        with suppress(psycopg.Error):
+            connection.execute("select pg_advisory_unlock(%s, hashtext(%s))", [_LOCK_SPACE, target.id])
 
 
 def _holder(connection: object, target: Target) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from pydantic import TypeAdapter
 
@@ -344,6 +345,23 @@ def test_the_doctor_names_two_primaries_and_asks_the_one_that_is_acted_on(
             assert str(backup_running(platform.access, platform.target)).endswith(f"127.0.0.1:{new.port}")
     finally:
         new.stop("immediate")
+
+
+def test_a_lock_that_was_given_back_is_free_before_its_session_has_ended(
+    new_cluster: MakeCluster, new_platform: MakePlatform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server hears of the end of a session a moment later: the next backup may begin before that."""
+    platform = new_platform({"app-db": [new_cluster(18)]})
+    left: list[psycopg.Connection[Any]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(psycopg.Connection, "close", left.append)
+        with backup_lock(platform.access, platform.target):
+            pass
+    assert left
+    with backup_lock(platform.access, platform.target):
+        pass
+    for session in left:
+        session.close()
 
 
 def test_the_doctor_asks_no_old_primary_beside_a_standby_of_a_newer_timeline(
