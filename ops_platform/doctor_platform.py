@@ -226,7 +226,7 @@ def _tables(access: Access) -> Iterator[Found]:
 
 
 def _alertmanager(access: Access, system: AlertmanagerSystem) -> Iterator[Found]:
-    from ops_platform.clients.alertmanager import sees_watchdog
+    from ops_platform.clients.alertmanager import WATCHDOG_REMEDY
 
     name = f"Alertmanager {system.id}"
     polled = access.alertmanager(system).poll()
@@ -242,17 +242,12 @@ def _alertmanager(access: Access, system: AlertmanagerSystem) -> Iterator[Found]
         yield Found(
             f"{name}, watchdog",
             "warn",
-            "none is declared: alerting that has broken looks like no alerts",
+            "none is declared: an alerting that has broken looks like alerts that ended, and what was done for them like help",
             "declare `watchdog`, with an alert that always fires (docs/how-to/turn-alerts-into-action.md)",
         )
         return
-    seen = sees_watchdog(system, polled)
-    yield Found(
-        f"{name}, watchdog",
-        "good" if seen else "bad",
-        "fires" if seen else f"no alert {{{', '.join(map(str, system.watchdog.match))}}} fires",
-        "look at Prometheus: its rules, and its way to this Alertmanager",
-    )
+    seen = polled.sees_watchdog
+    yield Found(f"{name}, watchdog", "good" if seen else "bad", polled.doubt or "fires", WATCHDOG_REMEDY)
 
 
 def _events(access: Access, source: EventSource) -> Iterator[Found]:

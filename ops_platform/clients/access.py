@@ -362,6 +362,7 @@ class Access:
                 self.http(system),
                 largest=system.largest_answer,
                 settled_after=system.settled_after,
+                watchdog=system.watchdog,
                 clock=self.clock,
             ),
         )

@@ -8,7 +8,8 @@ does not reach lists less still. Hence the rule of a poll:
   annotations and link are those of the newest `updatedAt`, and silenced or inhibited holds where one member says so.
 - A member lists what has not ended by its own clock; `endsAt` is only when it would give up without hearing again, and differs
   between members. So whatever is listed fires, and nothing else says that an alert has ended than a complete poll without it.
-- A poll is complete when every member has answered well and one of them at least has been up for `SETTLED_AFTER`.
+- A poll is complete when every member has answered well and one of them at least has been up for `SETTLED_AFTER`, and where a watchdog
+  is declared, it says that Prometheus sends (`Heard`): an alert that is not sent again is dropped as one that has ended is.
 - A member that is away, or whose answer is not what the API promises, is noted; where all are, the poll is an error.
 """
 
@@ -18,7 +19,7 @@ import json
 import queue
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -28,7 +29,7 @@ from ops_platform.clients.http import Answer, BadAnswerError, HttpApi
 from ops_platform.clock import SYSTEM_CLOCK, Clock
 from ops_platform.errors import OpsError, UnreachableError
 from ops_platform.inventory.matchers import AlertMatcher, all_match
-from ops_platform.inventory.systems import AlertmanagerSystem
+from ops_platform.inventory.systems import AlertmanagerSystem, Watchdog
 from ops_platform.remediation.model import Signal
 
 T = TypeVar("T")
@@ -40,6 +41,8 @@ LARGEST = 64 << 20
 ABSENT = "WatchdogAbsent"
 # Each state is asked for, so that a silence that was set later is seen as such and not as an end.
 _ALL = (("active", "true"), ("silenced", "true"), ("inhibited", "true"), ("unprocessed", "true"))
+WATCHDOG_REMEDY = "look at Prometheus: its rules, and its way to this Alertmanager"
+_NOBODY_KNOWS = "whether this alert still fires cannot be said"
 _REMEDY = "check that `urls` are Alertmanagers (API v2), and what stands in front of them"
 
 
@@ -61,13 +64,49 @@ class Member:
         }
 
 
+class NoWatchdogError(UnreachableError):
+    """What is not listed may fire all the same: the watchdog does not say that Prometheus sends."""
+
+
+@dataclass(frozen=True)
+class Heard:
+    """The watchdog by the clock of the member that lists it. `ago`: since it was sent, and `limit` is how long that may be.
+
+    Of Prometheus's --rules.alert.resend-delay and the interval of a rule let L be the longer. What fires is sent again within 2 L (at
+    the first evaluation that is more than the delay after the last time), and Alertmanager is to drop it after 4 L without that
+    (`needsSending` and `sendAlerts` in Prometheus's rules/alerting.go). So when Prometheus has stopped nothing is dropped before 2 L
+    have passed: a watchdog that was sent within 2 L vouches for all. That it is listed is too little, since others may have been
+    sent up to 2 L before it, and are dropped by so much sooner. 2 L is half of what it was sent to last, whatever the delay is, and
+    `fresh_for` bounds it: the watchdog's own rule may be evaluated less often than others are.
+    """
+
+    ago: timedelta
+    limit: timedelta
+    firing: timedelta
+
+    @property
+    def fresh(self) -> bool:
+        # A date has whole seconds alone. What lies further ahead was noted before a clock was set back, and would be fresh for long.
+        return timedelta(seconds=-1) <= self.ago <= self.limit
+
+
 @dataclass(frozen=True)
 class Polled:
-    """What fires. `complete`: what is not among `signals` has ended; otherwise its absence says nothing."""
+    """What fires. `complete`: what is not among `signals` has ended; otherwise its absence says nothing.
+
+    `watchdog`: where it is listed. `doubt`: why it does not vouch for an end; None where it does, or where none is declared.
+    """
 
     signals: list[Signal]
     members: tuple[Member, ...]
     complete: bool
+    watchdog: Heard | None = None
+    doubt: str | None = None
+
+    @property
+    def sees_watchdog(self) -> bool:
+        """It arrives, silenced or not."""
+        return self.watchdog is not None and self.watchdog.fresh
 
     @property
     def away(self) -> tuple[Member, ...]:
@@ -79,6 +118,7 @@ class _Listed(NamedTuple):
 
     signal: Signal
     updated_at: datetime
+    ends_at: datetime
 
 
 class Alertmanager:
@@ -91,12 +131,14 @@ class Alertmanager:
         *,
         largest: int = LARGEST,
         settled_after: timedelta = SETTLED_AFTER,
+        watchdog: Watchdog | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self.system_id = system_id
         self._members = tuple(members)
         self._largest = largest
         self._settled_after = settled_after
+        self._watchdog = watchdog
         self._clock = clock
 
     def close(self) -> None:
@@ -105,15 +147,19 @@ class Alertmanager:
 
     def poll(self, budget: float = BUDGET) -> Polled:
         """All that fires, silenced and inhibited alerts too, within `budget` seconds."""
-        return self._poll((), budget)
+        polled = self._poll((), budget)
+        doubt = self._doubt(polled.watchdog)
+        return replace(polled, complete=polled.complete and doubt is None, doubt=doubt)
 
     def _poll(self, filters: Sequence[str], budget: float) -> Polled:
+        """As far as the members go: `complete` does not know of the watchdog, which the filters may leave out."""
         now = self._clock.now()
         query = [*_ALL, *(("filter", one) for one in filters)]
 
-        def ask(api: HttpApi, left: Callable[[], float]) -> tuple[dict[str, _Listed], timedelta | None]:
+        def ask(api: HttpApi, left: Callable[[], float]) -> tuple[dict[str, _Listed], timedelta | None, Heard | None]:
             answer = api.get("/api/v2/alerts", query, timeout=left(), largest=self._largest)
-            return read_alerts(answer, now), self._up_for(api, left())
+            listed = read_alerts(answer, now)
+            return listed, self._up_for(api, left()), self._heard(listed, answer)
 
         asked = self._ask_all(ask, budget)
         members = tuple(
@@ -123,7 +169,8 @@ class Alertmanager:
         lists = [found[0] for _, found in asked if not isinstance(found, OpsError)]
         settled = any(member.up_for is not None and member.up_for >= self._settled_after for member in members)
         complete = settled and all(member.failure is None for member in members)
-        return Polled(merge(lists, self.system_id), members, complete)
+        watchdogs = [found[2] for _, found in asked if not isinstance(found, OpsError)]
+        return Polled(merge(lists, self.system_id), members, complete, _best(watchdogs))
 
     def _ask_all(
         self, ask: Callable[[HttpApi, Callable[[], float]], T], budget: float
@@ -173,25 +220,62 @@ class Alertmanager:
         try:
             answer = api.get("/api/v2/status", timeout=timeout)
             started = datetime.fromisoformat(answer.json()["uptime"])
-            dated = answer.headers.get("date")
-            now = parsedate_to_datetime(dated) if dated else self._clock.now()
-            return max(now - started, timedelta(0))  # the date has whole seconds alone
+            return max(self._dated(answer) - started, timedelta(0))  # the date has whole seconds alone
         except (OpsError, KeyError, TypeError, ValueError):
             return None
+
+    def _dated(self, answer: Answer) -> datetime:
+        """By the member's own clock; by ours where it does not say. Raises BadAnswerError for what is no date."""
+        text = answer.headers.get("date")
+        if not text:
+            return self._clock.now()
+        try:
+            dated = parsedate_to_datetime(text)
+        except ValueError:
+            raise BadAnswerError(f"{text[:100]} is no date", where=answer.where, remedy=_REMEDY) from None
+        return dated if dated.tzinfo is not None else dated.replace(tzinfo=UTC)
+
+    def _heard(self, listed: Mapping[str, _Listed], answer: Answer) -> Heard | None:
+        return None if self._watchdog is None else heard(self._watchdog, listed.values(), self._dated(answer))
+
+    def _doubt(self, watchdog: Heard | None) -> str | None:
+        """Why what is not listed may fire all the same; None where the watchdog vouches that it does not, or none is declared."""
+        if self._watchdog is None:
+            return None
+        name = f"the watchdog {_named(self._watchdog)}"
+        if watchdog is None:
+            return f"{name} is not listed"
+        if not watchdog.fresh:
+            return f"{name} was sent {_seconds(watchdog.ago)} ago, and {_seconds(watchdog.limit)} are the limit"
+        if watchdog.firing < self._settled_after:
+            # Of a Prometheus that has been away: it does not evaluate all of its rules at once, and some need it twice.
+            return f"{name} fires since {_seconds(watchdog.firing)}, and others may be slower to come back"
+        return None
 
     # For guards and verification
 
     def look(self, labels: Mapping[str, str], budget: float = BUDGET) -> Signal | None:
         """The alert of exactly these labels as it is now; None where it has ended.
 
-        Raises UnreachableError where it is not listed and the poll was not complete: then nobody knows.
+        Raises UnreachableError where it is not listed and the poll was not complete: then nobody knows. NoWatchdogError is one of these.
         """
         wanted = dict(labels)
         polled = self._poll(_filters(wanted), budget)
         found = next((signal for signal in polled.signals if signal.labels == wanted), None)
         if found is None and not polled.complete:
-            raise self._unknown("whether this alert still fires cannot be said", polled.members)
+            raise self._unknown(_NOBODY_KNOWS, polled.members)
+        if found is None:
+            self._need_watchdog(budget)
         return found
+
+    def _need_watchdog(self, budget: float) -> None:
+        """By a request of its own, since all filters of one have to fit. Raises NoWatchdogError."""
+        if self._watchdog is None:
+            return
+        equal = {one.name: one.value for one in self._watchdog.match if one.operator == "=" and one.value}
+        doubt = self._doubt(self._poll(_filters(equal), budget).watchdog)
+        if doubt is not None:
+            raise NoWatchdogError(f"{_NOBODY_KNOWS}: {doubt}", where=self.system_id, remedy=WATCHDOG_REMEDY)
 
     def is_silenced(self, labels: Mapping[str, str], budget: float = BUDGET) -> bool:
         """By Alertmanager's own word where an alert of these labels fires; otherwise by the silences that are in force.
@@ -230,7 +314,11 @@ class Alertmanager:
 
 
 def _age(up_for: timedelta | None) -> str:
-    return "up for an unknown time" if up_for is None else f"up for {int(up_for.total_seconds())} s"
+    return "up for an unknown time" if up_for is None else f"up for {_seconds(up_for)}"
+
+
+def _seconds(time: timedelta) -> str:
+    return f"{int(time.total_seconds())} s"
 
 
 def _filters(labels: Mapping[str, str]) -> list[str]:
@@ -273,7 +361,7 @@ def _listed(item: dict[str, Any], seen_at: datetime) -> _Listed:
     labels, annotations, status = item["labels"], item["annotations"], item["status"]
     fingerprint, link = item["fingerprint"], item.get("generatorURL")
     silenced, inhibited = status["silencedBy"], status["inhibitedBy"]
-    _moment(item["endsAt"])
+    ends_at = _moment(item["endsAt"])
     if not (
         labels and type(labels) is type(annotations) is dict and type(silenced) is type(inhibited) is list
         and _texts(labels) and _texts(annotations) and type(fingerprint) is str and fingerprint
@@ -292,7 +380,7 @@ def _listed(item: dict[str, Any], seen_at: datetime) -> _Listed:
         inhibited=bool(inhibited),
         link=link or None,
     )
-    return _Listed(signal, _moment(item["updatedAt"]))
+    return _Listed(signal, _moment(item["updatedAt"]), ends_at)
 
 
 _STATES = frozenset({"active", "suppressed", "unprocessed"})
@@ -378,15 +466,32 @@ def _merged(one: _Listed, other: _Listed, where: str) -> _Listed:
         silenced=a.silenced or b.silenced,
         inhibited=a.inhibited or b.inhibited,
     )
-    return _Listed(signal, newer.updated_at)
+    return newer._replace(signal=signal)
 
 
 # The watchdog
 
 
-def sees_watchdog(system: AlertmanagerSystem, polled: Polled) -> bool:
-    """Silenced or not: it arrives."""
-    return system.watchdog is not None and any(all_match(system.watchdog.match, one.labels) for one in polled.signals)
+def heard(watchdog: Watchdog, listed: Iterable[_Listed], dated: datetime) -> Heard | None:
+    """The watchdog in the list of one member, which it gave at `dated`."""
+    return _best(
+        Heard(
+            ago=dated - one.updated_at,
+            limit=min(watchdog.fresh_for, (one.ends_at - one.updated_at) / 2),
+            firing=max(dated - one.signal.starts_at, timedelta(0)),  # a date has whole seconds alone
+        )
+        for one in listed
+        if all_match(watchdog.match, one.signal.labels)
+    )
+
+
+def _best(found: Iterable[Heard | None]) -> Heard | None:
+    """One that is fresh is enough: it is sent to every member, and its matchers may fit several alerts."""
+    return max((one for one in found if one is not None), key=lambda one: (one.fresh, one.firing), default=None)
+
+
+def _named(watchdog: Watchdog) -> str:
+    return f"{{{', '.join(map(str, watchdog.match))}}}"
 
 
 def watchdog_signal(
@@ -395,20 +500,19 @@ def watchdog_signal(
     """A signal where the alert that must always fire has not been seen for `absent_for`; None where all is well, or not yet known.
 
     `polled` is None for a poll that failed: the alert was neither seen nor missed then, and where no poll has got through for
-    `absent_for`, that is such an incident too. The caller keeps `last_seen`: `now` whenever `sees_watchdog` says so, and at the first
-    poll of all and the first one after a pause of its own, since from then on we look for it. The signal keeps one fingerprint, and
+    `absent_for`, that is such an incident too. The caller keeps `last_seen`: `now` whenever `Polled.sees_watchdog` says so, and at
+    the first poll of all and the first one after a pause of its own, since from then on we look for it. The signal keeps one fingerprint, and
     one beginning for each absence: the moment when the alert was last seen.
     """
-    if system.watchdog is None or (polled is not None and sees_watchdog(system, polled)):
+    if system.watchdog is None or (polled is not None and polled.sees_watchdog):
         return None
     if now - last_seen <= system.watchdog.absent_for:
         return None
-    matchers = ", ".join(str(matcher) for matcher in system.watchdog.match)
     since = last_seen.astimezone(UTC).isoformat(timespec="seconds")
     why = (
         f"no Alertmanager of {system.id} has given its alerts since {since}"
         if polled is None
-        else f"the alert {{{matchers}}} has not arrived since {since}: Prometheus, its rules or the way from it are broken"
+        else f"the alert {_named(system.watchdog)} has not arrived since {since}: Prometheus, its rules or the way from it are broken"
     )
     return Signal(
         "watchdog",

@@ -398,13 +398,18 @@ class PrometheusSystem(System, HttpEndpoint):
 
 
 class Watchdog(Strict):
-    """An alert that always fires. Where it does not arrive, alerting itself is broken, and that is an incident."""
+    """An alert that always fires. Where it does not arrive, alerting itself is broken: that is an incident, and no other alert has ended."""
 
     match: Annotated[list[AlertMatcher], Field(min_length=1)] = Field(
         default=[AlertMatcher.parse("alertname=Watchdog")], description="Which alert it is."
     )
     absent_for: PositiveDuration = Field(
         default=timedelta(minutes=5), description="An incident when it has not been seen for this long."
+    )
+    fresh_for: PositiveDuration = Field(
+        default=timedelta(minutes=2),
+        description="It counts as seen for this long after it was sent, and no longer than half of the time that it was sent to last. "
+        "Twice Prometheus's `--rules.alert.resend-delay` is right: later, others may be dropped while it is still listed.",
     )
 
 
@@ -413,10 +418,15 @@ class AlertmanagerSystem(System, HttpEndpoint):
 
     kind: Literal["alertmanager"] = Field(description="What it is.")
     urls: Annotated[list[Url], Field(min_length=1)] = Field(description="Every member of the cluster.")
-    watchdog: Watchdog | None = Field(default=None, description="The alert that must always be there.")
+    watchdog: Watchdog | None = Field(
+        default=None,
+        description="The alert that must always be there. Without one, an alerting that has broken looks like alerts that ended: "
+        "incidents end, and what was done for them is taken to have helped.",
+    )
     settled_after: PositiveDuration = Field(
         default=timedelta(minutes=5),
-        description="A member that was started later may not have heard of every alert yet: until one has been up for this long nothing has ended.",
+        description="A member that was started later may not have heard of every alert yet: "
+        "until one has been up for this long nothing has ended. Nor has it until the watchdog, where there is one, has fired for this long.",
     )
     largest_answer: Size = Field(default=64 << 20, description="An answer above this many bytes is refused.")
 

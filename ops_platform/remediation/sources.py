@@ -122,13 +122,13 @@ def _of_several(signals: Sequence[Signal]) -> list[Signal]:
 
 
 def _watchdog(access: Access, store: Store, system: AlertmanagerSystem, polled: object) -> list[Taken]:
-    from ops_platform.clients.alertmanager import Polled, sees_watchdog, watchdog_signal
+    from ops_platform.clients.alertmanager import Polled, watchdog_signal
 
     if system.watchdog is None:
         return []
     now, name = store.clock.now(), f"watchdog/{system.id}"
     known = polled if isinstance(polled, Polled) else None
-    if known is not None and sees_watchdog(system, known):
+    if known is not None and known.sees_watchdog:
         store.mark_seen(name, now)
         return [_seen_again(access, store, name, now)]
     last = store.last_seen(name)

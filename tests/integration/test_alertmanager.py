@@ -7,18 +7,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ops_platform.clients.access import Access
-from ops_platform.clients.alertmanager import Alertmanager, Polled
+from ops_platform.clients.alertmanager import Alertmanager, NoWatchdogError, Polled
 from ops_platform.clients.http import BadAnswerError, HttpApi
 from ops_platform.clients.prometheus import Prometheus, alert_history, fingerprint
 from ops_platform.errors import AccessDeniedError, OpsError, UnreachableError
 from ops_platform.inventory import load
-from ops_platform.inventory.systems import AlertmanagerSystem
+from ops_platform.inventory.systems import AlertmanagerSystem, Watchdog
 from ops_platform.remediation.model import Signal
 from tests import prometheus_rig as rig
 from tests.authority import Authority
@@ -439,6 +440,161 @@ def test_no_proxy_of_the_environment_is_used(cluster: list[rig.Alertmanager], mo
         monkeypatch.setenv(name, "http://127.0.0.1:1")
         monkeypatch.setenv(name.upper(), "http://127.0.0.1:1")
     assert client(*cluster).poll().complete
+
+
+# The watchdog
+
+
+def watched(*members: Any, settled_after: timedelta = timedelta(0), **watchdog: Any) -> Alertmanager:
+    return client(*members, settled_after=settled_after, watchdog=Watchdog.model_validate(watchdog))
+
+
+def ended(asking: Alertmanager, labels: dict[str, str]) -> bool:
+    """By both ways to ask, which must agree where nothing changes."""
+    try:
+        looked = asking.look(labels) is None
+    except NoWatchdogError:
+        looked = False
+    polled = asking.poll()
+    assert (polled.complete and labels not in [one.labels for one in polled.signals]) == looked
+    return looked
+
+
+@pytest.mark.parametrize("match", ["alertname=Watchdog", "alertname=~Watch.*"])
+def test_an_alert_has_ended_where_the_watchdog_is_there_and_is_not_known_to_have_where_it_is_not(match: str) -> None:
+    with rig.alertmanager() as am:
+        asking = watched(am, match=[match])
+        am.fire(DISK, {"alertname": "Watchdog"})
+        assert not ended(asking, DISK)
+        am.resolve(DISK)
+        eventually(lambda: ended(asking, DISK))
+        am.resolve({"alertname": "Watchdog"})
+        eventually(lambda: am.alerts() == [])
+        assert not ended(asking, DISK)
+        with pytest.raises(
+            NoWatchdogError, match=r"whether this alert still fires cannot be said: the watchdog .*Watch"
+        ) as caught:
+            asking.look(DISK)
+        assert "not listed" in caught.value.what
+        assert "not listed" in str(asking.poll().doubt)
+        assert ended(client(am), DISK), "where none is declared, it is not missed"
+        am.fire(DISK)
+        assert asking.look(DISK) is not None, "what is listed fires, with a watchdog or without"
+
+
+def test_a_watchdog_that_was_not_sent_for_too_long_is_listed_and_vouches_for_nothing() -> None:
+    with rig.alertmanager() as am:
+        am.fire({"alertname": "Watchdog"})
+        assert ended(watched(am), DISK)
+        late = watched(am, fresh_for="1s")
+        eventually(lambda: not late.poll().complete)
+        assert not ended(late, DISK)
+        with pytest.raises(NoWatchdogError, match="was sent"):
+            late.look(DISK)
+        assert ended(watched(am), DISK)
+
+
+def test_one_member_that_hears_the_watchdog_is_enough() -> None:
+    with rig.alertmanagers(count=2) as (one, other):
+        one.fire({"alertname": "Watchdog"})
+        for order in ((one, other), (other, one)):
+            assert ended(watched(*order), DISK)
+
+
+def test_a_watchdog_that_matches_what_is_looked_for_never_says_that_it_has_ended() -> None:
+    with rig.alertmanager() as am:
+        asking = watched(am, match=["alertname=~.+"])
+        am.fire(DISK)
+        assert not ended(asking, DISK)
+        am.resolve(DISK)
+        eventually(lambda: am.alerts() == [])
+        assert not ended(asking, DISK)
+
+
+def says(fires: float, *, sent: float = 0, fast: float = 0, date: str | None = None) -> list[Callable[[Any], None]]:
+    """What a member whose clock is `fast`, and which began long ago, answers to a poll. With an empty `date` it says none."""
+    now = datetime.now(UTC) + timedelta(seconds=fast)
+    times = {
+        "startsAt": (now - timedelta(seconds=fires)).isoformat(),
+        "updatedAt": (now - timedelta(seconds=sent)).isoformat(),
+        "endsAt": (now + timedelta(seconds=240 - sent)).isoformat(),
+    }
+    alerts = json.dumps([alert(labels={"alertname": "Watchdog"}, **times)]).encode()
+    dated = format_datetime(now, usegmt=True) if date is None else date
+    return [answered(alerts, dated), reply(200, b'{"uptime": "2026-01-01T00:00:00Z"}')]
+
+
+def answered(body: bytes, date: str) -> Callable[[Any], None]:
+    def answer(handler: Any) -> None:
+        handler.take()
+        dated = f"date: {date}\r\n" if date else ""
+        handler.wfile.write(f"HTTP/1.1 200 OK\r\n{dated}content-length: {len(body)}\r\n\r\n".encode() + body)
+
+    return answer
+
+
+@pytest.mark.parametrize("fast", [-7200, 7200])
+def test_the_watchdogs_age_is_by_the_clock_of_the_member_that_lists_it(fast: float) -> None:
+    with FaultyProxy(None) as member:
+        member.faults.extend(says(fires=3600, sent=100, fast=fast))
+        assert watched(member).poll().complete
+        member.faults.extend(says(fires=3600, sent=200, fast=fast))
+        polled = watched(member).poll()
+        assert not polled.complete
+        assert "was sent" in str(polled.doubt)
+
+
+def test_a_member_that_says_no_date_is_dated_by_our_clock_and_one_that_lies_about_it_is_away() -> None:
+    with FaultyProxy(None) as member:
+        member.faults.extend(says(fires=3600, sent=100, date=""))
+        assert watched(member).poll().complete
+        member.faults.extend(says(fires=3600, sent=200, date=""))
+        assert not watched(member).poll().complete
+        member.faults.extend(says(fires=3600, date="yesterday"))
+        with pytest.raises(BadAnswerError, match="yesterday is no date"):
+            watched(member).poll()
+        member.faults.extend(says(fires=3600, date="yesterday"))
+        assert client(member).poll().signals, "nobody asks for it where no watchdog is declared"
+
+
+def test_a_watchdog_that_has_just_come_back_vouches_for_nothing_yet() -> None:
+    """It arrives, but Prometheus may not have evaluated the rules of others so far."""
+    with FaultyProxy(None) as member:
+        asking = watched(member, settled_after=timedelta(minutes=5))
+        member.faults.extend(says(fires=290))
+        polled = asking.poll()
+        assert polled.sees_watchdog
+        assert not polled.complete
+        assert "slower to come back" in str(polled.doubt)
+        member.faults.extend(says(fires=302))
+        assert asking.poll().complete
+
+
+def test_alerts_of_a_prometheus_that_was_killed_go_away_and_have_not_ended() -> None:
+    always = {"expr": "vector(1)", "labels": {"a": "b"}}
+    rules = [{"name": "g", "interval": "1s", "rules": [{"alert": name, **always} for name in ("Disk", "Watchdog")]}]
+    disk = {"alertname": "Disk", "a": "b"}
+    with rig.alertmanager() as am:
+        asking = watched(am)
+        alerting = {"alertmanagers": [{"static_configs": [{"targets": [f"127.0.0.1:{am.port}"]}]}]}
+        with rig.prometheus({"alerting": alerting}, rules=rules) as prometheus:
+            eventually(lambda: named(asking.poll(), "Disk"))
+            eventually(lambda: asking.poll().complete, why="it is sent again and again")
+            prometheus.daemon.stop()
+
+            def gone() -> bool:
+                polled = asking.poll()
+                assert named(polled, "Disk") or not polled.complete
+                return polled.signals == []
+
+            eventually(gone, why="nobody sends it any more")
+            assert client(am).poll().complete, "without the watchdog it looks like an end"
+            with pytest.raises(NoWatchdogError):
+                asking.look(disk)
+            prometheus.configure({"alerting": alerting}, rules=[{**rules[0], "rules": rules[0]["rules"][1:]}])
+            prometheus.daemon.start()
+            eventually(lambda: asking.poll().complete)
+            assert asking.look(disk) is None
 
 
 # With Prometheus in front

@@ -14,7 +14,7 @@ from ops_platform.doctor_platform import examine_platform
 from tests import kafka_rig
 from tests import prometheus_rig as rig
 from tests.remediation_rig import Desk, a_rule, new_desk
-from tests.rig import Cluster, Ground, Platform
+from tests.rig import Cluster, Ground, Platform, eventually
 from tests.slack_fake import TOKEN, SlackApi
 
 __all__ = ["new_desk"]
@@ -161,5 +161,21 @@ def test_it_finds_what_remediation_listens_to_and_speaks_with_and_names_what_is_
             "webhook of drain",
         }  # fmt: skip
         assert "env://HOOK cannot be had" in found["webhook of drain"].found
+        assert found["Alertmanager am, watchdog"].found == 'the watchdog {alertname="Watchdog"} is not listed'
         assert found[f"Alertmanager am, {other.url}"].state == "warn"
     assert looked(desk)["Alertmanager am"].state == "bad"
+
+
+def test_it_warns_of_an_alertmanager_without_a_watchdog_and_finds_one_that_is_not_sent_any_more(
+    new_desk: NewDesk,
+) -> None:
+    with rig.alertmanager() as am:
+        am.fire({"alertname": "Watchdog"})
+        system = {"kind": "alertmanager", "urls": [am.url]}
+        systems = [{**system, "id": "none"}, {**system, "id": "stale", "watchdog": {"fresh_for": "1s"}}]
+        desk = new_desk(alertmanagers=["none", "stale"], systems=systems)
+        none = looked(desk)["Alertmanager none, watchdog"]
+        assert none.state == "warn"
+        assert "an alerting that has broken looks like alerts that ended" in none.found
+        stale = eventually(lambda: (found := looked(desk)["Alertmanager stale, watchdog"]).state == "bad" and found)
+        assert "was sent" in stale.found
