@@ -45,6 +45,8 @@ def _alerts(job: Any) -> dg.SensorDefinition:
             taken = poll_alerts(access, store, budget=BUDGET)
             for text in taken.problems:
                 context.log.error(text)
+            for text in taken.doubts:
+                context.log.warning(f"nothing has ended for all we know: {text}")
             if taken.left:
                 context.log.warning(f"{taken.left} more have their turn in the next tick")
             if taken.failed:

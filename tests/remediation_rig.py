@@ -34,9 +34,10 @@ from ops_platform.remediation.intake import take
 from ops_platform.remediation.model import Incident, Opening, Peers, Signal
 from ops_platform.remediation.playbook import Context, Done, Playbook
 from ops_platform.remediation.rules import resolve, rule_named, subject_id
+from ops_platform.remediation.sources import alertmanagers
 from ops_platform.remediation.store import Store
 from ops_platform.remediation.worker import Worker, proposer
-from tests.rig import PASSWORD, Cluster, scratch
+from tests.rig import PASSWORD, Cluster, eventually, scratch
 
 BEGIN = datetime(2026, 3, 1, 3, 0, tzinfo=UTC)
 
@@ -260,6 +261,17 @@ class Desk:
 
     def work(self, incident: Incident) -> Incident:
         return Worker(self.access, self.store, self.eyes, "run 1").work(incident.id)
+
+
+def settled(desk: Desk) -> None:
+    """Every Alertmanager has been up for the second after which the tests take its word."""
+    systems = alertmanagers(desk.access)
+
+    def up() -> list[timedelta]:
+        polls = [desk.access.alertmanager(system).poll() for system in systems]
+        return [member.up_for or timedelta(0) for polled in polls for member in polled.members]
+
+    eventually(lambda: min(up()) >= timedelta(seconds=1), why=up)
 
 
 def a_rule(**more: Any) -> dict[str, Any]:

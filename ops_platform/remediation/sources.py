@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -41,8 +41,23 @@ class Sources:
         systems = alertmanagers(self._access)
         if not systems:
             raise UsageError("the inventory names no Alertmanager any more", remedy="remediation.alertmanagers")
-        looked = [self._access.alertmanager(system).look(signal.labels) for system in systems]
-        return next(iter(_of_several([one for one in looked if one is not None])), None)
+        return self._listed(systems, signal.labels)
+
+    def _listed(self, systems: Sequence[AlertmanagerSystem], labels: Mapping[str, str]) -> Signal | None:
+        from ops_platform.clients.alertmanager import NoWatchdogError
+
+        looked: list[Signal] = []
+        doubt: NoWatchdogError | None = None
+        for system in systems:
+            try:
+                found = self._access.alertmanager(system).look(labels)
+            except NoWatchdogError as error:
+                doubt = error  # this cluster answered, and what another one lists fires
+                continue
+            looked += [found] if found is not None else []
+        if doubt is not None and not looked:
+            raise doubt
+        return next(iter(_of_several(looked)), None)
 
     def measure(self, check: MetricCheck, incident: Incident) -> tuple[Measured, str]:
         try:
@@ -59,10 +74,14 @@ def alertmanagers(access: Access) -> list[AlertmanagerSystem]:
 
 @dataclass(frozen=True)
 class Polls:
-    """A tick over all Alertmanagers. `failed`: those that did not give their alerts, each with its reason."""
+    """A tick over all Alertmanagers. `failed`: those that did not give their alerts, each with its reason.
+
+    `doubts`: those whose watchdog does not vouch for an end, each with its reason.
+    """
 
     taken: tuple[Taken, ...]
     failed: tuple[str, ...]
+    doubts: tuple[str, ...] = ()
 
     @property
     def opened(self) -> list[Incident]:
@@ -86,6 +105,7 @@ def poll_alerts(access: Access, store: Store, *, budget: float) -> Polls:
     signals: list[Signal] = []
     watched: list[Taken] = []
     failed: list[str] = []
+    doubts: list[str] = []
     complete = bool(systems)
     for system in systems:
         share = budget / len(systems)
@@ -98,9 +118,12 @@ def poll_alerts(access: Access, store: Store, *, budget: float) -> Polls:
             continue
         signals += polled.signals
         complete = complete and polled.complete
+        doubts += [f"{system.id}: {polled.doubt}"] if polled.doubt is not None else []
         watched += _watchdog(access, store, system, polled)
     # An alert has no mark of the cluster that it came from: only all of them together say what has ended.
-    return Polls((take(store, access.inventory, _of_several(signals), complete=complete), *watched), tuple(failed))
+    return Polls(
+        (take(store, access.inventory, _of_several(signals), complete=complete), *watched), tuple(failed), tuple(doubts)
+    )
 
 
 def _of_several(signals: Sequence[Signal]) -> list[Signal]:

@@ -11,10 +11,11 @@ import pytest
 from ops_platform.errors import ConflictError
 from ops_platform.remediation.intake import take
 from ops_platform.remediation.model import Ending, Incident, Signal, State
-from ops_platform.remediation.sources import Sources, poll_alerts
+from ops_platform.remediation.sources import Polls, Sources, poll_alerts
 from ops_platform.remediation.worker import Worker
 from tests import prometheus_rig
-from tests.remediation_rig import Desk, Engine, KilledError, a_rule, a_signal, new_desk, new_engine
+from tests.remediation_rig import Desk, Engine, KilledError, a_rule, a_signal, new_desk, new_engine, settled
+from tests.rig import eventually
 
 __all__ = ["new_desk", "new_engine"]
 NewEngine = Callable[..., Engine]
@@ -175,6 +176,86 @@ def test_a_silence_that_is_set_while_the_plan_is_made_stops_the_change_at_once(n
         assert done.state is State.SUPPRESSED
         assert "a silence lies on it" in done.reason
         assert state("lamp") == "on"
+
+
+# Alerting that has broken
+
+
+LAMP, WATCHDOG = {"alertname": "LampOn", "instance": "node-1"}, {"alertname": "Watchdog"}
+
+
+def watched_desk(new_desk: NewDesk, am: prometheus_rig.Alertmanager, **rule: Any) -> Desk:
+    system = {"id": "am", "kind": "alertmanager", "urls": [am.url], "settled_after": "1s", "watchdog": {}}
+    desk = new_desk([a_rule(**rule)], alertmanagers=["am"], systems=[system])
+    settled(desk)
+    return desk
+
+
+def dropped(am: prometheus_rig.Alertmanager, *labels: dict[str, str]) -> None:
+    """As Alertmanager does with what nobody sends any more."""
+    am.resolve(*labels)
+    eventually(lambda: all(one["labels"] not in labels for one in am.alerts()), why="it is listed still")
+
+
+def worked_on(desk: Desk, am: prometheus_rig.Alertmanager, *lost: dict[str, str]) -> Incident:
+    """The incident of the lamp; right after the change Alertmanager drops what is `lost`."""
+    am.fire(LAMP, WATCHDOG)
+    (incident,) = poll_alerts(desk.access, desk.store, budget=20).opened
+    put = desk.lamps.put
+
+    def then_dropped(lamp: str, state: str) -> None:
+        put(lamp, state)
+        dropped(am, *lost)
+
+    desk.lamps.put = then_dropped  # type: ignore[method-assign]
+    return Worker(desk.access, desk.store, Sources(desk.access, desk.store), "run 1").work(incident.id)
+
+
+def test_an_alert_that_is_gone_with_the_watchdog_is_no_help_and_goes_to_people(new_desk: NewDesk) -> None:
+    with prometheus_rig.alertmanager() as am:
+        desk = watched_desk(new_desk, am, verify={"within": "2s", "every": "1s"})
+        done = worked_on(desk, am, LAMP, WATCHDOG)
+        assert done.state is State.ESCALATED
+        assert "whether it helped is not known" in done.reason
+        assert 'the watchdog {alertname="Watchdog"} is not listed' in done.reason
+        assert desk.lamps.state("lamp") == "off", "what is not known to be bad is not undone"
+        assert [claim.helped for claim in desk.store.claims(done.opened_at)] == [False]
+
+
+def test_an_alert_that_is_gone_while_the_watchdog_arrives_was_helped(new_desk: NewDesk) -> None:
+    with prometheus_rig.alertmanager() as am:
+        done = worked_on(watched_desk(new_desk, am, verify={"within": "5m", "every": "1s"}), am, LAMP)
+        assert (done.ending, done.reason) == (Ending.HELPED, "it helped: the alert has ended")
+
+
+def test_nothing_is_planned_for_an_alert_that_is_gone_with_the_watchdog(new_desk: NewDesk) -> None:
+    with prometheus_rig.alertmanager() as am:
+        desk = watched_desk(new_desk, am)
+        am.fire(LAMP, WATCHDOG)
+        (incident,) = poll_alerts(desk.access, desk.store, budget=20).opened
+        dropped(am, LAMP, WATCHDOG)
+        done = Worker(desk.access, desk.store, Sources(desk.access, desk.store), "run 1").work(incident.id)
+        assert done.state is State.SUPPRESSED
+        assert "the watchdog" in done.reason
+        assert desk.lamps.switched == []
+
+
+def test_a_poll_without_the_watchdog_ends_no_incident_until_it_is_back(new_desk: NewDesk) -> None:
+    with prometheus_rig.alertmanager() as am:
+        desk = watched_desk(new_desk, am)
+
+        def tick() -> Polls:
+            return poll_alerts(desk.access, desk.store, budget=20)
+
+        am.fire(LAMP, WATCHDOG)
+        (incident,) = tick().opened
+        eventually(lambda: tick().doubts == (), why="the watchdog is there, and settled")
+        dropped(am, LAMP, WATCHDOG)
+        assert tick().doubts == ('am: the watchdog {alertname="Watchdog"} is not listed',)
+        assert [one.id for one in desk.store.list()] == [incident.id]
+        assert incident.fingerprint in [one.fingerprint for one in desk.store.firing("alertmanager")]
+        am.fire(WATCHDOG)
+        eventually(lambda: tick() and desk.store.list() == [], why="Prometheus sends again, and does not send this one")
 
 
 # Approvals

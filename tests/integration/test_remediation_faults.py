@@ -16,6 +16,7 @@ import psycopg
 import pytest
 
 from jobs.remediation import build_jobs
+from ops_platform.clients.alertmanager import NoWatchdogError
 from ops_platform.errors import ConflictError, OpsError, UnreachableError
 from ops_platform.ledger import Ledger
 from ops_platform.remediation.intake import MOST, take
@@ -37,6 +38,7 @@ from tests.remediation_rig import (
     a_signal,
     new_desk,
     new_engine,
+    settled,
 )
 from tests.rig import Cluster, eventually
 
@@ -151,6 +153,41 @@ def test_a_watchdog_that_stops_arriving_is_an_incident_until_it_arrives_again(ne
         eventually(lambda: not tick(), why="it arrives again")
 
 
+def test_a_watchdog_that_is_listed_and_not_sent_any_more_is_an_incident_too(new_desk: NewDesk) -> None:
+    with prometheus_rig.alertmanager() as am:
+        system = {**am_system("am", am), "watchdog": {"absent_for": "1s", "fresh_for": "1s"}}
+        desk = new_desk([a_rule(alert=["alertname=WatchdogAbsent"], mode="observe")], alertmanagers=["am"], systems=[system])  # fmt: skip
+
+        def tick() -> list[Incident]:
+            poll_alerts(desk.access, desk.store, budget=20)
+            return desk.store.list()
+
+        am.fire(watchdog := {"alertname": "Watchdog"})
+        eventually(tick, why="it was sent once, and not again")
+        assert [one["labels"] for one in am.alerts()] == [watchdog]
+
+        def sent_again() -> bool:
+            am.fire(watchdog)
+            return tick() == []
+
+        eventually(sent_again, why="it is sent again")
+
+
+def test_what_one_cluster_lists_fires_though_the_watchdog_of_another_one_is_away(new_desk: NewDesk) -> None:
+    with prometheus_rig.alertmanager() as one, prometheus_rig.alertmanager() as other:
+        systems = [{**am_system("one", one), "watchdog": {}}, am_system("other", other)]
+        desk = new_desk([a_rule(mode="observe")], alertmanagers=["one", "other"], systems=systems)
+        eyes = Sources(desk.access, desk.store)
+        settled(desk)
+        other.fire(lamp())
+        (incident,) = poll_alerts(desk.access, desk.store, budget=20).opened
+        assert eyes.look(incident) is not None
+        other.resolve(lamp())
+        eventually(lambda: other.alerts() == [], why="it is not resolved")
+        with pytest.raises(NoWatchdogError, match="the watchdog"):
+            eyes.look(incident)
+
+
 # Sensors
 
 
@@ -179,6 +216,14 @@ def test_an_alertmanager_that_is_away_is_a_failed_tick_and_ends_nothing(new_desk
     with pytest.raises(dg.Failure, match="am:"):
         ticked(desk, "alerts")
     assert [one.id for one in desk.store.list()] == [incident.id]
+
+
+def test_a_tick_without_the_watchdog_says_so(new_desk: NewDesk, capsys: pytest.CaptureFixture[str]) -> None:
+    with prometheus_rig.alertmanager() as am:
+        desk = new_desk(alertmanagers=["am"], systems=[{**am_system("am", am), "watchdog": {}}])
+        am.fire(lamp())
+        assert len(ticked(desk, "alerts").run_requests) == 1
+    assert "nothing has ended for all we know: am: the watchdog" in capsys.readouterr().err
 
 
 def aged(desk: Desk, seconds: float) -> None:
