@@ -353,8 +353,12 @@ def test_a_lock_that_was_given_back_is_free_before_its_session_has_ended(
     """The server hears of the end of a session a moment later: the next backup may begin before that."""
     platform = new_platform({"app-db": [new_cluster(18)]})
     left: list[psycopg.Connection[Any]] = []
+
+    def stay(session: psycopg.Connection[Any]) -> None:
+        left.append(session)
+
     with monkeypatch.context() as patch:
-        patch.setattr(psycopg.Connection, "close", left.append)
+        patch.setattr(psycopg.Connection, "close", stay)
         with backup_lock(platform.access, platform.target):
             pass
     assert left
