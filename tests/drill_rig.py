@@ -293,6 +293,7 @@ class Say(Strict):
     error: str = ""
     times: int = 0
     seconds: float = 0.0
+    once: bool = False  # it takes so long when it is tried first
 
 
 TRIED: Counter[str] = Counter()
@@ -302,7 +303,7 @@ TRIED: Counter[str] = Counter()
 def say(context: Context, given: Say) -> Done:
     """Hold, or not; fail so many times; take so long."""
     TRIED[context.step.id] += 1
-    if given.seconds:
+    if given.seconds and not (given.once and TRIED[context.step.id] > 1):
         until = time.monotonic() + given.seconds
         context.wait(lambda: time.monotonic() > until)
     if given.error and (not given.times or TRIED[context.step.id] <= given.times):

@@ -160,16 +160,32 @@ def _held(access: Access, store: Store, request: Request) -> Drill:
     from ops_platform.drilling import begin
 
     begun = begin(access, store, request)
-    click.echo(f"drill {begun.id} began", err=True)
+    more = "" if begun.real else "; Ctrl-C breaks it off, and what it broke is put back"
+    click.echo(f"drill {begun.id} began{more}", err=True)
     return _held_to_its_end(access, store, begun.id)
 
 
 def _held_to_its_end(access: Access, store: Store, drill_id: str) -> Drill:
     from ops_platform.drilling import hold
 
-    held, report = hold(access, store, drill_id, actor())
+    try:
+        held, report = hold(access, store, drill_id, actor())
+    except (KeyboardInterrupt, SystemExit):
+        click.echo(_interrupted(store.get(drill_id)), err=True)
+        raise
     click.echo(f"report: {report}", err=True)
     return held
+
+
+def _interrupted(held: Drill) -> str:
+    from ops_platform.drills.model import DrillState
+
+    if held.state is DrillState.ENDED:
+        return f"{held.id} is {held.ending.value if held.ending else 'ended'}: ops drill show {held.id}"
+    if held.state is DrillState.ENDING:
+        return f"{held.id} was broken off, and not all of it is put back: ops drill sweep"
+    word = f"recover {held.subject}" if held.real else "drill run"
+    return f"{held.id} stands as it is ({held.state.value}): ops {word} --go-on {held.id}"
 
 
 @drill.command()

@@ -2,7 +2,8 @@
 
 Nothing of a drill lives in this process alone. What a step is about to make is registered first; a worker that was killed is found by its
 claim, which went with its session, and whoever comes next takes the drill over, or ends it. Ending is one thing, however the drill went:
-the teardown steps run, everything that was registered is taken away or put back, and it is looked whether that worked.
+the teardown steps run, everything that was registered is taken away or put back, and it is looked whether that worked. A worker that is
+interrupted (Ctrl-C, SIGTERM, Dagster's terminate) ends its drill as an abort does, before it goes.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _HEARTBEAT = 0.5  # seconds between two looks of a worker at its drill
 _GRACE = 60.0  # seconds that a step has to end by itself when its drill is broken off
 _TEARDOWN_TRIES = 3
 LOST_AFTER = timedelta(minutes=2)
+_INTERRUPTED = "its worker was interrupted"
 
 
 class StepFailedError(OpsError):
@@ -51,7 +53,7 @@ class Engine:
 
         Raises ConflictError where somebody else works on it. Never raises for what the drill meets: that is its verdict.
         """
-        with self._holding(drill_id) as held:
+        with self._holding(drill_id) as held, self._ended_by_interruption(held):
             if held.state is DrillState.ENDED:
                 return held
             if held.state is DrillState.ENDING:
@@ -95,7 +97,7 @@ class Engine:
 
     def step(self, drill_id: str, step_id: str) -> StepRecord:
         """One attempt of one step, waiting for a person where it is one's. Raises StepFailedError, AbortedError, ConflictError."""
-        with self._holding(drill_id) as held:
+        with self._holding(drill_id) as held, self._ended_by_interruption(held):
             if held.state not in (DrillState.RUNNING, DrillState.WAITING):
                 raise ConflictError(f"the drill is {held.state.value}: nothing of it is tried again", where=drill_id)
             self._take(held, runbook_of(held).step(step_id), wait=True)
@@ -151,6 +153,29 @@ class Engine:
             if not ours:
                 raise ConflictError("somebody else works on this drill", where=drill_id)
             yield self._taken(self.store.get(drill_id))
+
+    @contextlib.contextmanager
+    def _ended_by_interruption(self, held: Drill) -> Generator[None]:
+        """What was broken is put back before an interruption goes on; a second one leaves that to the sweep."""
+        try:
+            yield
+        except BaseException as error:
+            if _interrupts(error) and self._broken_off(held):
+                self._end(
+                    self._taken(self.store.get(held.id)), Ending.ABORTED, f"aborted by {self.actor}: {_INTERRUPTED}"
+                )
+            raise
+
+    def _broken_off(self, held: Drill) -> bool:
+        """Ask for its end, as a person does. False: it stands as it is.
+
+        So does a recovery in earnest, and what waits for a person: whoever comes next goes on with it.
+        """
+        now = self.store.get(held.id)
+        if now.real or now.state is not DrillState.RUNNING:
+            return False
+        self.store.abort(now, _INTERRUPTED, who=self.actor)
+        return True
 
     def _taken(self, drill: Drill) -> Drill:
         if drill.state is DrillState.ENDED:
@@ -222,15 +247,15 @@ class Engine:
                 ended.set()
 
         threading.Thread(target=run, name=f"step {context.step.id}", daemon=True).start()
-        while not ended.wait(_HEARTBEAT):
-            try:
+        try:
+            while not ended.wait(_HEARTBEAT):
                 context.alive()
-            except OpsError as error:
+        except BaseException as error:
+            if isinstance(error, OpsError) or (_interrupts(error) and self._broken_off(context.held)):
                 # It hears of it as well, if it asks; one that does not is left behind, with a version that counts no more.
                 ended.wait(_GRACE)
-                if failed and isinstance(error, TimedOutError):
-                    break  # it says what it saw at last
-                raise
+            if not (failed and isinstance(error, TimedOutError)):
+                raise  # otherwise it says what it saw at last
         if failed:
             raise failed[0]
         if self.clock.monotonic() > context.deadline:
@@ -303,6 +328,11 @@ class Engine:
     def _remove_all(self, held: Drill) -> list[Resource]:
         """The newest first. What is still there afterwards."""
         return remove_what_was_made(self.access, self.store, held)
+
+
+def _interrupts(error: BaseException) -> bool:
+    """KeyboardInterrupt, SystemExit, and what Dagster raises."""
+    return not isinstance(error, (Exception, GeneratorExit))
 
 
 def remove_what_was_made(

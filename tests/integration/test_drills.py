@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -282,11 +284,7 @@ def test_a_record_speaks_of_steps_by_their_names_and_of_time_as_people_do(bench:
 
 
 def test_an_abort_puts_back_what_was_broken(bench: Bench) -> None:
-    bench.both("toys", [
-        {"id": "server", "kind": "act", "does": "toy.process"},
-        {"id": "cold", "kind": "inject", "does": "toy.freeze", "with": {"step": "server"}, "needs": ["server"]},
-        {**SAY, "with": {"seconds": 300.0}, "needs": ["cold"]},
-    ])  # fmt: skip
+    bench.both("toys", [*TO_BE_PUT_BACK, {**SAY, "with": {"seconds": 300.0}, "needs": ["cold"]}])
     engine = bench.engine
     begun = bench.begin(engine, "toys").drill
     assert begun is not None
@@ -299,6 +297,101 @@ def test_an_abort_puts_back_what_was_broken(bench: Bench) -> None:
     assert (drill.state, drill.ending, drill.verdict) == (DrillState.ENDED, Ending.ABORTED, "COULD_NOT_VERIFY")
     assert "bob" in drill.reason
     assert bench.remains() == []
+
+
+TO_BE_PUT_BACK = [
+    {"id": "server", "kind": "act", "does": "toy.process"},
+    {"id": "cold", "kind": "inject", "does": "toy.freeze", "with": {"step": "server"}, "needs": ["server"]},
+]
+
+
+def interrupted_in(engine: Engine, drill_id: str, step: str) -> threading.Thread:
+    """Ctrl-C for this process once the step runs."""
+    return interrupted_when(lambda: engine.store.steps(drill_id)[step].state is StepState.RUNNING)
+
+
+def interrupted_when(holds: Callable[[], bool]) -> threading.Thread:
+    def press() -> None:
+        eventually(holds, why="it does not come that far")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_interruption_puts_back_what_was_broken_before_it_goes_on(bench: Bench, alone: bool) -> None:
+    """Of a drill that is held whole, and of a step that Dagster takes alone."""
+    bench.both("toys", [*TO_BE_PUT_BACK, {**SAY, "with": {"seconds": 300.0}, "needs": ["cold"]}])
+    engine = bench.engine
+    begun = bench.begin(engine, "toys").drill
+    assert begun is not None
+    for step in ("server", "cold") if alone else ():
+        engine.step(begun.id, step)
+    pressed = interrupted_in(engine, begun.id, "say")
+    with pytest.raises(KeyboardInterrupt):
+        engine.step(begun.id, "say") if alone else engine.run(begun.id)
+    pressed.join()
+    drill = engine.store.get(begun.id)
+    assert (drill.state, drill.ending, drill.verdict) == (DrillState.ENDED, Ending.ABORTED, "COULD_NOT_VERIFY")
+    assert drill.reason == "aborted by ann: its worker was interrupted"
+    assert bench.remains() == []
+
+
+def test_a_second_interruption_leaves_the_rest_to_the_sweep(bench: Bench) -> None:
+    slow = {"id": "slow", "kind": "teardown", "does": "toy.say", "with": {"seconds": 300.0, "once": True}}
+    bench.both("toys", [*TO_BE_PUT_BACK, {**SAY, "with": {"seconds": 300.0}, "needs": ["cold"]}, slow])
+    engine = bench.engine
+    begun = bench.begin(engine, "toys").drill
+    assert begun is not None
+    TRIED.clear()
+    pressed = [interrupted_in(engine, begun.id, "say"), interrupted_when(lambda: TRIED["slow"] > 0)]
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(begun.id)
+    for thread in pressed:
+        thread.join()
+    assert engine.store.get(begun.id).state is DrillState.ENDING
+    assert bench.remains() != []
+    bench.sweep()
+    assert engine.store.get(begun.id).ending is Ending.ABORTED
+    assert bench.remains() == []
+
+
+def test_an_interruption_leaves_what_waits_for_a_person(bench: Bench) -> None:
+    bench.both("toys", [*TO_BE_PUT_BACK, {"id": "call", "kind": "human", "asks": "Call.", "needs": ["cold"]}])
+    engine = bench.engine
+    begun = bench.begin(engine, "toys").drill
+    assert begun is not None
+    pressed = interrupted_when(lambda: engine.store.get(begun.id).state is DrillState.WAITING)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(begun.id)
+    pressed.join()
+    assert engine.store.get(begun.id).state is DrillState.WAITING
+    engine.store.answer(engine.store.get(begun.id), "call", "done", {}, who="bob")
+    assert engine.run(begun.id).verdict == "PASS"
+    assert bench.remains() == []
+
+
+def test_ctrl_c_says_what_became_of_the_drill(bench: Bench) -> None:
+    bench.both("toys", [*TO_BE_PUT_BACK, {**SAY, "with": {"seconds": 300.0}, "needs": ["cold"]}])
+    engine = bench.open()
+
+    def press() -> None:
+        (held,) = eventually(lambda: engine.store.list(ended=False))
+        interrupted_in(engine, held.id, "say").join()
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    done = ops(bench, "drill", "run", "toys")
+    thread.join()
+    assert isinstance(done.exception, click.Abort)
+    (held,) = engine.store.list()
+    assert f"drill {held.id} began; Ctrl-C breaks it off" in done.stderr
+    assert f"{held.id} is aborted: ops drill show {held.id}" in done.stderr
+    assert bench.remains() == []
+    engine.store.ledger.close()
+    engine.access.close()
 
 
 def serving(host: str, port: int) -> str:
