@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
@@ -11,9 +15,10 @@ import dagster as dg
 import pytest
 
 from ops_platform.definitions import build_defs
+from ops_platform.drills.model import Ending
 from ops_platform.inventory import load
 from tests.drill_rig import TRIED, Bench
-from tests.rig import Cluster
+from tests.rig import Cluster, eventually
 
 SAY: dict[str, Any] = {"id": "say", "kind": "act", "does": "toy.say", "retry_after": "0s"}
 
@@ -64,12 +69,35 @@ def test_two_drills_stand_in_one_code_location(bench: Bench) -> None:
     assert run(bench, "drill_other_toys").success
 
 
+BROKEN = [
+    {"id": "server", "kind": "act", "does": "toy.process"},
+    {"id": "cold", "kind": "inject", "does": "toy.freeze", "with": {"step": "server"}, "needs": ["server"]},
+]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("retries", [0, 2])
+def test_a_run_that_is_terminated_puts_back_what_was_broken(bench: Bench, number: signal.Signals, retries: int) -> None:
+    """Its worker is told by a signal, as by Dagster's terminate and by Kubernetes. A step with retries is tried again then, and refused."""
+    bench.both("toys", [*BROKEN, {**SAY, "needs": ["cold"], "with": {"seconds": 300.0}, "retries": retries}])
+
+    def terminate() -> None:
+        eventually(lambda: TRIED["say"] > 0, why="it does not come that far")
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    with contextlib.suppress(dg.DagsterExecutionInterruptedError):
+        assert not run(bench).success
+    thread.join()
+    (drill,) = bench.engine.store.list()
+    assert (drill.state.value, drill.ending, drill.verdict) == ("ended", Ending.ABORTED, "COULD_NOT_VERIFY")
+    assert drill.operator in drill.reason
+    assert bench.remains() == []
+
+
 def test_an_op_that_fails_ends_the_drill_and_puts_back_what_was_broken(bench: Bench) -> None:
-    bench.both("toys", [
-        {"id": "server", "kind": "act", "does": "toy.process"},
-        {"id": "cold", "kind": "inject", "does": "toy.freeze", "with": {"step": "server"}, "needs": ["server"]},
-        {**SAY, "needs": ["cold"], "with": {"error": "it broke"}},
-    ])  # fmt: skip
+    bench.both("toys", [*BROKEN, {**SAY, "needs": ["cold"], "with": {"error": "it broke"}}])
     assert not run(bench).success
     (drill,) = bench.engine.store.list()
     assert (drill.state.value, drill.verdict) == ("ended", "FAIL")
