@@ -137,12 +137,8 @@ def test_a_broker_that_hung_and_goes_on_is_not_taken_at_its_word(kafka_cluster: 
         later.start()
         try:
             assert steps._numbers(cluster, topic) == [0, 1, 2, 3]
-            assert steps._numbers(cluster, topic) == [
-                0,
-                1,
-                2,
-                3,
-            ]  # asked again, it passes over its own record of before
+            # Asked again, it passes over its own record of before.
+            assert steps._numbers(cluster, topic) == [0, 1, 2, 3]
         finally:
             later.join()
     eventually(lambda: steps._all_there(cluster, old)[0], why=lambda: steps._all_there(cluster, old)[1])
