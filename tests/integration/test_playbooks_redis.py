@@ -666,7 +666,12 @@ def test_a_sentinel_that_is_split_off_makes_no_other_master(new_redis: Callable[
     redis.split()
     (old, near, _), (mine, *_) = redis.servers, redis.sentinels
     for hosts in ([one.port for one in redis.sentinels], [mine.port]):
-        it = sites.bench([old, near, mine], FAILOVER, hosts=hosts, mode="sentinel", master=Replicated.NAME)
+        here: dict[str, Any] = {
+            "mode": "sentinel",
+            "master": Replicated.NAME,
+            "timeout": "3s",
+        }  # those that hang never answer
+        it = sites.bench([old, near, mine], FAILOVER, hosts=hosts, **here)
         with pytest.raises(
             CouldNotVerifyError, match=rf"1 of 3 sentinels say who is master.*{at(mine)} names {at(old)}"
         ):
@@ -678,7 +683,7 @@ def test_a_sentinel_that_is_split_off_makes_no_other_master(new_redis: Callable[
 
 def test_a_split_that_begins_after_the_plan_ends_it(new_redis: Callable[..., Replicated], sites: Sites) -> None:
     redis = new_redis(replicas=1, sentinels=3)
-    it = under_sentinel(redis, sites)
+    it = under_sentinel(redis, sites, timeout="3s")
     old, (replica,) = redis.master, redis.replicas
 
     def split() -> None:
