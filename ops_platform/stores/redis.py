@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ops_platform.clients.redis import SLOTS, Member, Redis, RedisSession, redis_error, slot_ranges
+from ops_platform.clients.redis import SLOTS, Member, Redis, RedisSession, slot_ranges
+from ops_platform.clients.redis_errors import redis_error
 from ops_platform.counting import count_of
 from ops_platform.errors import (
     AccessDeniedError,
