@@ -286,6 +286,13 @@ def cut(context: Context, given: Cut) -> Done:
     return cut_server(context, lambda: at("it", given.address))
 
 
+# A process of ours that is frozen, until the drill is torn down.
+FROZEN: list[dict[str, Any]] = [
+    {"id": "server", "kind": "act", "does": "toy.process"},
+    {"id": "cold", "kind": "inject", "does": "toy.freeze", "with": {"step": "server"}, "needs": ["server"]},
+]
+
+
 class Say(Strict):
     """Of the toys that say how it went."""
 
@@ -344,6 +351,18 @@ def killed(work: Callable[[], object]) -> bool:
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the child failed by itself"
     return os.WIFSIGNALED(status)
+
+
+def interrupted_when(holds: Callable[[], bool], number: signal.Signals = signal.SIGINT) -> threading.Thread:
+    """Ctrl-C for this process, or another signal, once that holds."""
+
+    def tell() -> None:
+        eventually(holds, why="it does not come that far")
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=tell)
+    thread.start()
+    return thread
 
 
 def die(*_: object, **__: object) -> None:

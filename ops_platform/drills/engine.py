@@ -16,7 +16,17 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ops_platform.clock import SYSTEM_CLOCK, Clock
-from ops_platform.drills.model import ENDED_IN_IT, Done, Drill, DrillState, Ending, Resource, StepRecord, StepState
+from ops_platform.drills.model import (
+    ENDED_IN_IT,
+    Done,
+    Drill,
+    DrillState,
+    Ending,
+    Resource,
+    StepRecord,
+    StepState,
+    abort_told,
+)
 from ops_platform.drills.registry import Context, TimedOutError, doing, remover
 from ops_platform.drills.runbook import AnyStep, filled_in, runbook_of
 from ops_platform.drills.store import Store
@@ -109,7 +119,7 @@ class Engine:
             if held.state is DrillState.ENDED:
                 return held
             if held.abort is not None and ending is not Ending.COMPLETED:
-                ending, reason = Ending.ABORTED, f"aborted by {held.abort['who']}: {held.abort['why']}"
+                ending, reason = Ending.ABORTED, abort_told(held.abort)
             if held.state is DrillState.ENDING:
                 ending, reason = held.ending or ending, held.reason
             return self._end(held, ending, reason)
@@ -161,9 +171,8 @@ class Engine:
             yield
         except BaseException as error:
             if _interrupts(error) and self._broken_off(held):
-                self._end(
-                    self._taken(self.store.get(held.id)), Ending.ABORTED, f"aborted by {self.actor}: {_INTERRUPTED}"
-                )
+                now = self._taken(self.store.get(held.id))
+                self._end(now, Ending.ABORTED, abort_told(now.abort) if now.abort is not None else _INTERRUPTED)
             raise
 
     def _broken_off(self, held: Drill) -> bool:

@@ -136,6 +136,11 @@ class Sample:
     error: str | None = None
 
 
+def abort_told(abort: Mapping[str, Any]) -> str:
+    """Who asked for a drill's end, and why."""
+    return f"aborted by {abort['who']}: {abort['why']}"
+
+
 @dataclass(frozen=True)
 class Drill:
     """One drill. `version` is the fencing token: every write asks for the one that its author holds."""
@@ -162,7 +167,7 @@ class Drill:
     version: int = 1
     ending: Ending | None = None
     reason: str = ""
-    abort: Mapping[str, Any] | None = None
+    abort: Mapping[str, Any] | None = None  # who, why, at: `abort_told`
     ended_at: datetime | None = None
     verdict: str | None = None
     card: Mapping[str, Any] | None = None

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
@@ -17,8 +15,8 @@ import pytest
 from ops_platform.definitions import build_defs
 from ops_platform.drills.model import Ending
 from ops_platform.inventory import load
-from tests.drill_rig import TRIED, Bench
-from tests.rig import Cluster, eventually
+from tests.drill_rig import FROZEN, TRIED, Bench, interrupted_when
+from tests.rig import Cluster
 
 SAY: dict[str, Any] = {"id": "say", "kind": "act", "does": "toy.say", "retry_after": "0s"}
 
@@ -69,27 +67,15 @@ def test_two_drills_stand_in_one_code_location(bench: Bench) -> None:
     assert run(bench, "drill_other_toys").success
 
 
-BROKEN = [
-    {"id": "server", "kind": "act", "does": "toy.process"},
-    {"id": "cold", "kind": "inject", "does": "toy.freeze", "with": {"step": "server"}, "needs": ["server"]},
-]
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("retries", [0, 2])
 def test_a_run_that_is_terminated_puts_back_what_was_broken(bench: Bench, number: signal.Signals, retries: int) -> None:
     """Its worker is told by a signal, as by Dagster's terminate and by Kubernetes. A step with retries is tried again then, and refused."""
-    bench.both("toys", [*BROKEN, {**SAY, "needs": ["cold"], "with": {"seconds": 300.0}, "retries": retries}])
-
-    def terminate() -> None:
-        eventually(lambda: TRIED["say"] > 0, why="it does not come that far")
-        os.kill(os.getpid(), number)
-
-    thread = threading.Thread(target=terminate)
-    thread.start()
+    bench.both("toys", [*FROZEN, {**SAY, "needs": ["cold"], "with": {"seconds": 300.0}, "retries": retries}])
+    told = interrupted_when(lambda: TRIED["say"] > 0, number)
     with contextlib.suppress(dg.DagsterExecutionInterruptedError):
         assert not run(bench).success
-    thread.join()
+    told.join()
     (drill,) = bench.engine.store.list()
     assert (drill.state.value, drill.ending, drill.verdict) == ("ended", Ending.ABORTED, "COULD_NOT_VERIFY")
     assert drill.operator in drill.reason
@@ -97,7 +83,7 @@ def test_a_run_that_is_terminated_puts_back_what_was_broken(bench: Bench, number
 
 
 def test_an_op_that_fails_ends_the_drill_and_puts_back_what_was_broken(bench: Bench) -> None:
-    bench.both("toys", [*BROKEN, {**SAY, "needs": ["cold"], "with": {"error": "it broke"}}])
+    bench.both("toys", [*FROZEN, {**SAY, "needs": ["cold"], "with": {"error": "it broke"}}])
     assert not run(bench).success
     (drill,) = bench.engine.store.list()
     assert (drill.state.value, drill.verdict) == ("ended", "FAIL")

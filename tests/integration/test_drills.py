@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -31,7 +30,7 @@ from ops_platform.errors import ConflictError, CouldNotVerifyError, UsageError
 from ops_platform.remediation import store as incidents
 from ops_platform.remediation.model import Ending as IncidentEnding
 from ops_platform.remediation.model import Opening
-from tests.drill_rig import TRIED, Bench
+from tests.drill_rig import FROZEN, TRIED, Bench, interrupted_when
 from tests.network_rig import network
 from tests.remediation_rig import a_signal
 from tests.rig import Cluster, eventually, missing
@@ -284,7 +283,7 @@ def test_a_record_speaks_of_steps_by_their_names_and_of_time_as_people_do(bench:
 
 
 def test_an_abort_puts_back_what_was_broken(bench: Bench) -> None:
-    bench.both("toys", [*TO_BE_PUT_BACK, {**SAY, "with": {"seconds": 300.0}, "needs": ["cold"]}])
+    bench.both("toys", [*FROZEN, {**SAY, "with": {"seconds": 300.0}, "needs": ["cold"]}])
     engine = bench.engine
     begun = bench.begin(engine, "toys").drill
     assert begun is not None
@@ -299,31 +298,15 @@ def test_an_abort_puts_back_what_was_broken(bench: Bench) -> None:
     assert bench.remains() == []
 
 
-TO_BE_PUT_BACK = [
-    {"id": "server", "kind": "act", "does": "toy.process"},
-    {"id": "cold", "kind": "inject", "does": "toy.freeze", "with": {"step": "server"}, "needs": ["server"]},
-]
-
-
 def interrupted_in(engine: Engine, drill_id: str, step: str) -> threading.Thread:
     """Ctrl-C for this process once the step runs."""
     return interrupted_when(lambda: engine.store.steps(drill_id)[step].state is StepState.RUNNING)
 
 
-def interrupted_when(holds: Callable[[], bool]) -> threading.Thread:
-    def press() -> None:
-        eventually(holds, why="it does not come that far")
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=press)
-    thread.start()
-    return thread
-
-
 @pytest.mark.parametrize("alone", [True, False])
 def test_an_interruption_puts_back_what_was_broken_before_it_goes_on(bench: Bench, alone: bool) -> None:
     """Of a drill that is held whole, and of a step that Dagster takes alone."""
-    bench.both("toys", [*TO_BE_PUT_BACK, {**SAY, "with": {"seconds": 300.0}, "needs": ["cold"]}])
+    bench.both("toys", [*FROZEN, {**SAY, "with": {"seconds": 300.0}, "needs": ["cold"]}])
     engine = bench.engine
     begun = bench.begin(engine, "toys").drill
     assert begun is not None
@@ -341,7 +324,7 @@ def test_an_interruption_puts_back_what_was_broken_before_it_goes_on(bench: Benc
 
 def test_a_second_interruption_leaves_the_rest_to_the_sweep(bench: Bench) -> None:
     slow = {"id": "slow", "kind": "teardown", "does": "toy.say", "with": {"seconds": 300.0, "once": True}}
-    bench.both("toys", [*TO_BE_PUT_BACK, {**SAY, "with": {"seconds": 300.0}, "needs": ["cold"]}, slow])
+    bench.both("toys", [*FROZEN, {**SAY, "with": {"seconds": 300.0}, "needs": ["cold"]}, slow])
     engine = bench.engine
     begun = bench.begin(engine, "toys").drill
     assert begun is not None
@@ -359,7 +342,7 @@ def test_a_second_interruption_leaves_the_rest_to_the_sweep(bench: Bench) -> Non
 
 
 def test_an_interruption_leaves_what_waits_for_a_person(bench: Bench) -> None:
-    bench.both("toys", [*TO_BE_PUT_BACK, {"id": "call", "kind": "human", "asks": "Call.", "needs": ["cold"]}])
+    bench.both("toys", [*FROZEN, {"id": "call", "kind": "human", "asks": "Call.", "needs": ["cold"]}])
     engine = bench.engine
     begun = bench.begin(engine, "toys").drill
     assert begun is not None
@@ -374,7 +357,7 @@ def test_an_interruption_leaves_what_waits_for_a_person(bench: Bench) -> None:
 
 
 def test_ctrl_c_says_what_became_of_the_drill(bench: Bench) -> None:
-    bench.both("toys", [*TO_BE_PUT_BACK, {**SAY, "with": {"seconds": 300.0}, "needs": ["cold"]}])
+    bench.both("toys", [*FROZEN, {**SAY, "with": {"seconds": 300.0}, "needs": ["cold"]}])
     engine = bench.open()
 
     def press() -> None:

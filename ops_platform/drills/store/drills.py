@@ -13,7 +13,7 @@ from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
 from ops_platform.actions import Ruling
-from ops_platform.drills.model import Drill, DrillState, Ending
+from ops_platform.drills.model import Drill, DrillState, Ending, abort_told
 from ops_platform.drills.store.schema import ADMISSION, SPACE
 from ops_platform.drills.store.tables import Tables
 from ops_platform.errors import ConflictError, NotThereError, OpsError
@@ -141,7 +141,7 @@ class Drills(Tables):
         if row is None:
             raise _moved_on(drill)
         if row[0] is not None and row[1] != DrillState.ENDING:
-            raise AbortedError(f"aborted by {row[0]['who']}: {row[0]['why']}", where=drill.id)
+            raise AbortedError(abort_told(row[0]), where=drill.id)
 
     def abort(self, drill: Drill, why: str, *, who: str) -> bool:
         """Ask for its end; whoever works on it puts back what was broken. False: it ends or has ended already."""
