@@ -21,6 +21,7 @@ from urllib.parse import quote
 from ops_platform.clients.kafka import Kafka, Said, heard
 from ops_platform.clients.kafka_quotas import Quota, describe_quotas, set_quotas
 from ops_platform.clients.postgres_binaries import free_port
+from ops_platform.clock import wait_until
 from ops_platform.counting import count_of
 from ops_platform.errors import ConflictError, CorruptionError, CouldNotVerifyError, OpsError, UnreachableError
 from ops_platform.stores.kafka_records import read_partition, read_records, records_of
@@ -99,14 +100,17 @@ class KafkaStore:
 
         Waits while a leader moves. Raises ConflictError where they do not come to agree, UnreachableError where one does not say.
         """
-        until = kafka.clock.monotonic() + kafka.timeout
-        while differ := _differ([self._leaders(view) for view in kafka.views()]):
-            if kafka.clock.monotonic() > until:
-                raise ConflictError(
-                    f"the brokers do not agree who leads {differ[0][0]}/{differ[0][1]}", where=kafka.where,
-                    remedy="look whether one of them is cut off from the others; then take it again",
-                )  # fmt: skip
-            kafka.clock.sleep(0.2)
+        differ: list[tuple[str, int]] = []
+
+        def agree() -> bool:
+            differ[:] = _differ([self._leaders(view) for view in kafka.views()])
+            return not differ
+
+        if not wait_until(agree, clock=kafka.clock, seconds=kafka.timeout):
+            raise ConflictError(
+                f"the brokers do not agree who leads {differ[0][0]}/{differ[0][1]}", where=kafka.where,
+                remedy="look whether one of them is cut off from the others; then take it again",
+            )  # fmt: skip
 
     def _leaders(self, view: Any) -> dict[tuple[str, int], int]:
         topics = {name: topic for name, topic in view.topics.items() if _fits(name, self.system.topics)}
