@@ -317,7 +317,7 @@ def _see_database(access: Access, target: Target) -> tuple[str, dict[str, Any]]:
     from ops_platform.clients.postgres import asking
 
     member = access.member(target, "any")
-    with asking(access.postgres(target, member=member), f"{member.host}:{member.port}") as connection:
+    with asking(access.postgres(target, member=member), member.address) as connection:
         row = connection.execute(
             "select sum(pg_database_size(oid))::bigint, count(*) from pg_database where datallowconn"
         ).fetchone()

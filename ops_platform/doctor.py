@@ -120,7 +120,7 @@ def _need(need: Need) -> Found:
 def _servers(access: Access, target: Target) -> Iterator[Found]:
     members = access.members(target)
     for member in members:
-        where = f"{member.host}:{member.port}"
+        where = member.address
         if member.error is not None:
             yield Found(f"server {where}", "bad", member.error, "check host, port, network, password and pg_hba.conf")
         else:
@@ -156,11 +156,11 @@ def _primary(target: Target, members: Sequence[Member]) -> Generator[Found, None
     except OpsError as error:
         yield _failed("primary", error)
         return None
-    if old := "; ".join(f"{m.host}:{m.port} on timeline {m.timeline}" for m in primaries if m is not primary):
+    if old := "; ".join(f"{m.address} on timeline {m.timeline}" for m in primaries if m is not primary):
         yield Found(
             "primary",
             "bad",
-            f"{len(primaries)} servers say that they are the primary: {primary.host}:{primary.port} on timeline {primary.timeline},"
+            f"{len(primaries)} servers say that they are the primary: {primary.address} on timeline {primary.timeline},"
             f" which is acted on; {old}",
             f"stop {old}, before an application writes there; let it follow after pg_rewind, or make it anew",
         )

@@ -201,7 +201,7 @@ def _source_member(access: Access, target: Target, clock: Clock) -> tuple[Member
             why = _unfit(access, target, standby, primary, clock)
             if why is None:
                 return standby, None
-            unfit.append(f"{standby.host}:{standby.port} {why}")
+            unfit.append(f"{standby.address} {why}")
     return primary, "; ".join(unfit) or "no standby answers"
 
 
@@ -211,10 +211,10 @@ def _unfit(access: Access, target: Target, standby: Member, primary: Member, clo
 
     if standby.timeline != primary.timeline:
         return f"is on timeline {standby.timeline}, the primary on {primary.timeline}"
-    with asking(access.postgres(target, member=primary), f"{primary.host}:{primary.port}") as connection:
+    with asking(access.postgres(target, member=primary), primary.address) as connection:
         now = connection.execute("select pg_current_wal_flush_lsn()").fetchone()
     try:
-        with asking(access.postgres(target, member=standby), f"{standby.host}:{standby.port}") as connection:
+        with asking(access.postgres(target, member=standby), standby.address) as connection:
             return _lags(connection, now, clock)
     except OpsError as error:
         return f"cannot be asked: {error.what}"
@@ -248,7 +248,7 @@ select pg_is_in_recovery(), current_setting('server_version_num')::int, (select 
 def _describe(access: Access, target: Target, member: Member) -> Source:
     from ops_platform.clients.postgres import asking
 
-    where = f"{member.host}:{member.port}"
+    where = member.address
     with asking(access.postgres(target, member=member), where) as connection:
         row = connection.execute(_DESCRIBE).fetchone()
     if row is None:

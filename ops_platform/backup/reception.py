@@ -205,7 +205,7 @@ class TargetReceiver:
         keys.get()  # a sealed key service is found out before the server is kept waiting
         self._settle_last()
         member = self.access.member(self.target)
-        where = f"{member.host}:{member.port}"
+        where = member.address
         stream = WalStream(self.access.replication(self.target, member), where, self._clock)
         try:
             sysid, timeline, _ = stream.identify()
@@ -374,7 +374,7 @@ class TargetReceiver:
         repository, keys = self._open()
         keys.get()
         member = self.access.member(self.target)
-        where = f"{member.host}:{member.port}"
+        where = member.address
         stream = WalStream(self.access.replication(self.target, member), where, self._clock)
         try:
             sysid, current, _ = stream.identify()

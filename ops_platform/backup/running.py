@@ -27,7 +27,7 @@ def backup_lock(access: Access, target: Target) -> Generator[None]:
     from ops_platform.clients.postgres import asking, connect
 
     at = access.member(target)
-    where = f"{at.host}:{at.port}"
+    where = at.address
     with asking(connect(access.login(target.connection), at.host, at.port), where) as connection:
         connection.execute(
             "select set_config('application_name', %s, false)", [f"ops_platform backup of {target.id}"[:63]]
@@ -68,17 +68,15 @@ def backup_running(access: Access, target: Backed) -> str | None:
 
     for member in access.members(target):
         if member.error is not None:
-            raise UnreachableError(
-                f"whether a backup is running cannot be told: {member.error}", where=f"{member.host}:{member.port}"
-            )
-        with asking(access.postgres(target, member=member), f"{member.host}:{member.port}") as connection:
+            raise UnreachableError(f"whether a backup is running cannot be told: {member.error}", where=member.address)
+        with asking(access.postgres(target, member=member), member.address) as connection:
             row = connection.execute(
                 "select l.pid from pg_locks l where l.locktype = 'advisory' and l.granted and l.classid = %s"
                 " and l.objid = (hashtext(%s)::bigint & 4294967295)::oid and l.objsubid = 2",
                 [_LOCK_SPACE, target.id],
             ).fetchone()
         if row is not None:
-            return f"pid {row[0]} on {member.host}:{member.port}"
+            return f"pid {row[0]} on {member.address}"
     return None
 
 

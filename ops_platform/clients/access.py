@@ -503,7 +503,7 @@ def _said(members: Sequence[Member]) -> str:
     def role(member: Member) -> str:
         return f"{'standby' if member.in_recovery else 'primary'}, timeline {member.timeline}"
 
-    return "; ".join(f"{m.host}:{m.port}: {m.error or role(m)}" for m in members)
+    return "; ".join(f"{m.address}: {m.error or role(m)}" for m in members)
 
 
 def _nobody(target_id: str, role: str, members: Sequence[Member]) -> OpsError:

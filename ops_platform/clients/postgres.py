@@ -33,6 +33,10 @@ class Member:
     error: str | None = None
     failure: OpsError | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
 
 @dataclass(frozen=True)
 class Login:

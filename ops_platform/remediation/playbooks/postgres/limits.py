@@ -159,7 +159,7 @@ class _LimitAction(PostgresAction[RaiseLimitParameters]):
             return None
         for place in self.target.connection.hosts:
             member = Member(*self.context.access.address(place.host, place.port))
-            if _address(member) == at:
+            if member.address == at:
                 return member
         raise NotThereError(
             f"{change.object} was changed on {at}, which is not among the hosts any more", where=self.target_id,
@@ -226,13 +226,13 @@ class RaiseAction(_LimitAction):
                 self.target, "raise it by hand, or allow more with at_most_times",
             )  # fmt: skip
         after = Standing(to, str(to // now.unit), now.unit)
-        detail = {SERVER: _address(primary)} if self.parameters.limit in SETTINGS else {}
+        detail = {SERVER: primary.address} if self.parameters.limit in SETTINGS else {}
         change = Change("limit", self._object(), now.as_json(), after.as_json(), reversible=True, detail=detail)
         return self.planned([change], {"limit": 1}, facts)
 
     def check(self, change: Change) -> Applied | None:
         at = change.detail.get(SERVER)
-        if at is not None and (leads := _address(self._primary())) != at:
+        if at is not None and (leads := self._primary().address) != at:
             return Applied(Outcome.CONTENDED, f"{leads} leads by now")
         now = self._now(change)
         if now.value == change.after["value"]:
@@ -317,10 +317,6 @@ def _verified(action: _LimitAction, changes: Sequence[Change], outcomes: Mapping
         now = action._settled(change)  # pyright: ignore[reportPrivateUsage]
         checks.append(Check(change.object, now.value == change.after["value"], f"a new session finds {now.value}"))
     return Verification(tuple(checks) or (Check("limit", True, "nothing was changed"),))
-
-
-def _address(member: Member) -> str:
-    return f"{member.host}:{member.port}"
 
 
 def _connections(connection: psycopg.Connection[Any], query: str, kind: str, name: str | None) -> Standing:

@@ -203,7 +203,7 @@ class DropSlotAction(PostgresAction[DropSlotParameters]):
                 continue
             try:
                 if member.error is not None:
-                    silent.append(f"{member.host}:{member.port}")
+                    silent.append(member.address)
                     continue
                 with self.session(member=member) as connection:
                     need_roles(connection, {"pg_read_all_settings": "to see which slot a standby uses"})
@@ -211,7 +211,7 @@ class DropSlotAction(PostgresAction[DropSlotParameters]):
             except AccessDeniedError:
                 raise
             except OpsError:
-                silent.append(f"{member.host}:{member.port}")
+                silent.append(member.address)
         return used, silent
 
 
